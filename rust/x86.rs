@@ -4,6 +4,7 @@
 
 pub mod address;
 pub mod control;
+pub mod controls;
 pub mod exit;
 pub mod msr;
 pub mod segment;
