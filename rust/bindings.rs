@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! C types and constants that the `kernel` crate's bindings do not cover, made by bindgen.
+
+#![allow(
+    clippy::all,
+    dead_code,
+    missing_docs,
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    unreachable_pub,
+    unsafe_op_in_unsafe_fn,
+    improper_ctypes,
+    clippy::cast_lossless,
+    clippy::ptr_as_ptr,
+    clippy::undocumented_unsafe_blocks
+)]
+
+use kernel::bindings::{fpu_guest, page, preempt_notifier};
+use kernel::ffi;
+
+include!(env!("RVISOR_BINDINGS"));

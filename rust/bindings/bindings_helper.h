@@ -1,0 +1,8 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* The kernel headers that the kernel crate's own bindings do not cover. */
+
+#include <linux/kprobes.h>
+#include <linux/kvm.h>
+#include <asm/msr-index.h>
+
+#include "../host/glue.h"

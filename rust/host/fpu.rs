@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The guest's FPU, SSE, AVX and further XSAVE state, kept by the kernel's own guest-FPU code.
+
+use super::irq::IrqsOff;
+use super::symbols::Symbols;
+use crate::bindings;
+use kernel::{bindings as kb, error::to_result, prelude::*};
+
+/// The guest's extended state.
+///
+/// # Invariants
+///
+/// `state` was filled by `fpu_alloc_guest_fpstate` and is freed once.
+pub(crate) struct GuestFpu {
+    state: KBox<kb::fpu_guest>,
+    symbols: Symbols,
+}
+
+// SAFETY: The state belongs to no thread while it isn't loaded, and `LoadedFpu` is not Send.
+unsafe impl Send for GuestFpu {}
+
+impl GuestFpu {
+    /// State as after reset.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(symbols: &Symbols) -> Result<Self> {
+        let mut state = KBox::new(kb::fpu_guest::default(), GFP_KERNEL_ACCOUNT)?;
+        // SAFETY: `state` is a `struct fpu_guest` to fill.
+        if !unsafe { (symbols.fpu_alloc_guest_fpstate)(&mut *state) } {
+            return Err(ENOMEM);
+        }
+        Ok(Self {
+            state,
+            symbols: *symbols,
+        })
+    }
+
+    /// The size of the state in KVM_GET_XSAVE2's form, in bytes.
+    pub(crate) fn uabi_size(&self) -> usize {
+        self.state.uabi_size as usize
+    }
+
+    /// Puts the guest's state in the place of this thread's, until [`Self::unload`].
+    pub(crate) fn load(&mut self) {
+        // SAFETY: The state is valid by the invariant; this thread's goes to its own buffer.
+        unsafe { (self.symbols.fpu_swap_kvm_fpstate)(&mut *self.state, true) };
+    }
+
+    /// Gives the thread its own state back.
+    pub(crate) fn unload(&mut self) {
+        // SAFETY: Balances `load` on the same thread.
+        unsafe { (self.symbols.fpu_swap_kvm_fpstate)(&mut *self.state, false) };
+    }
+
+    /// Loads the registers where an interrupt's use of the FPU or a context switch has taken them away.
+    #[inline]
+    pub(crate) fn ensure_registers(&self, _irqs: &IrqsOff) {
+        // SAFETY: Reads the flags of the current thread.
+        let flags = unsafe { bindings::rvisor_thread_flags() };
+        if flags & (1 << kb::TIF_NEED_FPU_LOAD) != 0 {
+            // SAFETY: Called as before VM entry in KVM: interrupts off, this thread's flag set.
+            unsafe { (self.symbols.switch_fpu_return)() };
+        }
+    }
+
+    /// Writes the state in the XSAVE standard format; `buffer` may be longer than it.
+    pub(crate) fn export(&mut self, buffer: &mut [u8], features: u64, pkru: u32) {
+        // SAFETY: The function writes no more than the length given.
+        unsafe {
+            (self.symbols.fpu_copy_guest_fpstate_to_uabi)(
+                &mut *self.state,
+                buffer.as_mut_ptr(),
+                buffer.len() as u32,
+                features,
+                pkru,
+            )
+        };
+    }
+
+    /// Takes the state from the XSAVE standard format.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` for features outside `xcr0`, reserved MXCSR bits or header bytes.
+    pub(crate) fn import(&mut self, buffer: &[u8], xcr0: u64, pkru: &mut u32) -> Result {
+        if buffer.len() < self.uabi_size() {
+            return Err(EINVAL);
+        }
+        // SAFETY: The function reads no more than the state's own size, which `buffer` has.
+        to_result(unsafe {
+            (self.symbols.fpu_copy_uabi_to_guest_fpstate)(
+                &mut *self.state,
+                buffer.as_ptr(),
+                xcr0,
+                pkru,
+            )
+        })
+    }
+}
+
+impl Drop for GuestFpu {
+    fn drop(&mut self) {
+        // SAFETY: Allocated by the invariant, and not loaded: `unload` runs before a RUN ends.
+        unsafe { (self.symbols.fpu_free_guest_fpstate)(&mut *self.state) };
+    }
+}

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: GPL-2.0
+/* Wrappers of the kernel's inline functions and macros, for Rust. See glue.h. */
+
+#include <linux/hw_breakpoint.h>
+#include <linux/kprobes.h>
+#include <linux/mm.h>
+#include <linux/pgtable.h>
+#include <linux/preempt.h>
+#include <linux/sched.h>
+#include <linux/smp.h>
+#include <linux/thread_info.h>
+#include <linux/uaccess.h>
+#include <linux/entry-virt.h>
+#include <asm/cpu_entry_area.h>
+#include <asm/debugreg.h>
+#include <asm/desc.h>
+#include <asm/fpu/xcr.h>
+#include <asm/fsgsbase.h>
+#include <asm/ibt.h>
+#include <asm/msr.h>
+#include <asm/tsc.h>
+
+#include "glue.h"
+
+/*
+ * The address to call NAME at, or 0. A kprobe's registration finds it; with IBT the probe lies behind
+ * the ENDBR, which is where an indirect call must go.
+ */
+unsigned long rvisor_kernel_symbol(const char *name)
+{
+	struct kprobe probe = { .symbol_name = name };
+	unsigned long address;
+
+	if (register_kprobe(&probe))
+		return 0;
+	address = (unsigned long)probe.addr;
+	unregister_kprobe(&probe);
+#ifdef CONFIG_X86_KERNEL_IBT
+	if (*(u32 *)(address - ENDBR_INSN_SIZE) == gen_endbr())
+		address -= ENDBR_INSN_SIZE;
+#endif
+	return address;
+}
+
+bool rvisor_cpu_has_vmx(void)
+{
+	return boot_cpu_has(X86_FEATURE_VMX);
+}
+
+bool rvisor_cpu_has_fred(void)
+{
+	return cpu_feature_enabled(X86_FEATURE_FRED);
+}
+
+void rvisor_irq_disable(void)
+{
+	local_irq_disable();
+}
+
+void rvisor_irq_enable(void)
+{
+	local_irq_enable();
+}
+
+unsigned long rvisor_irq_save(void)
+{
+	unsigned long flags;
+
+	local_irq_save(flags);
+	return flags;
+}
+
+void rvisor_irq_restore(unsigned long flags)
+{
+	local_irq_restore(flags);
+}
+
+void rvisor_preempt_disable(void)
+{
+	preempt_disable();
+}
+
+void rvisor_preempt_enable(void)
+{
+	preempt_enable();
+}
+
+unsigned int rvisor_cpu_id(void)
+{
+	return raw_smp_processor_id();
+}
+
+unsigned long rvisor_thread_flags(void)
+{
+	return read_thread_flags();
+}
+
+unsigned long rvisor_guest_mode_work(void)
+{
+	return read_thread_flags() & XFER_TO_GUEST_MODE_WORK;
+}
+
+struct mm_struct *rvisor_current_mm(void)
+{
+	return current->mm;
+}
+
+/* The FS base that current has while it is in userspace. Interrupts are off. */
+unsigned long rvisor_user_fs_base(void)
+{
+	return x86_fsbase_read_cpu();
+}
+
+unsigned long rvisor_host_gdt(void)
+{
+	return (unsigned long)get_current_gdt_ro();
+}
+
+unsigned long rvisor_host_tss(void)
+{
+	return (unsigned long)&get_cpu_entry_area(raw_smp_processor_id())->tss.x86_tss;
+}
+
+unsigned long rvisor_host_idt(void)
+{
+	struct desc_ptr idt;
+
+	store_idt(&idt);
+	return idt.address;
+}
+
+/* VM exit leaves the GDT's limit at 64 KiB and the TSS's without its I/O bitmap. */
+void rvisor_restore_descriptor_limits(void)
+{
+	invalidate_tss_limit();
+	load_fixmap_gdt(raw_smp_processor_id());
+}
+
+void rvisor_load_gs_selector(u16 selector)
+{
+	load_gs_index(selector);
+}
+
+bool rvisor_hw_breakpoints_active(void)
+{
+	return hw_breakpoint_active();
+}
+
+void rvisor_hw_breakpoints_restore(void)
+{
+	hw_breakpoint_restore();
+}
+
+void rvisor_kick_cpu(unsigned int cpu)
+{
+	smp_send_reschedule(cpu);
+}
+
+void *rvisor_page_alloc(void)
+{
+	return (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT);
+}
+
+void rvisor_page_free(void *page)
+{
+	free_page((unsigned long)page);
+}
+
+u64 rvisor_virt_to_phys(const void *address)
+{
+	return __pa(address);
+}
+
+void *rvisor_phys_to_virt(u64 address)
+{
+	return __va(address);
+}
+
+u64 rvisor_page_to_phys(struct page *page)
+{
+	return page_to_phys(page);
+}
+
+void rvisor_page_release(struct page *page, bool dirty)
+{
+	if (dirty)
+		set_page_dirty(page);
+	put_page(page);
+}
+
+struct page *rvisor_virt_to_page(const void *address)
+{
+	return virt_to_page(address);
+}
+
+/* log2 of the size of the page that the host's page tables have at ADDRESS; PAGE_SHIFT if in doubt. */
+unsigned int rvisor_host_mapping_shift(struct mm_struct *mm, unsigned long address)
+{
+	unsigned int shift = PAGE_SHIFT;
+	unsigned long flags;
+	pgd_t pgd;
+	p4d_t p4d;
+	pud_t pud;
+	pmd_t pmd;
+
+	/* With interrupts off no page table that is reachable here can be freed. */
+	local_irq_save(flags);
+	pgd = READ_ONCE(*pgd_offset(mm, address));
+	if (pgd_none(pgd))
+		goto out;
+	p4d = READ_ONCE(*p4d_offset_lockless(pgd_offset(mm, address), pgd, address));
+	if (p4d_none(p4d) || !p4d_present(p4d))
+		goto out;
+	pud = READ_ONCE(*pud_offset_lockless(&p4d, p4d, address));
+	if (pud_none(pud) || !pud_present(pud))
+		goto out;
+	if (pud_leaf(pud)) {
+		shift = PUD_SHIFT;
+		goto out;
+	}
+	pmd = READ_ONCE(*pmd_offset_lockless(&pud, pud, address));
+	if (pmd_none(pmd) || !pmd_present(pmd))
+		goto out;
+	if (pmd_leaf(pmd))
+		shift = PMD_SHIFT;
+out:
+	local_irq_restore(flags);
+	return shift;
+}
+
+bool rvisor_user_range_ok(unsigned long address, unsigned long size)
+{
+	return access_ok((void __user *)address, size);
+}
+
+u64 rvisor_rdmsr_safe(u32 index, int *error)
+{
+	u64 value = 0;
+
+	*error = rdmsrq_safe(index, &value);
+	return *error ? 0 : value;
+}
+
+u64 rvisor_host_xcr0(void)
+{
+	return boot_cpu_has(X86_FEATURE_OSXSAVE) ? xgetbv(XCR_XFEATURE_ENABLED_MASK) : 0;
+}
+
+unsigned long rvisor_tsc_khz(void)
+{
+	return tsc_khz;
+}

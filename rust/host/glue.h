@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* What Rust can't call: the kernel's inline functions and macros. Implemented in glue.c. */
+#ifndef RVISOR_GLUE_H
+#define RVISOR_GLUE_H
+
+#include <linux/types.h>
+
+struct mm_struct;
+struct page;
+struct preempt_notifier;
+
+unsigned long rvisor_kernel_symbol(const char *name);
+
+bool rvisor_cpu_has_vmx(void);
+bool rvisor_cpu_has_fred(void);
+
+void rvisor_irq_disable(void);
+void rvisor_irq_enable(void);
+unsigned long rvisor_irq_save(void);
+void rvisor_irq_restore(unsigned long flags);
+void rvisor_preempt_disable(void);
+void rvisor_preempt_enable(void);
+unsigned int rvisor_cpu_id(void);
+
+unsigned long rvisor_thread_flags(void);
+unsigned long rvisor_guest_mode_work(void);
+struct mm_struct *rvisor_current_mm(void);
+unsigned long rvisor_user_fs_base(void);
+
+unsigned long rvisor_host_gdt(void);
+unsigned long rvisor_host_tss(void);
+unsigned long rvisor_host_idt(void);
+void rvisor_restore_descriptor_limits(void);
+void rvisor_load_gs_selector(u16 selector);
+bool rvisor_hw_breakpoints_active(void);
+void rvisor_hw_breakpoints_restore(void);
+
+void rvisor_kick_cpu(unsigned int cpu);
+
+void *rvisor_page_alloc(void);
+void rvisor_page_free(void *page);
+u64 rvisor_virt_to_phys(const void *address);
+void *rvisor_phys_to_virt(u64 address);
+u64 rvisor_page_to_phys(struct page *page);
+void rvisor_page_release(struct page *page, bool dirty);
+struct page *rvisor_virt_to_page(const void *address);
+unsigned int rvisor_host_mapping_shift(struct mm_struct *mm, unsigned long address);
+bool rvisor_user_range_ok(unsigned long address, unsigned long size);
+
+u64 rvisor_rdmsr_safe(u32 index, int *error);
+u64 rvisor_host_xcr0(void);
+unsigned long rvisor_tsc_khz(void);
+
+#endif

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A callback when the thread that runs a vCPU is about to leave its CPU.
+
+use core::cell::UnsafeCell;
+use kernel::{bindings as kb, types::Opaque};
+
+/// What is done before another thread runs on this CPU.
+pub(crate) trait SwitchOut {
+    /// Called on the thread's own CPU with interrupts off and the run queue locked: no sleep, no lock,
+    /// no log.
+    fn switch_out(&mut self);
+}
+
+/// The callback for `T`, together with `T` itself, which both the thread and the callback use: never
+/// at once, since the callback runs on the thread's own CPU while the thread does not.
+///
+/// # Invariants
+///
+/// `value` is reached only by the owning thread with interrupts off, or with the notifier not
+/// registered, or by the callback.
+#[repr(C)]
+pub(crate) struct Preemptible<T: SwitchOut> {
+    notifier: Opaque<kb::preempt_notifier>,
+    ops: Opaque<kb::preempt_ops>,
+    value: UnsafeCell<T>,
+}
+
+// SAFETY: The notifier is registered only while `Armed` lives, which borrows it on one thread.
+unsafe impl<T: SwitchOut + Send> Send for Preemptible<T> {}
+
+impl<T: SwitchOut> Preemptible<T> {
+    /// Wraps `value`.
+    pub(crate) fn new(value: T) -> Self {
+        Self {
+            notifier: Opaque::new(kb::preempt_notifier::default()),
+            ops: Opaque::new(kb::preempt_ops {
+                sched_in: Some(Self::sched_in),
+                sched_out: Some(Self::sched_out),
+            }),
+            value: UnsafeCell::new(value),
+        }
+    }
+
+    unsafe extern "C" fn sched_in(_notifier: *mut kb::preempt_notifier, _cpu: i32) {}
+
+    unsafe extern "C" fn sched_out(
+        notifier: *mut kb::preempt_notifier,
+        _next: *mut kb::task_struct,
+    ) {
+        // SAFETY: `notifier` is the first field of a `Self` whose thread is being switched out, so
+        // that nothing else uses the value.
+        let value = unsafe { &mut *(*notifier.cast::<Self>()).value.get() };
+        value.switch_out();
+    }
+
+    /// Registers the callback for the current thread.
+    ///
+    /// # Safety
+    ///
+    /// `self` must not move, and [`Self::disarm`] must be called on the same thread.
+    pub(crate) unsafe fn arm(&mut self) {
+        // SAFETY: Both are ours and not registered: `disarm` has been called for each `arm`.
+        unsafe {
+            let notifier = self.notifier.get();
+            *notifier = kb::preempt_notifier::default();
+            (*notifier).ops = self.ops.get();
+            kb::preempt_notifier_register(notifier);
+        }
+    }
+
+    /// Unregisters it; the thread has called [`Self::arm`].
+    ///
+    /// # Safety
+    ///
+    /// The callback is registered, by this thread.
+    pub(crate) unsafe fn disarm(&mut self) {
+        // SAFETY: By the caller's promise.
+        unsafe { kb::preempt_notifier_unregister(self.notifier.get()) };
+    }
+
+    /// The value, with proof that the callback can't run.
+    #[inline]
+    pub(crate) fn get_mut<'a>(&'a mut self, _irqs: &'a super::irq::IrqsOff) -> &'a mut T {
+        // SAFETY: Interrupts are off, so this thread is not switched out while the borrow lives.
+        unsafe { &mut *self.value.get() }
+    }
+}
+
+/// Keeps the scheduler's hook for such callbacks switched on.
+pub(crate) struct NotifiersOn(());
+
+impl NotifiersOn {
+    /// Switches it on.
+    pub(crate) fn new() -> Self {
+        // SAFETY: Task context.
+        unsafe { kb::preempt_notifier_inc() };
+        Self(())
+    }
+}
+
+impl Drop for NotifiersOn {
+    fn drop(&mut self) {
+        // SAFETY: Balances `new`.
+        unsafe { kb::preempt_notifier_dec() };
+    }
+}

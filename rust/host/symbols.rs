@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Kernel functions that are exported for KVM's modules alone.
+//!
+//! Their addresses come from a kprobe's registration. All of them are looked up when the module is
+//! loaded, and it refuses to load where one is missing.
+
+use crate::bindings;
+use kernel::{bindings as kb, ffi::c_char, prelude::*};
+
+type GetRef = unsafe extern "C" fn(i32) -> i32;
+type PutRef = unsafe extern "C" fn(i32);
+type AllocFpu = unsafe extern "C" fn(*mut kb::fpu_guest) -> bool;
+type FreeFpu = unsafe extern "C" fn(*mut kb::fpu_guest);
+type SwapFpu = unsafe extern "C" fn(*mut kb::fpu_guest, bool) -> i32;
+type FpuReturn = unsafe extern "C" fn();
+type FpuToUser = unsafe extern "C" fn(*mut kb::fpu_guest, *mut u8, u32, u64, u32);
+type FpuFromUser = unsafe extern "C" fn(*mut kb::fpu_guest, *const u8, u64, *mut u32) -> i32;
+type EntryFromKvm = unsafe extern "C" fn(u32, u32);
+
+/// The functions, each with its C prototype.
+#[derive(Clone, Copy)]
+pub(crate) struct Symbols {
+    pub(super) x86_virt_get_ref: GetRef,
+    pub(super) x86_virt_put_ref: PutRef,
+    pub(super) fpu_alloc_guest_fpstate: AllocFpu,
+    pub(super) fpu_free_guest_fpstate: FreeFpu,
+    pub(super) fpu_swap_kvm_fpstate: SwapFpu,
+    pub(super) switch_fpu_return: FpuReturn,
+    pub(super) fpu_copy_guest_fpstate_to_uabi: FpuToUser,
+    pub(super) fpu_copy_uabi_to_guest_fpstate: FpuFromUser,
+    pub(super) x86_entry_from_kvm: EntryFromKvm,
+}
+
+/// The address of a kernel function, or `ENOENT` with a message.
+fn find(name: &'static CStr) -> Result<usize> {
+    // SAFETY: `name` is a NUL-terminated string that lives for ever.
+    let address = unsafe { bindings::rvisor_kernel_symbol(name.as_ptr().cast::<c_char>()) };
+    if address == 0 {
+        pr_err!(
+            "this kernel has no function {}: it is older or newer than rvisor knows, or built without KVM or kprobes\n",
+            name.to_str().unwrap_or("?")
+        );
+        return Err(ENOENT);
+    }
+    Ok(address as usize)
+}
+
+macro_rules! lookup {
+    ($name:literal, $type:ty) => {{
+        let address = find($name)?;
+        // SAFETY: The kernel's function of that name has this prototype in the versions that rvisor
+        // builds against, and core kernel text is never unloaded.
+        unsafe { core::mem::transmute::<usize, $type>(address) }
+    }};
+}
+
+impl Symbols {
+    /// Looks all of them up.
+    ///
+    /// # Errors
+    ///
+    /// `ENOENT` for the first that is missing, which is named in the log.
+    pub(crate) fn resolve() -> Result<Self> {
+        Ok(Self {
+            x86_virt_get_ref: lookup!(c"x86_virt_get_ref", GetRef),
+            x86_virt_put_ref: lookup!(c"x86_virt_put_ref", PutRef),
+            fpu_alloc_guest_fpstate: lookup!(c"fpu_alloc_guest_fpstate", AllocFpu),
+            fpu_free_guest_fpstate: lookup!(c"fpu_free_guest_fpstate", FreeFpu),
+            fpu_swap_kvm_fpstate: lookup!(c"fpu_swap_kvm_fpstate", SwapFpu),
+            switch_fpu_return: lookup!(c"switch_fpu_return", FpuReturn),
+            fpu_copy_guest_fpstate_to_uabi: lookup!(c"fpu_copy_guest_fpstate_to_uabi", FpuToUser),
+            fpu_copy_uabi_to_guest_fpstate: lookup!(c"fpu_copy_uabi_to_guest_fpstate", FpuFromUser),
+            x86_entry_from_kvm: lookup!(c"x86_entry_from_kvm", EntryFromKvm),
+        })
+    }
+
+    /// Runs the host's NMI handler for an NMI that made the guest exit.
+    #[inline]
+    pub(crate) fn handle_nmi(&self, _irqs: &super::irq::IrqsOff) {
+        const EVENT_TYPE_NMI: u32 = 2;
+        const NMI_VECTOR: u32 = 2;
+        // SAFETY: Called as KVM calls it: on the kernel stack, interrupts off, NMIs blocked by the exit.
+        unsafe { (self.x86_entry_from_kvm)(EVENT_TYPE_NMI, NMI_VECTOR) };
+    }
+}

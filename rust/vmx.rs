@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Intel VMX: capabilities, the VMCS that is current, the world switch. It knows no `Vm`.
+
+pub(crate) mod capability;
+pub(crate) mod enter;
+pub(crate) mod hardware;
+pub(crate) mod instruction;
+pub(crate) mod setup;
