@@ -1,0 +1,366 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a decoded instruction is.
+
+use crate::x86::segment::SegmentRegister;
+
+/// The default operation size of the code being run: CS.L and CS.D (SDM vol. 3, 3.4.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CodeSize {
+    /// Real-address mode, virtual-8086 mode, and segments with CS.D = 0.
+    Bits16,
+    /// Segments with CS.D = 1, compatibility mode included.
+    Bits32,
+    /// 64-bit mode: IA-32e mode and CS.L = 1.
+    Bits64,
+}
+
+/// The width of an operand, an address or a counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Size {
+    /// 8 bits.
+    Byte,
+    /// 16 bits.
+    Word,
+    /// 32 bits.
+    Dword,
+    /// 64 bits.
+    Qword,
+}
+
+impl Size {
+    /// The width in bytes: 1, 2, 4 or 8.
+    #[inline]
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::Byte => 1,
+            Self::Word => 2,
+            Self::Dword => 4,
+            Self::Qword => 8,
+        }
+    }
+
+    /// The width in bits: 8, 16, 32 or 64.
+    #[inline]
+    pub const fn bits(self) -> u32 {
+        match self {
+            Self::Byte => 8,
+            Self::Word => 16,
+            Self::Dword => 32,
+            Self::Qword => 64,
+        }
+    }
+
+    /// A mask of the bits that a value of this width has.
+    #[inline]
+    pub const fn mask(self) -> u64 {
+        match self {
+            Self::Byte => 0xff,
+            Self::Word => 0xffff,
+            Self::Dword => 0xffff_ffff,
+            Self::Qword => u64::MAX,
+        }
+    }
+
+    /// The topmost bit of a value of this width.
+    #[inline]
+    pub const fn sign(self) -> u64 {
+        match self {
+            Self::Byte => 1 << 7,
+            Self::Word => 1 << 15,
+            Self::Dword => 1 << 31,
+            Self::Qword => 1 << 63,
+        }
+    }
+
+    /// `value` of this width with its sign copied up to bit 63.
+    #[inline]
+    pub const fn sign_extend(self, value: u64) -> u64 {
+        let value = value & self.mask();
+        // Flipping the sign bit and taking its weight away again borrows through all upper bits.
+        (value ^ self.sign()).wrapping_sub(self.sign())
+    }
+}
+
+/// A general-purpose register, numbered as in instruction encodings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Gpr {
+    /// RAX.
+    Rax = 0,
+    /// RCX.
+    Rcx = 1,
+    /// RDX.
+    Rdx = 2,
+    /// RBX.
+    Rbx = 3,
+    /// RSP.
+    Rsp = 4,
+    /// RBP.
+    Rbp = 5,
+    /// RSI.
+    Rsi = 6,
+    /// RDI.
+    Rdi = 7,
+    /// R8.
+    R8 = 8,
+    /// R9.
+    R9 = 9,
+    /// R10.
+    R10 = 10,
+    /// R11.
+    R11 = 11,
+    /// R12.
+    R12 = 12,
+    /// R13.
+    R13 = 13,
+    /// R14.
+    R14 = 14,
+    /// R15.
+    R15 = 15,
+}
+
+impl Gpr {
+    /// The register with the number in the low four bits of `number`.
+    #[inline]
+    pub const fn from_low_bits(number: u8) -> Self {
+        match number & 0xf {
+            0 => Self::Rax,
+            1 => Self::Rcx,
+            2 => Self::Rdx,
+            3 => Self::Rbx,
+            4 => Self::Rsp,
+            5 => Self::Rbp,
+            6 => Self::Rsi,
+            7 => Self::Rdi,
+            8 => Self::R8,
+            9 => Self::R9,
+            10 => Self::R10,
+            11 => Self::R11,
+            12 => Self::R12,
+            13 => Self::R13,
+            14 => Self::R14,
+            _ => Self::R15,
+        }
+    }
+
+    /// The register's number, 0 to 15.
+    #[inline]
+    pub const fn index(self) -> usize {
+        self as usize
+    }
+}
+
+/// What a memory operand's address starts from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Base {
+    /// A register.
+    Register(Gpr),
+    /// The address of the next instruction (RIP-relative, 64-bit mode only).
+    NextInstruction,
+}
+
+/// A scaled index register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Index {
+    /// The register.
+    pub register: Gpr,
+    /// How far it is shifted to the left, 0 to 3.
+    pub shift: u8,
+}
+
+/// A memory operand: `segment:[base + index << shift + displacement]`, modulo the address size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// The segment, overrides applied.
+    pub segment: SegmentRegister,
+    /// The base.
+    pub base: Option<Base>,
+    /// The index.
+    pub index: Option<Index>,
+    /// The displacement, sign-extended to 64 bits; zero-extended where it is the whole address (the
+    /// MOV forms A0 to A3).
+    pub displacement: u64,
+}
+
+/// An instruction's operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operand {
+    /// There is none.
+    None,
+    /// The low bits of a register, as many as the operand's size says.
+    Register(Gpr),
+    /// Bits 15:8 of RAX, RCX, RDX or RBX: AH, CH, DH, BH.
+    HighByte(Gpr),
+    /// Memory.
+    Memory(Memory),
+    /// An immediate, sign-extended to 64 bits.
+    Immediate(u64),
+}
+
+/// The eight operations that share an encoding (SDM vol. 2, opcodes 00 to 3F and 80 to 83).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// ADD.
+    Add,
+    /// OR.
+    Or,
+    /// ADC.
+    Adc,
+    /// SBB.
+    Sbb,
+    /// AND.
+    And,
+    /// SUB.
+    Sub,
+    /// XOR.
+    Xor,
+    /// CMP: SUB without a result.
+    Cmp,
+}
+
+impl Arithmetic {
+    /// The operation with the number in the low three bits of `number`.
+    #[inline]
+    pub(super) const fn from_low_bits(number: u8) -> Self {
+        match number & 7 {
+            0 => Self::Add,
+            1 => Self::Or,
+            2 => Self::Adc,
+            3 => Self::Sbb,
+            4 => Self::And,
+            5 => Self::Sub,
+            6 => Self::Xor,
+            _ => Self::Cmp,
+        }
+    }
+}
+
+/// An operation on one operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unary {
+    /// INC.
+    Inc,
+    /// DEC.
+    Dec,
+    /// NOT.
+    Not,
+    /// NEG.
+    Neg,
+}
+
+/// What a bit-test instruction does with the bit after it was copied to CF.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BitOperation {
+    /// BT: nothing.
+    Test,
+    /// BTS: set it.
+    Set,
+    /// BTR: clear it.
+    Reset,
+    /// BTC: invert it.
+    Complement,
+}
+
+impl BitOperation {
+    /// The operation with the number in the low two bits of `number` (opcode bits 4:3, ModRM.reg).
+    #[inline]
+    pub(super) const fn from_low_bits(number: u8) -> Self {
+        match number & 3 {
+            0 => Self::Test,
+            1 => Self::Set,
+            2 => Self::Reset,
+            _ => Self::Complement,
+        }
+    }
+}
+
+/// A string instruction. Its operands stand in the instruction like those of any other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StringOperation {
+    /// MOVS: memory at rSI to memory at ES:rDI.
+    Movs,
+    /// STOS: the accumulator to memory at ES:rDI.
+    Stos,
+    /// LODS: memory at rSI to the accumulator.
+    Lods,
+}
+
+/// What an instruction does: the complete list of what the emulator knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// MOV and MOVNTI: destination = source.
+    Mov,
+    /// MOVZX: the source is narrower and zero-extended.
+    MovZeroExtend,
+    /// MOVSX and MOVSXD: the source is narrower, or as wide, and sign-extended.
+    MovSignExtend,
+    /// MOVBE: bytes in reverse order.
+    MovSwap,
+    /// ADD, OR, ADC, SBB, AND, SUB, XOR, CMP.
+    Arithmetic(Arithmetic),
+    /// TEST: AND without a result.
+    Test,
+    /// INC, DEC, NOT, NEG of the destination.
+    Unary(Unary),
+    /// XCHG.
+    Exchange,
+    /// XADD.
+    ExchangeAdd,
+    /// CMPXCHG: the accumulator takes part.
+    CompareExchange,
+    /// BT, BTS, BTR, BTC: the source is the bit's offset.
+    Bit(BitOperation),
+    /// MOVS, STOS, LODS.
+    String(StringOperation),
+}
+
+impl Operation {
+    /// Whether a LOCK prefix is allowed with a destination in memory (SDM vol. 2, LOCK).
+    #[inline]
+    pub const fn is_lockable(self) -> bool {
+        match self {
+            Self::Arithmetic(operation) => !matches!(operation, Arithmetic::Cmp),
+            Self::Bit(operation) => !matches!(operation, BitOperation::Test),
+            Self::Unary(_) | Self::Exchange | Self::ExchangeAdd | Self::CompareExchange => true,
+            Self::Mov
+            | Self::MovZeroExtend
+            | Self::MovSignExtend
+            | Self::MovSwap
+            | Self::Test
+            | Self::String(_) => false,
+        }
+    }
+}
+
+/// A string instruction's repeat prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Repeat {
+    /// None: one iteration.
+    Once,
+    /// REP: as many iterations as rCX says.
+    Count,
+}
+
+/// A decoded instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Instruction {
+    /// The length in bytes, 1 to 15.
+    pub length: u8,
+    /// What it does.
+    pub operation: Operation,
+    /// The width of the destination.
+    pub size: Size,
+    /// The width of the source, which differs in MOVZX and MOVSX only.
+    pub source_size: Size,
+    /// The width of addresses and of a string instruction's registers: never `Byte`.
+    pub address_size: Size,
+    /// The first operand; of CMP, TEST and BT too, which do not write it.
+    pub destination: Operand,
+    /// The second operand.
+    pub source: Operand,
+    /// The repeat prefix; `Once` for all but string instructions.
+    pub repeat: Repeat,
+    /// Whether there is a LOCK prefix.
+    pub lock: bool,
+}
