@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The API itself: versions, capabilities, descriptors and the errno of each wrong call
+//! (Documentation/virt/kvm/api.rst, sections 2 and 4).
+
+mod memory;
+mod system;
+mod vcpu;
+mod vm;
+
+use rvisor_tests::{ktap, tests};
+
+fn main() -> std::process::ExitCode {
+    ktap::main(tests![
+        system::version,
+        system::unknown_ioctls,
+        system::create_vm_type,
+        system::mmap_size,
+        system::extensions,
+        system::msr_index_list,
+        system::supported_cpuid,
+        vm::unknown_ioctls,
+        vm::vcpu_ids,
+        vm::irqchip_order,
+        vm::pit_order,
+        vm::boot_cpu,
+        vm::irq_line_without_irqchip,
+        vm::bad_pointers,
+        vm::other_process,
+        vm::vcpu_keeps_vm,
+        vm::extension_on_vm,
+        memory::slot_rules,
+        memory::slot_overlap,
+        memory::slot_alignment,
+        memory::slot_move_and_delete,
+        vcpu::unknown_ioctls,
+        vcpu::run_argument,
+        vcpu::mapping,
+        vcpu::msr_lists,
+        vcpu::cpuid_rules,
+        vcpu::bad_pointers,
+        vcpu::signal_mask_length,
+        vcpu::interrupt_errors,
+        vcpu::lapic_errors,
+        vcpu::sregs_refused,
+        vcpu::mp_state,
+    ])
+}

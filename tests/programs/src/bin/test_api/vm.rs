@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The VM descriptor.
+
+use crate::system::BAD_POINTER;
+use kvm_bindings as kb;
+use rvisor_tests::guest::{self, Mode};
+use rvisor_tests::layout::DONE_PORT;
+use rvisor_tests::raw::{expect_errno, ioctl, ioctl_with, owned};
+use rvisor_tests::{
+    check, check_eq, guest_code, uapi, Config, Context, Device, Fail, Machine, Outcome,
+};
+use std::os::fd::OwnedFd;
+
+/// An empty VM.
+pub(crate) fn new_vm(device: &Device) -> Result<OwnedFd, Fail> {
+    let system = device.open()?;
+    owned(ioctl(&system, uapi::CREATE_VM, 0)).during("KVM_CREATE_VM")
+}
+
+pub(crate) fn unknown_ioctls(device: &Device) -> Outcome {
+    let vm = new_vm(device)?;
+    for request in [
+        uapi::io(0xff),
+        uapi::RUN,
+        uapi::GET_REGS,
+        uapi::GET_API_VERSION,
+        0x5401,
+    ] {
+        expect_errno(
+            ioctl(&vm, request, 0),
+            libc::ENOTTY,
+            &format!("{request:#x}"),
+        )?;
+    }
+    Ok(())
+}
+
+pub(crate) fn vcpu_ids(device: &Device) -> Outcome {
+    let vm = new_vm(device)?;
+    let create = |id| owned(ioctl(&vm, uapi::CREATE_VCPU, id));
+    let most = ioctl(&vm, uapi::CHECK_EXTENSION, kb::KVM_CAP_MAX_VCPU_ID.into())?;
+    let most = most.max(1) as u64;
+    let _first = create(0)?;
+    expect_errno(create(0), libc::EEXIST, "vCPU 0 twice")?;
+    for id in [most, 0xffff_ffff, 0x1_0000_0000, u64::MAX] {
+        expect_errno(create(id), libc::EINVAL, &format!("vCPU {id:#x}"))?;
+    }
+    // Ids need not be dense, and an id stays taken when its descriptor is closed.
+    let third = create(3)?;
+    drop(third);
+    expect_errno(create(3), libc::EEXIST, "vCPU 3 after its close")
+}
+
+pub(crate) fn irqchip_order(device: &Device) -> Outcome {
+    let vm = new_vm(device)?;
+    ioctl(&vm, uapi::CREATE_IRQCHIP, 0)?;
+    expect_errno(
+        ioctl(&vm, uapi::CREATE_IRQCHIP, 0),
+        libc::EEXIST,
+        "KVM_CREATE_IRQCHIP twice",
+    )?;
+    let vm = new_vm(device)?;
+    let _vcpu = owned(ioctl(&vm, uapi::CREATE_VCPU, 0))?;
+    expect_errno(
+        ioctl(&vm, uapi::CREATE_IRQCHIP, 0),
+        libc::EINVAL,
+        "KVM_CREATE_IRQCHIP after a vCPU",
+    )
+}
+
+pub(crate) fn pit_order(device: &Device) -> Outcome {
+    let vm = new_vm(device)?;
+    let mut config = kb::kvm_pit_config::default();
+    expect_errno(
+        ioctl_with(&vm, uapi::CREATE_PIT2, &mut config),
+        libc::ENOENT,
+        "KVM_CREATE_PIT2 without irqchip",
+    )?;
+    let mut state = kb::kvm_pit_state2::default();
+    expect_errno(
+        ioctl_with(&vm, uapi::GET_PIT2, &mut state),
+        libc::ENXIO,
+        "KVM_GET_PIT2 without a PIT",
+    )?;
+    expect_errno(
+        ioctl(&vm, uapi::CREATE_PIT2, BAD_POINTER),
+        libc::EFAULT,
+        "KVM_CREATE_PIT2 with a bad pointer",
+    )?;
+    ioctl(&vm, uapi::CREATE_IRQCHIP, 0)?;
+    ioctl_with(&vm, uapi::CREATE_PIT2, &mut config)?;
+    expect_errno(
+        ioctl_with(&vm, uapi::CREATE_PIT2, &mut config),
+        libc::EEXIST,
+        "KVM_CREATE_PIT2 twice",
+    )
+}
+
+pub(crate) fn boot_cpu(device: &Device) -> Outcome {
+    let vm = new_vm(device)?;
+    if ioctl(
+        &vm,
+        uapi::CHECK_EXTENSION,
+        kb::KVM_CAP_SET_BOOT_CPU_ID.into(),
+    )? == 0
+    {
+        return Err(Fail::skip("SET_BOOT_CPU_ID is not offered"));
+    }
+    ioctl(&vm, uapi::SET_BOOT_CPU_ID, 1)?;
+    let _vcpu = owned(ioctl(&vm, uapi::CREATE_VCPU, 0))?;
+    expect_errno(
+        ioctl(&vm, uapi::SET_BOOT_CPU_ID, 0),
+        libc::EBUSY,
+        "KVM_SET_BOOT_CPU_ID after a vCPU",
+    )
+}
+
+pub(crate) fn irq_line_without_irqchip(device: &Device) -> Outcome {
+    let vm = new_vm(device)?;
+    let mut level = [0_u32, 1];
+    expect_errno(
+        ioctl_with(&vm, uapi::IRQ_LINE, &mut level),
+        libc::ENXIO,
+        "KVM_IRQ_LINE without irqchip",
+    )?;
+    let mut chip = kb::kvm_irqchip::default();
+    expect_errno(
+        ioctl_with(&vm, uapi::GET_IRQCHIP, &mut chip),
+        libc::ENXIO,
+        "KVM_GET_IRQCHIP without irqchip",
+    )
+}
+
+pub(crate) fn bad_pointers(device: &Device) -> Outcome {
+    let vm = new_vm(device)?;
+    ioctl(&vm, uapi::CREATE_IRQCHIP, 0)?;
+    for (request, name) in [
+        (uapi::SET_USER_MEMORY_REGION, "SET_USER_MEMORY_REGION"),
+        (uapi::IRQ_LINE, "IRQ_LINE"),
+        (uapi::IRQ_LINE_STATUS, "IRQ_LINE_STATUS"),
+        (uapi::SET_IDENTITY_MAP_ADDR, "SET_IDENTITY_MAP_ADDR"),
+        (uapi::GET_IRQCHIP, "GET_IRQCHIP"),
+        (uapi::SET_IRQCHIP, "SET_IRQCHIP"),
+    ] {
+        for pointer in [0, BAD_POINTER] {
+            expect_errno(
+                ioctl(&vm, request, pointer),
+                libc::EFAULT,
+                &format!("KVM_{name} with {pointer:#x}"),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// A VM belongs to the process that made it: a child that inherits the descriptors gets EIO.
+pub(crate) fn other_process(device: &Device) -> Outcome {
+    let vm = new_vm(device)?;
+    let vcpu = owned(ioctl(&vm, uapi::CREATE_VCPU, 0))?;
+    // SAFETY: The child only makes system calls and ends.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        let failed = |result: Result<i32, rvisor_tests::raw::Errno>| {
+            result == Err(rvisor_tests::raw::Errno(libc::EIO))
+        };
+        let mut status = 0;
+        for (bit, result) in [
+            ioctl(&vm, uapi::CREATE_VCPU, 1),
+            ioctl(&vm, uapi::CREATE_IRQCHIP, 0),
+            ioctl(&vm, uapi::io(0xff), 0),
+            ioctl(&vcpu, uapi::RUN, 0),
+            ioctl(&vcpu, uapi::GET_REGS, BAD_POINTER),
+            ioctl(&vcpu, uapi::io(0xff), 0),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            status |= i32::from(!failed(result)) << bit;
+        }
+        // SAFETY: Ends the child at once.
+        unsafe { libc::_exit(status) };
+    }
+    let mut status = 0;
+    // SAFETY: Waits for the child that was made above.
+    let found = unsafe { libc::waitpid(pid, &raw mut status, 0) };
+    check_eq!(found, pid, "waitpid");
+    check_eq!(
+        status,
+        0,
+        "the calls of another process that did not give EIO (a bit each)"
+    );
+    // And the owner can still use it.
+    ioctl(&vm, uapi::CREATE_VCPU, 1)?;
+    Ok(())
+}
+
+guest_code!(
+    say_done,
+    code16,
+    ["mov al, 0x5a", "out {done}, al", "hlt"],
+    done = DONE_PORT
+);
+
+/// A vCPU goes on when the VM's and the system's descriptors are closed.
+pub(crate) fn vcpu_keeps_vm(device: &Device) -> Outcome {
+    let machine = Machine::new(device)?;
+    let cpu = machine.vcpu(0)?;
+    guest::load(&machine, &cpu, Mode::Real, say_done())?;
+    let Machine { vm, kvm, memory } = machine;
+    drop(vm);
+    drop(kvm);
+    cpu.run_until_done()?;
+    check_eq!(cpu.regs()?.rax & 0xff, 0x5a, "AL");
+    drop(cpu);
+    drop(memory);
+    Ok(())
+}
+
+pub(crate) fn extension_on_vm(device: &Device) -> Outcome {
+    let machine = Machine::with(device, Config::default())?;
+    if machine.extension(kb::KVM_CAP_CHECK_EXTENSION_VM) == 0 {
+        return Err(Fail::skip("CHECK_EXTENSION_VM is not offered"));
+    }
+    for number in [
+        kb::KVM_CAP_USER_MEMORY,
+        kb::KVM_CAP_IRQCHIP,
+        kb::KVM_CAP_IMMEDIATE_EXIT,
+    ] {
+        check_eq!(
+            machine.extension(number),
+            1,
+            "capability {number} on the VM"
+        );
+    }
+    check!(
+        machine.extension(kb::KVM_CAP_MAX_VCPUS) >= 8,
+        "MAX_VCPUS on the VM"
+    );
+    Ok(())
+}
