@@ -90,7 +90,10 @@ build_root_path() {
 
 # in_root COMMAND...: runs COMMAND in the build root, in this folder, with the checkout and the cache
 # at the same paths as outside. The mounts end with the command.
-in_root() {
-	unshare --mount --propagation private -- \
+in_root() { (exec_in_root "$@"); }
+
+# exec_in_root COMMAND...: the same, but this shell becomes COMMAND: its process id is then COMMAND's.
+exec_in_root() {
+	exec unshare --mount --propagation private -- \
 		bash "$RVISOR_SRC/scripts/enter-root" "$(build_root_path)" "$RVISOR_SRC" "$RVISOR_CACHE" "$PWD" "$@"
 }
