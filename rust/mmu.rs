@@ -1,3 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! (placeholder)
+//! Guest memory: extended page tables, memory slots, and the walk of the guest's own page tables.
+
+pub mod ept;
+#[cfg(test)]
+mod ept_tests;
+pub mod page_size;
+pub mod slot;
+#[cfg(test)]
+mod test_tables;

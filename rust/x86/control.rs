@@ -393,7 +393,12 @@ pub const fn reloads_pdptes(cr0_changed: u64, cr4_changed: u64) -> bool {
 /// Checks the source operand of MOV to CR3, [`Cr3::NO_FLUSH`] included, for a guest with
 /// `max_physical_bits` (SDM vol. 3, table 5-12 and vol. 2, MOV).
 #[inline]
-pub const fn check_cr3(cr3: Cr3, cr4: Cr4, efer: Efer, max_physical_bits: u32) -> Result<(), Illegal> {
+pub const fn check_cr3(
+    cr3: Cr3,
+    cr4: Cr4,
+    efer: Efer,
+    max_physical_bits: u32,
+) -> Result<(), Illegal> {
     // Outside long mode only 32 bits are loaded, so nothing can be reserved.
     if !efer.has(Efer::LMA) {
         return Ok(());
@@ -497,7 +502,10 @@ mod tests {
         let (old, new) = (Cr0(Cr0::PE), Cr0(Cr0::PE | Cr0::PG));
         let efer = Efer(Efer::LME);
         let pae = Cr4(Cr4::PAE);
-        assert_eq!(check_cr0_change(old, new, Cr4(0), efer, false), Err(Illegal));
+        assert_eq!(
+            check_cr0_change(old, new, Cr4(0), efer, false),
+            Err(Illegal)
+        );
         assert_eq!(check_cr0_change(old, new, pae, efer, false), Ok(()));
         assert_eq!(check_cr0_change(old, new, pae, efer, true), Err(Illegal));
         assert_eq!(check_cr0_change(old, new, Cr4(0), Efer(0), false), Ok(()));
