@@ -102,13 +102,15 @@ pub fn write_tables(machine: &Machine, mode: Mode) {
         }
         return;
     }
+    const CODE32: u64 = 0x00cf_9b00_0000_ffff;
     let code = if mode == Mode::Long {
         0x00af_9b00_0000_ffff
     } else {
-        0x00cf_9b00_0000_ffff
+        CODE32
     };
     let tss = 0x0000_8b00_0000_0067 | (TSS << 16);
-    for (index, descriptor) in (0..).zip([0, code, 0x00cf_9300_0000_ffff, tss, 0]) {
+    let table = [0, code, 0x00cf_9300_0000_ffff, tss, 0, CODE32];
+    for (index, descriptor) in (0..).zip(table) {
         memory.write_u64(GDT + 8 * index, descriptor);
     }
     for vector in 0..256 {
@@ -190,7 +192,7 @@ pub fn enter(cpu: &Cpu, mode: Mode, rip: u64, rsp: u64) -> Result<(), Fail> {
             ..Default::default()
         };
         sregs.gdt.base = GDT;
-        sregs.gdt.limit = 39;
+        sregs.gdt.limit = 47;
         sregs.idt.base = IDT;
         sregs.idt.limit = if long { 0xfff } else { 0x7ff };
         sregs.cr0 = CR0_PE | CR0_ET | CR0_NE;

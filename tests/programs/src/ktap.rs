@@ -85,7 +85,7 @@ macro_rules! check_eq {
             (found, expected) => {
                 if *found != *expected {
                     return Err($crate::Fail::new(format!(
-                        "line {}: {}: {:#x?}, expected {:#x?}",
+                        "line {}: {}: {:x?}, expected {:x?}",
                         line!(), format!($($what)+), found, expected
                     )));
                 }

@@ -49,3 +49,5 @@ pub const CODE_SELECTOR: u16 = 0x08;
 pub const DATA_SELECTOR: u16 = 0x10;
 /// The selector of the task state segment.
 pub const TSS_SELECTOR: u16 = 0x18;
+/// The selector of a 32-bit code segment, in long mode too.
+pub const CODE32_SELECTOR: u16 = 0x28;

@@ -189,14 +189,14 @@ pub(crate) fn supported_cpuid(device: &Device) -> Outcome {
     let features = leaf(1).map_or(0, |entry| entry[6]);
     // FPU, TSC, MSR, PAE, CX8, APIC, FXSR, SSE, SSE2: the least of an x86-64 CPU.
     for bit in [0, 4, 5, 6, 8, 9, 24, 25, 26] {
-        check!(features >> bit & 1 == 1, "leaf 1 EDX lacks bit {bit}");
+        check!((features >> bit) & 1 == 1, "leaf 1 EDX lacks bit {bit}");
     }
     check!(
-        leaf(0x8000_0001).is_some_and(|entry| entry[6] >> 29 & 1 == 1),
+        leaf(0x8000_0001).is_some_and(|entry| (entry[6] >> 29) & 1 == 1),
         "no long mode in leaf 0x80000001"
     );
     check!(
-        leaf(0x8000_0008).is_some_and(|entry| matches!(entry[3] >> 8 & 0xff, 48 | 57)),
+        leaf(0x8000_0008).is_some_and(|entry| matches!((entry[3] >> 8) & 0xff, 48 | 57)),
         "the linear address width is neither 48 nor 57"
     );
     check_eq!(

@@ -176,7 +176,7 @@ pub(crate) fn cpuid_rules(device: &Device) -> Outcome {
     let mut odd = set;
     for entry in odd.as_mut_slice() {
         if entry.function == 0x8000_0008 {
-            entry.eax = entry.eax & !0xff00 | 40 << 8;
+            entry.eax = entry.eax & !0xff00 | (40 << 8);
         }
     }
     match cpu.fd.set_cpuid2(&odd) {

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Guests in each mode, and the processor's state in and out.
+
+mod modes;
+mod state;
+
+use rvisor_tests::{ktap, tests};
+
+fn main() -> std::process::ExitCode {
+    ktap::main(tests![
+        modes::reset_state,
+        modes::reset_vector,
+        modes::out_in_each_mode,
+        modes::hlt_in_each_mode,
+        modes::exception_in_each_mode,
+        modes::real_to_long,
+        modes::compatibility_mode,
+        modes::segment_bases,
+        state::general_registers,
+        state::control_registers,
+        state::fpu,
+        state::debug_registers,
+        state::xcr0,
+        state::xsave,
+        state::msrs,
+        state::msrs_refused,
+        state::events_exception,
+        state::events_nmi,
+    ])
+}
