@@ -27,32 +27,51 @@ seconds_text() {
 	fi
 }
 
+# ticker TEXT START: keeps a line of progress alive on a terminal until it is killed.
+ticker() {
+	while sleep 1; do
+		printf '\r%s ... %s ' "$1" "$(seconds_text $((SECONDS - $2)))" >&2
+	done
+}
+
 # step LOG TEXT COMMAND...: runs COMMAND with its output in the file LOG. Says TEXT at the start and
-# the time taken at the end; on failure shows the end of LOG and fails.
+# the time taken at the end; on failure says why, with the end of LOG where the network is not the reason.
 step() {
-	local log=$1 text=$2 start=$SECONDS status=0 pid
+	local log=$1 text=$2 start=$SECONDS status=0 ticking=''
 	shift 2
 	mkdir -p "$(dirname "$log")"
+	# The command stays in the foreground, where Ctrl-C reaches it.
 	if [ -t 2 ]; then
-		# `wait` must not kill the script under `set -e` before the failure is shown.
-		("$@") >"$log" 2>&1 </dev/null &
-		pid=$!
-		while kill -0 "$pid" 2>/dev/null; do
-			printf '\r%s ... %s ' "$text" "$(seconds_text $((SECONDS - start)))" >&2
-			sleep 1
-		done
-		wait "$pid" || status=$?
-		printf '\r\033[K' >&2
+		ticker "$text" "$start" &
+		ticking=$!
 	else
 		printf '%s ...\n' "$text" >&2
-		("$@") >"$log" 2>&1 </dev/null || status=$?
 	fi
-	if [ "$status" -ne 0 ]; then
-		say "$text: failed after $(seconds_text $((SECONDS - start))). The end of $log:"
-		tail -n 30 "$log" | sed 's/^/    /' >&2
-		die "$text failed (status $status)"
+	# A subshell of its own with errexit: `||` would switch errexit off in a function called here.
+	set +e
+	(set -e; "$@") >"$log" 2>&1 </dev/null
+	status=$?
+	set -e
+	if [ -n "$ticking" ]; then
+		kill "$ticking" 2>/dev/null || true
+		wait "$ticking" 2>/dev/null || true
+		printf '\r\033[K' >&2
 	fi
+	[ "$status" -eq 0 ] || step_failed "$log" "$text" "$status" $((SECONDS - start))
 	printf '%s: %s\n' "$text" "$(seconds_text $((SECONDS - start)))" >&2
+}
+
+# What apt, debootstrap and cargo say where there is no network.
+NO_NETWORK='Temporary failure (in name )?resol|Could not resolve|Could not connect|Network is unreachable|Failed getting release file|No route to host|failed to download|spurious network error|Unable to connect|Unable to fetch some archives'
+
+# step_failed LOG TEXT STATUS SECONDS
+step_failed() {
+	if grep -Eqs "$NO_NETWORK" "$1"; then
+		die "$2 failed: a server cannot be reached; it needs the network (http_proxy is honoured; details in $1)"
+	fi
+	say "$2: failed after $(seconds_text "$4"). The end of $1:"
+	tail -n 30 "$1" | sed 's/^/    /' >&2
+	die "$2 failed (status $3)"
 }
 
 # key_of: a short key of what stands on standard input.
@@ -82,10 +101,17 @@ with_lock() {
 	exec {fd}>&-
 }
 
-# The path of the build root; it is keyed by the script and the package list that made it.
+# The path of the build root, keyed by the package list. The number is the recipe's in scripts/build-root:
+# a change there that must reach existing roots counts it up.
 build_root_path() {
-	printf '%s/root-%s\n' "$RVISOR_CACHE" \
-		"$(cat "$RVISOR_SRC/scripts/build-root" "$RVISOR_SRC/scripts/packages" | key_of)"
+	printf '%s/root-%s\n' "$RVISOR_CACHE" "$({ printf 'recipe 1\n'; cat "$RVISOR_SRC/scripts/packages"; } | key_of)"
+}
+
+# cargo_in_root NAME COMMAND...: cargo in the build root with a target folder of that name in the cache.
+cargo_in_root() {
+	local name=$1
+	shift
+	in_root env CARGO_TARGET_DIR="$RVISOR_CACHE/target/$name" cargo "$@"
 }
 
 # in_root COMMAND...: runs COMMAND in the build root, in this folder, with the checkout and the cache

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: GPL-2.0
+# KTAP for shell tests (busybox sh). A test is a function; "run_tests NAME..." runs the functions test_NAME.
+# A function fails with a non-zero status, having said why with "why TEXT"; "skip TEXT" skips it.
+# shellcheck shell=sh
+
+why() { WHY=$*; }
+skip() { SKIP=$*; }
+
+# check TEXT COMMAND...: the command must succeed, else TEXT is why the test fails.
+check() {
+	WHY=$1
+	shift
+	"$@"
+}
+
+# check_not TEXT COMMAND...: the command must fail.
+check_not() {
+	WHY=$1
+	shift
+	! "$@"
+}
+
+# wait_for SECONDS COMMAND...: tries until the command succeeds.
+wait_for() {
+	tries=$(($1 * 10))
+	shift
+	while [ "$tries" -gt 0 ]; do
+		"$@" && return
+		usleep 100000
+		tries=$((tries - 1))
+	done
+	return 1
+}
+
+# Messages of level warning and worse, except that the module is not the kernel's own.
+kernel_complaints() { dmesg -r | grep '^<[0-4]>' | grep -v 'loading out-of-tree module taints kernel'; }
+
+run_tests() {
+	echo "KTAP version 1"
+	echo "1..$#"
+	number=0
+	for name; do
+		number=$((number + 1))
+		WHY='' SKIP=''
+		if "test_$name"; then
+			echo "ok $number $name${SKIP:+ # SKIP $SKIP}"
+		else
+			echo "not ok $number $name # ${WHY:-failed}"
+		fi
+	done
+}
