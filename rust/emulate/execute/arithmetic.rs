@@ -186,7 +186,9 @@ pub(super) fn exchange_add<M: Machine>(instruction: &Instruction, machine: &mut 
     exchange_with(instruction, machine, &destination, computed, flags::STATUS)
 }
 
-/// CMPXCHG. The destination is written in any case: with its own value if it was unequal.
+/// CMPXCHG. Memory is written in any case: with its own value if it was unequal. An unequal register
+/// is left alone, so that of a 32-bit one the upper half is not cleared: CPUs do that, other than the
+/// SDM's pseudocode.
 pub(super) fn compare_exchange<M: Machine>(
     instruction: &Instruction,
     machine: &mut M,
@@ -201,10 +203,10 @@ pub(super) fn compare_exchange<M: Machine>(
     if !write_memory(instruction, machine, place, Some(value), new)? {
         return Ok(Progress::Again);
     }
-    if !is_equal {
-        set_register(machine, ACCUMULATOR, size, value);
+    match is_equal {
+        true => set_register(machine, place, size, new),
+        false => set_register(machine, ACCUMULATOR, size, value),
     }
-    set_register(machine, place, size, new);
     set_flags(machine, flags::STATUS, compared.flags);
     retire(instruction, machine)
 }

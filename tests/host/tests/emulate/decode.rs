@@ -4,9 +4,8 @@
 //!
 //! What ours accepts, iced must decode to the same instruction, operand by operand. What ours
 //! refuses must be invalid to iced or outside the list that ours has.
-//!
-//! `RVISOR_CASES` is the number of random cases, `RVISOR_SEED` where they begin.
 
+use crate::random::{from_environment, Random};
 use iced_x86::{Code, Decoder, DecoderOptions, Mnemonic, OpKind, Register};
 use rvisor_core::{
     emulate::{
@@ -38,42 +37,6 @@ const KNOWN: [&[u8]; 3] = [
 const PREFIXES: [u8; 11] = [
     0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf0, 0xf2, 0xf3,
 ];
-
-/// SplitMix64: the same sequence for the same seed, everywhere.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    fn pick(&mut self, from: &[u8]) -> u8 {
-        from[usize::try_from(self.below(from.len() as u64)).unwrap()]
-    }
-
-    fn bytes(&mut self) -> [u8; 16] {
-        let mut bytes = [0; 16];
-        bytes[..8].copy_from_slice(&self.next().to_le_bytes());
-        bytes[8..].copy_from_slice(&self.next().to_le_bytes());
-        bytes
-    }
-}
-
-fn from_environment(name: &str, default: u64) -> u64 {
-    match std::env::var(name) {
-        Ok(text) => text
-            .parse()
-            .unwrap_or_else(|_| panic!("{name} is not a number")),
-        Err(_) => default,
-    }
-}
 
 fn size_of(bytes: usize) -> Option<Size> {
     [Size::Byte, Size::Word, Size::Dword, Size::Qword]
@@ -378,7 +341,7 @@ fn near_the_list(random: &mut Random, code: CodeSize) -> [u8; 16] {
         start.push(random.pick(&PREFIXES));
     }
     if code == CodeSize::Bits64 && random.below(2) == 0 {
-        start.push(0x40 | random.bytes()[0] & 0xf);
+        start.push(0x40 | (random.byte() & 0xf));
     }
     let map = [0, 0, 0, 1, 1, 2][usize::try_from(random.below(6)).unwrap()];
     start.extend_from_slice([&[][..], &[0x0f], &[0x0f, 0x38]][map]);

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! One instruction at a time on this machine's CPU, in 64-bit mode.
+
+/// CF, PF, AF, ZF, SF, DF, OF.
+pub(crate) const FLAGS: u64 = 0xcd5;
+/// Where the memory that instructions work on is, in `Native`'s mapping, and how long it is.
+const ARENA: usize = 0x1000;
+pub(crate) const ARENA_LENGTH: usize = 512;
+/// Where registers and flags are kept, in `Native`'s mapping.
+const STATE: usize = 0x3000;
+const MAPPING: usize = 0x4000;
+/// The distance from the GS base to the arena.
+const GS_DISTANCE: u64 = 0x12_3456;
+
+/// What an instruction starts from or comes to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct State {
+    pub(crate) gprs: [u64; 16],
+    pub(crate) flags: u64,
+    pub(crate) arena: [u8; ARENA_LENGTH],
+}
+
+/// A page of code for the CPU with the memory that it works on, below 2 GiB.
+pub(crate) struct Native {
+    mapping: *mut u8,
+}
+
+impl Native {
+    pub(crate) fn new() -> Self {
+        // SAFETY: a new anonymous mapping, at a place that the kernel chooses.
+        let mapping = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                MAPPING,
+                libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_32BIT,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(mapping, libc::MAP_FAILED);
+        let native = Self {
+            mapping: mapping.cast(),
+        };
+        const ARCH_SET_GS: libc::c_int = 0x1001;
+        // SAFETY: nothing in a 64-bit Linux process uses GS, which is this thread's own.
+        let result = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, native.gs_base()) };
+        assert_eq!(result, 0);
+        native
+    }
+
+    fn address(&self) -> u64 {
+        self.mapping as u64
+    }
+
+    pub(crate) fn arena(&self) -> u64 {
+        self.address() + ARENA as u64
+    }
+
+    pub(crate) fn gs_base(&self) -> u64 {
+        self.arena() - GS_DISTANCE
+    }
+
+    fn copy_in(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= MAPPING);
+        // SAFETY: it is inside of the mapping, of which no reference exists.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.mapping.add(offset), bytes.len());
+        }
+    }
+
+    fn copy_out(&self, offset: usize, bytes: &mut [u8]) {
+        assert!(offset + bytes.len() <= MAPPING);
+        // SAFETY: as in `copy_in`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                self.mapping.add(offset),
+                bytes.as_mut_ptr(),
+                bytes.len(),
+            );
+        }
+    }
+
+    /// The code around an instruction: what comes before, and after it.
+    fn wrapping(&self) -> Vec<u8> {
+        let mut code = Code(Vec::new());
+        // push rbx, rbp, r12 to r15
+        code.add(&[0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57]);
+        code.move_register(0x89, 4, 17);
+        // push [flags]; popfq
+        code.add(&[0xff, 0x35]);
+        code.slot(16);
+        code.add(&[0x9d]);
+        for register in 0..16 {
+            code.move_register(0x8b, register, register);
+        }
+        code.0
+    }
+
+    fn unwrapping(&self, start: usize) -> Vec<u8> {
+        let mut code = Code(vec![0x90; start]);
+        for register in 0..16 {
+            code.move_register(0x89, register, register);
+        }
+        code.move_register(0x8b, 4, 17);
+        // pushfq; pop [flags]; cld; pop r15 to r12, rbp, rbx; ret
+        code.add(&[0x9c, 0x8f, 0x05]);
+        code.slot(16);
+        code.add(&[
+            0xfc, 0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3,
+        ]);
+        code.0.split_off(start)
+    }
+
+    /// Where the instruction will stand.
+    pub(crate) fn instruction_at(&self) -> u64 {
+        self.address() + self.wrapping().len() as u64
+    }
+
+    /// Has the CPU execute one instruction, which must touch the arena only and not jump.
+    pub(crate) fn run(&self, instruction: &[u8], state: &State) -> State {
+        let mut code = self.wrapping();
+        code.extend_from_slice(instruction);
+        let end = self.unwrapping(code.len());
+        code.extend_from_slice(&end);
+        self.copy_in(0, &code);
+        let mut slots: Vec<u8> = state
+            .gprs
+            .iter()
+            .flat_map(|gpr| gpr.to_le_bytes())
+            .collect();
+        slots.extend_from_slice(&(state.flags | 0x202).to_le_bytes());
+        self.copy_in(STATE, &slots);
+        self.copy_in(ARENA, &state.arena);
+        // SAFETY: the code keeps to the calling convention: it saves and restores the stack pointer
+        // and the registers that are the caller's, and clears DF.
+        unsafe {
+            let code: extern "sysv64" fn() = std::mem::transmute(self.mapping);
+            code();
+        }
+        let mut after = state.clone();
+        self.copy_out(STATE, &mut slots);
+        let mut numbers = slots
+            .chunks_exact(8)
+            .map(|chunk| u64::from_le_bytes(chunk.try_into().unwrap()));
+        for gpr in &mut after.gprs {
+            *gpr = numbers.next().unwrap();
+        }
+        after.flags = numbers.next().unwrap() & FLAGS;
+        self.copy_out(ARENA, &mut after.arena);
+        after
+    }
+}
+
+impl Drop for Native {
+    fn drop(&mut self) {
+        // SAFETY: it was mapped by `new` and nothing refers to it any more.
+        unsafe { libc::munmap(self.mapping.cast(), MAPPING) };
+    }
+}
+
+/// Code at the start of the mapping.
+struct Code(Vec<u8>);
+
+impl Code {
+    fn add(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(bytes);
+    }
+
+    /// A RIP-relative displacement, the last part of an instruction, to the state's slot `number`.
+    fn slot(&mut self, number: usize) {
+        let end = self.0.len() + 4;
+        let displacement = i32::try_from(STATE + 8 * number - end).unwrap();
+        self.add(&displacement.to_le_bytes());
+    }
+
+    /// MOV between a 64-bit register and a slot.
+    fn move_register(&mut self, opcode: u8, register: u8, slot: u8) {
+        self.add(&[
+            0x48 | ((register >> 3) << 2),
+            opcode,
+            5 | ((register & 7) << 3),
+        ]);
+        self.slot(usize::from(slot));
+    }
+}
