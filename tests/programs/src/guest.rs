@@ -84,6 +84,8 @@ const PTE_LARGE: u64 = 1 << 7;
 /// The ioctl that failed and its errno.
 pub fn load(machine: &Machine, cpu: &Cpu, mode: Mode, code: &[u8]) -> Result<(), Fail> {
     assert!(code.len() <= 0x1000, "the code is too long for its place");
+    // What runs off its end meets INT3.
+    machine.memory.write(CODE, &[0xcc; 0x1000]);
     machine.memory.write(CODE, code);
     write_tables(machine, mode);
     enter(cpu, mode, CODE, STACK)

@@ -2,7 +2,8 @@
 //! The guests' interrupt handlers, for each mode, and what they write down.
 //!
 //! An exception (vectors 0 to 31 but for the NMI) is recorded; the guest goes on where
-//! [`Record::resume`] says, or ends with a write to `UNEXPECTED_PORT`. An interrupt is counted,
+//! [`Record::resume`] says, or ends with a write of the vector to
+//! `UNEXPECTED_PORT`. An interrupt is counted,
 //! acknowledged as [`Acknowledge`] says, and the guest goes on.
 
 use crate::guest::Mode;
@@ -159,7 +160,8 @@ guest_code!(
         "jz 2f",
         "mov [rsp + 32], rax",
         "jmp 9f",
-        "2: out {unexpected}, al",
+        "2: mov al, [rbx + {vector}]",
+        "out {unexpected}, al",
         "jmp 2b",
         "3: lock inc qword ptr [{counts} + 8 * rax]",
         "cmp rax, 32",
@@ -239,7 +241,8 @@ guest_code!(
         "jz 2f",
         "mov [esp + 16], eax",
         "jmp 9f",
-        "2: out {unexpected}, al",
+        "2: mov al, [ebx + {vector}]",
+        "out {unexpected}, al",
         "jmp 2b",
         "3: lock inc dword ptr [{counts} + 8 * eax]",
         "cmp eax, 32",
@@ -308,7 +311,8 @@ guest_code!(
         "jz 2f",
         "mov [bp + 12], ax",
         "jmp 9f",
-        "2: out {unexpected}, al",
+        "2: mov al, bl",
+        "out {unexpected}, al",
         "jmp 2b",
         "3: mov ax, [bp + 12]",
         "mov ds:[{record} + {interrupted}], ax",
