@@ -9,6 +9,7 @@ RVISOR_SRC=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 # Everything slow to make lives here, outside the checkout.
 RVISOR_CACHE=${RVISOR_CACHE:-${HOME:-/root}/.cache/rvisor}
 # What is made from this checkout: cheap to make again, removed by "make clean".
+# shellcheck disable=SC2034 # used by those who source this
 RVISOR_BUILD=$RVISOR_SRC/build
 
 say() { printf '%s\n' "$*" >&2; }

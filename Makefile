@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: GPL-2.0
+# Builds, tests and shows rvisor. Everything slow to make is kept in $RVISOR_CACHE (~/.cache/rvisor).
+
+KDIR ?=
+PREFIX ?= /usr/local
+INSTALL_MOD_PATH ?=
+DESTDIR ?=
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+.PHONY: help module tool programs check test demo shell bench install clean distclean
+
+help: ## this text
+	@echo 'make demo        load rvisor.ko in a machine with VMX and boot a Linux guest there, on this screen'
+	@echo 'make test        all checks and tests, those inside the test host too'
+	@echo
+	@echo 'make module      build/rvisor.ko for the test host'
+	@echo '  KDIR=DIR       for the kernel with the build tree DIR, such as /lib/modules/$$(uname -r)/build'
+	@echo 'make tool        build/rvisor, the program that runs guests'
+	@echo 'make programs    build/tests, the test programs'
+	@echo 'make check       format, lints, the tests that need no test host'
+	@echo 'make shell       a shell in the test host, with the module loaded'
+	@echo 'make bench       compare with KVM, in instructions'
+	@echo 'make install     module (KDIR=DIR, INSTALL_MOD_PATH=DIR) and tool (PREFIX=DIR, DESTDIR=DIR)'
+	@echo 'make clean       remove build/'
+	@echo 'make distclean   remove build/ and the cache (build root, kernel)'
+
+module:
+	@scripts/module $(if $(KDIR),"$(KDIR)")
+
+tool:
+	@scripts/programs tool
+
+programs:
+	@scripts/programs tests
+
+check:
+	@scripts/check
+
+test:
+	@scripts/test
+
+demo: module tool
+	@scripts/demo
+
+shell: module tool programs
+	@scripts/shell
+
+bench: module tool programs
+	@scripts/bench
+
+install: module tool
+	@scripts/install $(if $(KDIR),"$(KDIR)")
+
+clean:
+	@scripts/clean
+
+distclean:
+	@scripts/clean --all
+
+export PREFIX INSTALL_MOD_PATH DESTDIR DEVICE
