@@ -43,7 +43,7 @@ pub fn execute<M: Machine>(
         Operation::ExchangeAdd => arithmetic::exchange_add(instruction, machine),
         Operation::CompareExchange => arithmetic::compare_exchange(instruction, machine),
         Operation::Bit(operation) => arithmetic::bit(instruction, machine, operation),
-        Operation::String(_) => string::string(instruction, machine),
+        Operation::String(operation) => string::string(instruction, machine, operation),
     }
 }
 

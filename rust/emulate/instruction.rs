@@ -194,6 +194,8 @@ pub enum Operand {
     HighByte(Gpr),
     /// Memory.
     Memory(Memory),
+    /// The I/O port whose number is in DX.
+    Port,
     /// An immediate, sign-extended to 64 bits.
     Immediate(u64),
 }
@@ -284,6 +286,14 @@ pub enum StringOperation {
     Stos,
     /// LODS: memory at rSI to the accumulator.
     Lods,
+    /// CMPS: memory at rSI, the destination, is compared with memory at ES:rDI.
+    Cmps,
+    /// SCAS: the accumulator is compared with memory at ES:rDI.
+    Scas,
+    /// INS: a port to memory at ES:rDI.
+    Ins,
+    /// OUTS: memory at rSI to a port.
+    Outs,
 }
 
 /// What an instruction does: the complete list of what the emulator knows.
@@ -311,7 +321,7 @@ pub enum Operation {
     CompareExchange,
     /// BT, BTS, BTR, BTC: the source is the bit's offset.
     Bit(BitOperation),
-    /// MOVS, STOS, LODS.
+    /// MOVS, STOS, LODS, CMPS, SCAS, INS, OUTS.
     String(StringOperation),
 }
 
@@ -340,6 +350,10 @@ pub enum Repeat {
     Once,
     /// REP: as many iterations as rCX says.
     Count,
+    /// REPE, with CMPS and SCAS: as REP, until an iteration finds a difference.
+    WhileEqual,
+    /// REPNE, with CMPS and SCAS: as REP, until an iteration finds equality.
+    WhileUnequal,
 }
 
 /// A decoded instruction.
@@ -355,7 +369,7 @@ pub struct Instruction {
     pub source_size: Size,
     /// The width of addresses and of a string instruction's registers: never `Byte`.
     pub address_size: Size,
-    /// The first operand; of CMP, TEST and BT too, which do not write it.
+    /// The first operand; of CMP, TEST, BT, CMPS and SCAS too, which do not write it.
     pub destination: Operand,
     /// The second operand.
     pub source: Operand,

@@ -111,6 +111,14 @@ pub trait Machine {
         self.read(linear, data)
     }
 
+    /// Checks that [`Machine::write`] of `length` bytes would not raise an exception, before a read
+    /// that can't be undone: the page walk of a write.
+    ///
+    /// # Errors
+    ///
+    /// As with [`Machine::write`].
+    fn prepare_write(&mut self, linear: Gva, length: usize) -> Result<(), Self::Stop>;
+
     /// Writes 1 to 8 bytes, under the same conditions as [`Machine::read`].
     ///
     /// It is an instruction's last step that can fail. A write to device memory which userspace
@@ -132,6 +140,22 @@ pub trait Machine {
     /// As with [`Machine::write`].
     fn compare_exchange(&mut self, linear: Gva, old: &[u8], new: &[u8])
         -> Result<bool, Self::Stop>;
+
+    /// Reads 1, 2 or 4 bytes from an I/O port, for INS. Whether the guest may use the port has been
+    /// checked by whoever comes here (the CPU does so before an exit).
+    ///
+    /// # Errors
+    ///
+    /// As with [`Machine::read`].
+    fn input(&mut self, port: u16, data: &mut [u8]) -> Result<(), Self::Stop>;
+
+    /// Writes 1, 2 or 4 bytes to an I/O port, for OUTS: the instruction's last step that can fail.
+    /// Like a write to device memory it can be kept for userspace.
+    ///
+    /// # Errors
+    ///
+    /// As with [`Machine::write`].
+    fn output(&mut self, port: u16, data: &[u8]) -> Result<(), Self::Stop>;
 
     /// Whether a repeated string instruction may go on, asked after each committed iteration.
     ///

@@ -30,9 +30,13 @@ impl Decoder<'_> {
             0x8a | 0x8b => self.reg_rm(Operation::Mov, opcode),
             0xa0..=0xa3 => self.mov_offset(opcode),
             0xa8 | 0xa9 => self.accumulator_immediate(Operation::Test, opcode),
+            0x6c | 0x6d => self.string(StringOperation::Ins, opcode),
+            0x6e | 0x6f => self.string(StringOperation::Outs, opcode),
             0xa4 | 0xa5 => self.string(StringOperation::Movs, opcode),
+            0xa6 | 0xa7 => self.string(StringOperation::Cmps, opcode),
             0xaa | 0xab => self.string(StringOperation::Stos, opcode),
             0xac | 0xad => self.string(StringOperation::Lods, opcode),
+            0xae | 0xaf => self.string(StringOperation::Scas, opcode),
             0xb0..=0xbf => self.mov_register_immediate(opcode),
             0xc6 | 0xc7 => self.mov_immediate(opcode),
             0xf6 | 0xf7 => self.group_3(opcode),
@@ -185,12 +189,6 @@ impl Decoder<'_> {
     }
 
     fn string(&mut self, operation: StringOperation, opcode: u8) -> Result<Form, DecodeError> {
-        let repeat = match self.prefixes.repeat {
-            None => Repeat::Once,
-            Some(RepeatPrefix::Rep) => Repeat::Count,
-            // SDM vol. 2, REP: it is for CMPS and SCAS, and reserved here.
-            Some(RepeatPrefix::Repne) => return Err(DecodeError::Unsupported),
-        };
         let source = self.prefixes.segment.unwrap_or(SegmentRegister::Ds);
         let source = string_memory(source, Gpr::Rsi);
         // No prefix overrides ES.
@@ -199,12 +197,34 @@ impl Decoder<'_> {
             StringOperation::Movs => (destination, source),
             StringOperation::Stos => (destination, ACCUMULATOR),
             StringOperation::Lods => (ACCUMULATOR, source),
+            StringOperation::Cmps => (source, destination),
+            StringOperation::Scas => (ACCUMULATOR, destination),
+            StringOperation::Ins => (destination, Operand::Port),
+            StringOperation::Outs => (Operand::Port, source),
         };
-        let (operation, size) = (Operation::String(operation), self.size_by_bit(opcode));
+        let size = match (operation, self.size_by_bit(opcode)) {
+            // Ports have no more: REX.W does not count.
+            (StringOperation::Ins | StringOperation::Outs, Size::Qword) => Size::Dword,
+            (_, size) => size,
+        };
+        let repeat = self.repeat(operation)?;
+        let operation = Operation::String(operation);
         Ok(Form {
             repeat,
             ..Form::new(operation, size, destination, source)
         })
+    }
+
+    fn repeat(&self, operation: StringOperation) -> Result<Repeat, DecodeError> {
+        let compares = matches!(operation, StringOperation::Cmps | StringOperation::Scas);
+        match self.prefixes.repeat {
+            None => Ok(Repeat::Once),
+            Some(RepeatPrefix::Rep) if compares => Ok(Repeat::WhileEqual),
+            Some(RepeatPrefix::Rep) => Ok(Repeat::Count),
+            Some(RepeatPrefix::Repne) if compares => Ok(Repeat::WhileUnequal),
+            // SDM vol. 2, REP: reserved with the others.
+            Some(RepeatPrefix::Repne) => Err(DecodeError::Unsupported),
+        }
     }
 }
 

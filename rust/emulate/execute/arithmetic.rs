@@ -16,13 +16,13 @@ use crate::emulate::{
 const ACCUMULATOR: Place = Place::Register(Gpr::Rax);
 
 /// A destination with its value.
-struct Destination {
+pub(super) struct Destination {
     place: Place,
-    value: u64,
+    pub(super) value: u64,
 }
 
-/// Finds and reads the destination, and the source, which is never in memory together with it.
-fn operands<M: Machine>(
+/// Finds the destination and the source, then reads them.
+pub(super) fn operands<M: Machine>(
     instruction: &Instruction,
     machine: &mut M,
     intent: Intent,
@@ -45,7 +45,7 @@ fn operands<M: Machine>(
 }
 
 /// Replaces the flags in `affected` by those in `flags`.
-fn set_flags<M: Machine>(machine: &mut M, affected: u64, flags: u64) {
+pub(super) fn set_flags<M: Machine>(machine: &mut M, affected: u64, flags: u64) {
     let kept = machine.rflags() & !affected;
     machine.set_rflags(kept | (flags & affected));
 }

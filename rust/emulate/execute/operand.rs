@@ -48,8 +48,8 @@ pub(super) fn place<M: Machine>(
         Operand::Memory(memory) => {
             linear_address(instruction, machine, &memory, size, intent).map(Place::Memory)
         }
-        // The decoder leaves out no operand that an operation uses.
-        Operand::None => Err(Stop::Unsupported),
+        // The decoder leaves out no operand that an operation uses, and ports have no place.
+        Operand::None | Operand::Port => Err(Stop::Unsupported),
     }
 }
 

@@ -25,6 +25,8 @@ const DATA: u32 = 0x93;
 enum Why {
     /// Userspace has to answer a read here.
     DeviceRead(u64),
+    /// Userspace has to answer an input from this port.
+    PortRead(u16),
     /// Nothing is there.
     NotPresent,
 }
@@ -37,9 +39,10 @@ struct Fake {
     mode: Mode,
     segments: [Segment; 6],
     memory: Vec<u8>,
-    /// What userspace answered for the next device read.
+    /// What userspace answered for the next read of a device or port.
     answer: Option<Vec<u8>>,
     device_writes: Vec<(u64, Vec<u8>)>,
+    outputs: Vec<(u16, Vec<u8>)>,
     /// Another CPU's write, done before the next compare-exchange.
     rival: Option<(u64, u8)>,
     continues: bool,
@@ -67,6 +70,7 @@ impl Fake {
             memory: vec![0; 0x10000],
             answer: None,
             device_writes: Vec::new(),
+            outputs: Vec::new(),
             rival: None,
             continues: false,
         }
@@ -130,6 +134,23 @@ impl Machine for Fake {
             let answer = self.answer.take().ok_or(Why::DeviceRead(linear.raw()))?;
             data.copy_from_slice(&answer);
         }
+        Ok(())
+    }
+
+    fn prepare_write(&mut self, linear: Gva, length: usize) -> Result<(), Why> {
+        let start = usize::try_from(linear.raw()).unwrap();
+        let found = self.memory.get(start..start + length);
+        found.map(|_| ()).ok_or(Why::NotPresent)
+    }
+
+    fn input(&mut self, port: u16, data: &mut [u8]) -> Result<(), Why> {
+        let answer = self.answer.take().ok_or(Why::PortRead(port))?;
+        data.copy_from_slice(&answer);
+        Ok(())
+    }
+
+    fn output(&mut self, port: u16, data: &[u8]) -> Result<(), Why> {
+        self.outputs.push((port, data.to_vec()));
         Ok(())
     }
 
@@ -268,6 +289,59 @@ fn a_repeated_string_instruction_ends_after_4_kib() {
     assert_eq!((fake.gprs[1], fake.gprs[7], fake.rip), (0, 4100, 0x102));
     assert_eq!(fake.run(&[0xf3, 0xab]), Ok(Progress::Retired));
     assert_eq!((fake.gprs[7], fake.rip), (4100, 0x104));
+}
+
+#[test]
+fn nothing_is_read_from_a_device_for_an_iteration_that_faults() {
+    for bytes in [&[0xa4][..], &[0x6c]] {
+        let mut fake = Fake::long();
+        fake.gprs[6] = DEVICE;
+        fake.gprs[7] = 0x2_0000;
+        fake.answer = Some(vec![0x55]);
+        // movsb, insb
+        assert_eq!(fake.run(bytes), Err(Stop::Machine(Why::NotPresent)));
+        assert_eq!(fake.answer, Some(vec![0x55]));
+    }
+}
+
+#[test]
+fn string_input_waits_for_the_answer_and_output_is_posted() {
+    let mut fake = Fake::new(CodeSize::Bits16, Protection::Real);
+    fake.gprs[1] = 2;
+    fake.gprs[2] = 0xffff_01f0;
+    fake.gprs[7] = 0x80;
+    // rep insw
+    let bytes = [0xf3, 0x6d];
+    assert_eq!(fake.run(&bytes), Err(Stop::Machine(Why::PortRead(0x1f0))));
+    assert_eq!((fake.gprs[1], fake.gprs[7]), (2, 0x80));
+    fake.answer = Some(vec![0x34, 0x12]);
+    assert_eq!(fake.run(&bytes), Ok(Progress::Again));
+    fake.answer = Some(vec![0x78, 0x56]);
+    assert_eq!(fake.run(&bytes), Ok(Progress::Retired));
+    assert_eq!(fake.memory[0x80..0x84], [0x34, 0x12, 0x78, 0x56]);
+    assert_eq!((fake.gprs[1], fake.gprs[7], fake.rip), (0, 0x84, 0x102));
+    fake.gprs[6] = 0x82;
+    // outsw
+    assert_eq!(fake.run(&[0x6f]), Ok(Progress::Retired));
+    assert_eq!(fake.outputs, [(0x1f0, vec![0x78, 0x56])]);
+    assert_eq!((fake.gprs[6], fake.rip), (0x84, 0x103));
+}
+
+#[test]
+fn a_scan_ends_where_it_finds() {
+    let mut fake = Fake::long();
+    fake.continues = true;
+    fake.memory[0x80..0x84].copy_from_slice(b"abcd");
+    fake.gprs[0] = u64::from(b'c');
+    fake.gprs[1] = 10;
+    fake.gprs[7] = 0x80;
+    // repne scasb: 'c' is the third, ZF and PF are set.
+    assert_eq!(fake.run(&[0xf2, 0xae]), Ok(Progress::Retired));
+    assert_eq!((fake.gprs[1], fake.gprs[7], fake.rip), (7, 0x83, 0x102));
+    assert_eq!(fake.rflags, 0x46);
+    // repe scasb: 'd' differs at once, and no more is read.
+    assert_eq!(fake.run(&[0xf3, 0xae]), Ok(Progress::Retired));
+    assert_eq!((fake.gprs[1], fake.gprs[7]), (6, 0x84));
 }
 
 #[test]

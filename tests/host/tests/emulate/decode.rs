@@ -22,10 +22,10 @@ const KNOWN: [&[u8]; 3] = [
     &[
         0x00, 0x01, 0x02, 0x03, 0x04, 0x05, 0x08, 0x09, 0x0a, 0x0b, 0x0c, 0x0d, 0x10, 0x11, 0x12,
         0x13, 0x18, 0x19, 0x1a, 0x1b, 0x20, 0x21, 0x22, 0x23, 0x24, 0x25, 0x28, 0x29, 0x2a, 0x2b,
-        0x30, 0x31, 0x32, 0x33, 0x38, 0x39, 0x3a, 0x3b, 0x3c, 0x3d, 0x40, 0x48, 0x63, 0x80, 0x81,
-        0x82, 0x83, 0x84, 0x85, 0x86, 0x87, 0x88, 0x89, 0x8a, 0x8b, 0xa0, 0xa1, 0xa2, 0xa3, 0xa4,
-        0xa5, 0xa8, 0xa9, 0xaa, 0xab, 0xac, 0xad, 0xb0, 0xb4, 0xb8, 0xbf, 0xc6, 0xc7, 0xf6, 0xf7,
-        0xfe, 0xff,
+        0x30, 0x31, 0x32, 0x33, 0x38, 0x39, 0x3a, 0x3b, 0x3c, 0x3d, 0x40, 0x48, 0x63, 0x6c, 0x6d,
+        0x6e, 0x6f, 0x80, 0x81, 0x82, 0x83, 0x84, 0x85, 0x86, 0x87, 0x88, 0x89, 0x8a, 0x8b, 0xa0,
+        0xa1, 0xa2, 0xa3, 0xa4, 0xa5, 0xa6, 0xa7, 0xae, 0xaf, 0xa8, 0xa9, 0xaa, 0xab, 0xac, 0xad,
+        0xb0, 0xb4, 0xb8, 0xbf, 0xc6, 0xc7, 0xf6, 0xf7, 0xfe, 0xff,
     ],
     &[
         0xa3, 0xab, 0xb0, 0xb1, 0xb3, 0xb6, 0xb7, 0xba, 0xbb, 0xbe, 0xbf, 0xc0, 0xc1, 0xc3,
@@ -98,6 +98,16 @@ fn operation_of(iced: &iced_x86::Instruction) -> Option<Operation> {
         Mnemonic::Lodsb | Mnemonic::Lodsw | Mnemonic::Lodsd | Mnemonic::Lodsq => {
             Operation::String(StringOperation::Lods)
         }
+        Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq if is_string => {
+            Operation::String(StringOperation::Cmps)
+        }
+        Mnemonic::Scasb | Mnemonic::Scasw | Mnemonic::Scasd | Mnemonic::Scasq => {
+            Operation::String(StringOperation::Scas)
+        }
+        Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd => Operation::String(StringOperation::Ins),
+        Mnemonic::Outsb | Mnemonic::Outsw | Mnemonic::Outsd => {
+            Operation::String(StringOperation::Outs)
+        }
         _ => return None,
     })
 }
@@ -112,7 +122,11 @@ fn is_in_list(iced: &iced_x86::Instruction) -> bool {
         iced.op_kind(operand) == OpKind::Register && !iced.op_register(operand).is_gpr()
     };
     // REPNE is reserved with these string instructions; 90 to 97 have no operand in memory.
-    let is_reserved = matches!(operation, Operation::String(_)) && iced.has_repne_prefix();
+    let is_reserved = match operation {
+        Operation::String(StringOperation::Cmps | StringOperation::Scas) => false,
+        Operation::String(_) => iced.has_repne_prefix(),
+        _ => false,
+    };
     let is_short_exchange = matches!(
         iced.code(),
         Code::Xchg_r16_AX | Code::Xchg_r32_EAX | Code::Xchg_r64_RAX
@@ -229,6 +243,7 @@ fn same_operand(
                 0
             );
         }
+        Operand::Port => assert_eq!(iced.op_register(number), Register::DX),
         Operand::Memory(memory) => {
             assert_eq!(size_of(iced.memory_size().size()), Some(size));
             same_memory(ours, &memory, iced, number);
@@ -275,11 +290,7 @@ fn check(bytes: &[u8; 16], code: CodeSize, tally: &mut Tally) {
             assert_eq!(Some(ours.operation), operation_of(&iced));
             assert_eq!(usize::from(ours.length), iced.len());
             assert_eq!(ours.lock, iced.has_lock_prefix());
-            if matches!(ours.operation, Operation::String(_)) {
-                assert_eq!(ours.repeat == Repeat::Count, iced.has_rep_prefix());
-            } else {
-                assert_eq!(ours.repeat, Repeat::Once);
-            }
+            check_repeat(&ours, &iced);
             same_operand(&ours, &ours.destination, ours.size, &iced, 0);
             same_operand(&ours, &ours.source, ours.source_size, &iced, 1);
             check_truncation(&bytes[..usize::from(ours.length)], code);
@@ -294,6 +305,27 @@ fn check(bytes: &[u8; 16], code: CodeSize, tally: &mut Tally) {
         }
     }
     std::mem::forget(context);
+}
+
+/// Compares the repeat prefix of a string instruction; others have none that counts.
+fn check_repeat(ours: &Instruction, iced: &iced_x86::Instruction) {
+    let compares = match ours.operation {
+        Operation::String(operation) => {
+            matches!(operation, StringOperation::Cmps | StringOperation::Scas)
+        }
+        _ => {
+            assert_eq!(ours.repeat, Repeat::Once);
+            return;
+        }
+    };
+    let expected = match (iced.has_rep_prefix(), iced.has_repne_prefix()) {
+        (false, false) => Repeat::Once,
+        (true, false) if compares => Repeat::WhileEqual,
+        (true, false) => Repeat::Count,
+        (false, true) => Repeat::WhileUnequal,
+        (true, true) => panic!("iced takes the last prefix only"),
+    };
+    assert_eq!(ours.repeat, expected);
 }
 
 /// Every part of a valid instruction asks for more, and never for more than there is.
