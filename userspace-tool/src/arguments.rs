@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The command line of `rvisor`.
+
+use std::path::PathBuf;
+
+use clap::error::ErrorKind;
+use clap::{Args, Parser, Subcommand};
+
+use crate::error::STATUS_INPUT;
+use crate::size;
+
+/// The device that rvisor's module offers.
+pub const DEFAULT_DEVICE: &str = "/dev/rvisor";
+
+/// What stands before the user's words in the guest's command line.
+pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
+
+const ABOUT: &str = "Runs virtual machines on rvisor, a hypervisor in the Linux kernel.";
+
+const LONG_ABOUT: &str = "\
+Runs virtual machines on rvisor, a hypervisor in the Linux kernel.
+
+'rvisor run' starts a Linux kernel as a guest and joins this terminal to the guest's serial console. \
+'rvisor check' tells whether this host can run guests, and what to do where it can't.";
+
+const RUN_LONG_ABOUT: &str = "\
+Starts a Linux kernel as a guest and stays until the guest ends.
+
+The guest is a PC with the CPUs and the memory that were asked for, a serial port (ttyS0), a clock, \
+ACPI for switching off, and nothing else: no disk, no network, no screen. Its userspace comes from the \
+initial RAM disk. The serial port is joined to standard input and standard output; a terminal is put \
+into raw mode meanwhile, so that every key goes to the guest.";
+
+const RUN_AFTER_HELP: &str = "\
+Keys, on the guest's console:
+  Ctrl-A x       end the guest at once, as if its plug were pulled
+  Ctrl-A h       show these keys
+  Ctrl-A Ctrl-A  send one Ctrl-A to the guest
+  Any other key after Ctrl-A is dropped. The keys work on a pipe too.
+
+The guest's command line:
+  Begins with \"console=ttyS0 reboot=k panic=-1\": the console on the serial port, a reboot by the
+  keyboard controller, and a reboot at once after a panic. What --cmdline gives follows. Linux takes
+  the later one of two options that contradict each other.
+
+Exit status:
+  0    the guest powered off
+  1    this host or the hypervisor failed
+  2    wrong input: the message names it and the next step
+  3    the guest asked for a reboot, or panicked (it reboots then): the run ends instead
+  4    the guest crashed: a triple fault
+  5    the hypervisor can't go on with the guest; its reason and the registers are shown
+  6    the user ended it with Ctrl-A x
+  129  SIGHUP, 130 SIGINT, 131 SIGQUIT, 143 SIGTERM ended it
+
+Examples:
+  rvisor run --kernel bzImage --initrd initramfs.cpio.gz
+  rvisor run --kernel vmlinux --memory 1G --cpus 2 --cmdline 'quiet init=/bin/sh'
+  rvisor run --kernel bzImage --device /dev/kvm";
+
+const CHECK_LONG_ABOUT: &str = "\
+Tells, line by line, what this host has of what guests need: the CPU, its firmware's settings, the \
+kernel, the module, the device and the rights to it, and whether KVM is there beside it.
+
+Each line begins with 'ok', 'FAIL' or 'note'. A line that fails is followed by the next step. The exit \
+status is 0 where guests can run and 1 where they can't.";
+
+#[derive(Debug, Parser)]
+#[command(name = "rvisor", version, about = ABOUT, long_about = LONG_ABOUT)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What the user wants done.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a Linux kernel as a guest
+    #[command(long_about = RUN_LONG_ABOUT, after_long_help = RUN_AFTER_HELP)]
+    Run(RunOptions),
+    /// Tell whether this host can run guests
+    #[command(long_about = CHECK_LONG_ABOUT)]
+    Check(CheckOptions),
+}
+
+/// The options of `rvisor run`.
+#[derive(Args, Debug)]
+pub struct RunOptions {
+    /// The guest's kernel: a bzImage or an ELF vmlinux, for x86-64
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+
+    /// The guest's initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+
+    /// Words for the guest's command line, behind the default ones
+    #[arg(
+        long,
+        value_name = "WORDS",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub cmdline: String,
+
+    /// The guest's memory; K, M, G and T are powers of 1024
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size::parse)]
+    pub memory: u64,
+
+    /// The number of the guest's CPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+
+    /// The hypervisor's device; /dev/kvm runs the guest on KVM
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_DEVICE)]
+    pub device: PathBuf,
+}
+
+impl RunOptions {
+    /// The guest's whole command line.
+    #[must_use]
+    pub fn guest_command_line(&self) -> String {
+        format!("{DEFAULT_COMMAND_LINE} {}", self.cmdline)
+            .trim_end()
+            .to_owned()
+    }
+}
+
+/// The options of `rvisor check`.
+#[derive(Args, Debug)]
+pub struct CheckOptions {
+    /// The hypervisor's device
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_DEVICE)]
+    pub device: PathBuf,
+}
+
+/// Reads the command line of this process.
+///
+/// # Errors
+///
+/// The exit status, after the help text, the version or one line about what is wrong were printed.
+pub fn parse() -> Result<Command, u8> {
+    match Arguments::try_parse() {
+        Ok(arguments) => Ok(arguments.command),
+        Err(error) => match error.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+                // Nobody is left to tell where even this can't be written.
+                let _ = error.print();
+                Err(0)
+            }
+            _ => {
+                eprintln!("rvisor: {}", one_line(&error.to_string()));
+                Err(STATUS_INPUT)
+            }
+        },
+    }
+}
+
+/// Makes one line of clap's message: its first paragraph, and where to read on.
+fn one_line(message: &str) -> String {
+    let message = message.strip_prefix("error: ").unwrap_or(message);
+    let paragraph: Vec<&str> = message
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.is_empty())
+        .collect();
+    format!(
+        "{}; 'rvisor --help' and 'rvisor run --help' list what there is",
+        paragraph.join(" ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(words: &[&str]) -> RunOptions {
+        let words = ["rvisor", "run"].iter().chain(words);
+        match Arguments::try_parse_from(words)
+            .expect("these are right")
+            .command
+        {
+            Command::Run(options) => options,
+            Command::Check(_) => unreachable!("the word was run"),
+        }
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_help_text() {
+        let options = run(&["--kernel", "k"]);
+        assert_eq!((options.memory, options.cpus), (256 * size::MIB, 1));
+        assert_eq!(options.device, PathBuf::from("/dev/rvisor"));
+        assert!(RUN_AFTER_HELP.contains(DEFAULT_COMMAND_LINE));
+    }
+
+    #[test]
+    fn the_users_words_follow_the_default_ones() {
+        assert_eq!(
+            run(&["--kernel", "k"]).guest_command_line(),
+            DEFAULT_COMMAND_LINE
+        );
+        let line = run(&["--kernel", "k", "--cmdline", "a=b c"]).guest_command_line();
+        assert_eq!(line, format!("{DEFAULT_COMMAND_LINE} a=b c"));
+    }
+
+    #[test]
+    fn messages_become_one_line() {
+        let message = "error: the following were not provided:\n  --kernel <FILE>\n\nUsage: x\n";
+        let line = one_line(message);
+        assert!(
+            line.starts_with("the following were not provided: --kernel <FILE>;"),
+            "{line}"
+        );
+        assert!(!line.contains('\n'));
+    }
+
+    #[test]
+    fn the_command_is_consistent() {
+        use clap::CommandFactory;
+        Arguments::command().debug_assert();
+    }
+}

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The state in which the first CPU enters the kernel: long mode, memory mapped one to one, flat segments
+//! (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol"). The other CPUs wait for it as the in-kernel
+//! local APIC has them.
+
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use kvm_ioctls::VcpuFd;
+
+use crate::error::{failed, Result};
+use crate::layout;
+use crate::memory::Memory;
+
+/// CR0 (SDM volume 3, 2.5): PE, ET, NE, PG.
+const CR0: u64 = 1 | (1 << 4) | (1 << 5) | (1 << 31);
+/// CR4.PAE.
+const CR4_PAE: u64 = 1 << 5;
+/// IA32_EFER: LME and LMA.
+const EFER_LONG_MODE: u64 = (1 << 8) | (1 << 10);
+/// RFLAGS: the bit that is always 1; interrupts are off.
+const RFLAGS: u64 = 1 << 1;
+
+/// Page-table entries (SDM volume 3, 4.5): present, writable; a directory entry that maps 2 MiB.
+const ENTRY_TABLE: u64 = 0b11;
+const ENTRY_LARGE: u64 = 0b11 | (1 << 7);
+const LARGE_PAGE: u64 = 2 << 20;
+/// Page directories: four of them map the first 4 GiB.
+const DIRECTORIES: u64 = 4;
+const ENTRIES: u64 = layout::PAGE_SIZE / 8;
+
+/// Descriptors of the GDT: none, none, `__BOOT_CS` (0x10), `__BOOT_DS` (0x18).
+const DESCRIPTORS: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+const BOOT_CS: u16 = 0x10;
+const BOOT_DS: u16 = 0x18;
+
+/// The page tables as they lie from [`layout::PAGE_TABLES`] on: PML4, PDPT, page directories.
+fn page_tables() -> Vec<u64> {
+    let table = |index: u64| layout::PAGE_TABLES + index * layout::PAGE_SIZE;
+    let mut entries = vec![0; ((2 + DIRECTORIES) * ENTRIES) as usize];
+    let (upper, directories) = entries.split_at_mut(2 * ENTRIES as usize);
+    upper[0] = table(1) | ENTRY_TABLE;
+    for (index, entry) in (0..DIRECTORIES).zip(&mut upper[ENTRIES as usize..]) {
+        *entry = table(2 + index) | ENTRY_TABLE;
+    }
+    for (index, entry) in (0..).zip(directories) {
+        *entry = (index * LARGE_PAGE) | ENTRY_LARGE;
+    }
+    entries
+}
+
+/// Writes the GDT and the page tables.
+///
+/// # Errors
+///
+/// [`crate::error::Error::Call`] where the guest's memory is not there.
+pub fn write_tables(memory: &Memory) -> Result<()> {
+    let bytes = |words: &[u64]| {
+        words
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect::<Vec<u8>>()
+    };
+    super::write(memory, layout::GDT, &bytes(&DESCRIPTORS))?;
+    super::write(memory, layout::PAGE_TABLES, &bytes(&page_tables()))
+}
+
+/// A flat segment with the descriptor at `selector`.
+fn segment(selector: u16) -> kvm_segment {
+    let code = selector == BOOT_CS;
+    kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        // Read, accessed; execute or write.
+        type_: if code { 0xb } else { 0x3 },
+        present: 1,
+        dpl: 0,
+        db: u8::from(!code),
+        s: 1,
+        l: u8::from(code),
+        g: 1,
+        ..Default::default()
+    }
+}
+
+fn long_mode(sregs: &mut kvm_sregs) {
+    sregs.cs = segment(BOOT_CS);
+    let data = segment(BOOT_DS);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.gdt.base = layout::GDT;
+    sregs.gdt.limit = size_of_val(&DESCRIPTORS) as u16 - 1;
+    sregs.cr0 = CR0;
+    sregs.cr3 = layout::PAGE_TABLES;
+    sregs.cr4 = CR4_PAE;
+    sregs.efer = EFER_LONG_MODE;
+}
+
+/// Sets the first CPU's registers so that it enters the kernel at `entry`.
+///
+/// # Errors
+///
+/// [`crate::error::Error::Call`] where the hypervisor refuses them.
+pub fn set_registers(vcpu: &VcpuFd, entry: u64) -> Result<()> {
+    // What is not about long mode stays as reset left it.
+    let mut sregs = vcpu
+        .get_sregs()
+        .map_err(failed("reading a CPU's system registers"))?;
+    long_mode(&mut sregs);
+    vcpu.set_sregs(&sregs)
+        .map_err(failed("setting a CPU's system registers"))?;
+    let regs = kvm_regs {
+        rip: entry,
+        rsi: layout::ZERO_PAGE,
+        rflags: RFLAGS,
+        ..Default::default()
+    };
+    vcpu.set_regs(&regs)
+        .map_err(failed("setting a CPU's registers"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Walks the tables as the SDM has it (volume 3, 4.5.4), to the physical address.
+    fn translate(tables: &[u64], address: u64) -> Option<u64> {
+        let entry = |table: u64, index: u64| {
+            let place = (table - layout::PAGE_TABLES) / 8 + index;
+            tables
+                .get(place as usize)
+                .copied()
+                .filter(|entry| entry & 1 != 0)
+        };
+        let next = |entry: u64| entry & 0x000f_ffff_ffff_f000;
+        let pdpt = next(entry(layout::PAGE_TABLES, (address >> 39) & 511)?);
+        let directory = next(entry(pdpt, (address >> 30) & 511)?);
+        let large = entry(directory, (address >> 21) & 511)?;
+        (large & 0x80 != 0).then_some(next(large) & !0x1f_ffff | address & 0x1f_ffff)
+    }
+
+    #[test]
+    fn the_first_4_gib_are_mapped_one_to_one() {
+        let tables = page_tables();
+        for address in [
+            0,
+            0x7000,
+            0x10_0200,
+            0x1f_ffff,
+            0x20_0000,
+            0x4000_0000,
+            0xffff_ffff,
+        ] {
+            assert_eq!(translate(&tables, address), Some(address), "{address:#x}");
+        }
+        for address in [1 << 32, 1 << 39, 0x7fff_ffff_f000] {
+            assert_eq!(translate(&tables, address), None, "{address:#x}");
+        }
+    }
+
+    #[test]
+    fn segments_agree_with_their_descriptors() {
+        for selector in [BOOT_CS, BOOT_DS] {
+            let descriptor = DESCRIPTORS[usize::from(selector / 8)];
+            let segment = segment(selector);
+            // SDM volume 3, figure 3-8.
+            assert_eq!(((descriptor >> 40) & 0xf) as u8, segment.type_);
+            assert_eq!(((descriptor >> 44) & 1) as u8, segment.s);
+            assert_eq!(((descriptor >> 45) & 3) as u8, segment.dpl);
+            assert_eq!(((descriptor >> 47) & 1) as u8, segment.present);
+            assert_eq!(((descriptor >> 53) & 1) as u8, segment.l);
+            assert_eq!(((descriptor >> 54) & 1) as u8, segment.db);
+            assert_eq!(((descriptor >> 55) & 1) as u8, segment.g);
+        }
+    }
+}

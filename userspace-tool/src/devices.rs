@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The devices that are not the hypervisor's, on the I/O ports where a PC has them.
+
+pub mod cmos;
+pub mod power;
+pub mod serial;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use vm_superio::{I8042Device, Trigger};
+
+use crate::error::{Error, Result};
+use crate::machine::Control;
+use crate::outcome::Outcome;
+use cmos::Cmos;
+use power::Power;
+use serial::Serial;
+
+/// The keyboard controller's ports: data 0x60, command 0x64. The hypervisor's PIT has 0x61 between them.
+const I8042: u16 = 0x60;
+const I8042_COMMAND: u16 = 0x64;
+/// What nobody answers reads as all ones, as on a bus.
+const NOBODY: u8 = 0xff;
+
+/// Locks, whatever became of the thread that had the lock last: every device's state is plain registers,
+/// of which any value is one the guest could have written.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Ends the guest when the keyboard controller pulls the CPU's reset line.
+struct ResetLine(Control);
+
+impl Trigger for ResetLine {
+    type E = std::convert::Infallible;
+
+    fn trigger(&self) -> std::result::Result<(), Self::E> {
+        self.0.end(Outcome::Rebooted);
+        Ok(())
+    }
+}
+
+/// The I/O ports.
+pub struct Ports {
+    control: Control,
+    /// The serial port, which the console feeds too.
+    pub serial: Mutex<Serial>,
+    cmos: Mutex<Cmos>,
+    power: Mutex<Power>,
+    i8042: Mutex<I8042Device<ResetLine>>,
+}
+
+impl Ports {
+    /// The ports of a machine that `control` ends, with that serial port.
+    #[must_use]
+    pub fn new(control: Control, serial: Serial) -> Self {
+        Self {
+            serial: Mutex::new(serial),
+            cmos: Mutex::new(Cmos::default()),
+            power: Mutex::new(Power::default()),
+            i8042: Mutex::new(I8042Device::new(ResetLine(control.clone()))),
+            control,
+        }
+    }
+
+    /// The guest writes `data` to `port`.
+    ///
+    /// The exit tells the number of bytes, not whether they are one access or the items of a string
+    /// instruction. Devices of 8 bits take them one after another at the same port, which is right for a
+    /// string; nobody writes wider than 8 bits to such a device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Call`] where the serial port can't raise its interrupt.
+    pub fn write(&self, port: u16, data: &[u8]) -> Result<()> {
+        if let Some(offset) = offset(port, serial::BASE, serial::PORTS) {
+            let mut serial = lock(&self.serial);
+            for byte in data {
+                serial.write(offset, *byte).map_err(serial_failed)?;
+            }
+            return Ok(());
+        }
+        let event = match port {
+            cmos::INDEX | cmos::DATA => {
+                data.iter()
+                    .for_each(|byte| lock(&self.cmos).write(port, *byte));
+                None
+            }
+            I8042 | I8042_COMMAND => {
+                for byte in data {
+                    let Ok(()) = lock(&self.i8042).write((port - I8042) as u8, *byte);
+                }
+                None
+            }
+            _ => lock(&self.power).write(port, data),
+        };
+        if let Some(outcome) = event {
+            self.control.end(outcome);
+        }
+        Ok(())
+    }
+
+    /// The guest reads from `port` as many bytes as `data` has.
+    pub fn read(&self, port: u16, data: &mut [u8]) {
+        if let Some(offset) = offset(port, serial::BASE, serial::PORTS) {
+            let mut serial = lock(&self.serial);
+            data.iter_mut().for_each(|byte| *byte = serial.read(offset));
+            return;
+        }
+        match port {
+            cmos::INDEX | cmos::DATA => {
+                data.iter_mut()
+                    .for_each(|byte| *byte = lock(&self.cmos).read(port));
+            }
+            I8042 | I8042_COMMAND => {
+                data.iter_mut()
+                    .for_each(|byte| *byte = lock(&self.i8042).read((port - I8042) as u8));
+            }
+            _ => {
+                data.fill(NOBODY);
+                lock(&self.power).read(port, data);
+            }
+        }
+    }
+}
+
+/// Where `port` lies in the `count` ports from `base` on.
+fn offset(port: u16, base: u16, count: u16) -> Option<u8> {
+    port.checked_sub(base)
+        .filter(|offset| *offset < count)
+        .map(|offset| offset as u8)
+}
+
+/// A serial port's failure as ours.
+pub(crate) fn serial_failed(error: vm_superio::serial::Error<std::io::Error>) -> Error {
+    use vm_superio::serial::Error as SerialError;
+    match error {
+        SerialError::Trigger(error) => Error::call("raising the serial port's interrupt", error),
+        SerialError::IOError(error) => Error::call("writing the console", error),
+        error @ SerialError::FullFifo => {
+            Error::call("feeding the console", std::io::Error::other(error))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offsets_end_at_the_last_port() {
+        assert_eq!(offset(0x3f7, 0x3f8, 8), None);
+        assert_eq!(offset(0x3f8, 0x3f8, 8), Some(0));
+        assert_eq!(offset(0x3ff, 0x3f8, 8), Some(7));
+        assert_eq!(offset(0x400, 0x3f8, 8), None);
+    }
+}

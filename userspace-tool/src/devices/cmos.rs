@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The battery-backed clock and memory of a PC, an MC146818. Guests read the time of day here; it is the
+//! host's, in UTC. Alarms and periodic interrupts never come. vm-superio has only Arm's PL031 clock.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::acpi::CMOS_CENTURY;
+
+/// Selects a byte.
+pub const INDEX: u16 = 0x70;
+/// Reads or writes the selected byte.
+pub const DATA: u16 = 0x71;
+
+const STATUS_A: u8 = 0x0a;
+const STATUS_B: u8 = 0x0b;
+const STATUS_C: u8 = 0x0c;
+const STATUS_D: u8 = 0x0d;
+/// The oscillator runs, at the usual rate; no update is in progress.
+const RUNNING: u8 = 0x26;
+/// 24 hours a day; numbers are BCD.
+const HOURS_24: u8 = 0x02;
+/// The battery is good.
+const VALID: u8 = 0x80;
+const BYTES: usize = 128;
+
+/// The device.
+#[derive(Debug)]
+pub struct Cmos {
+    index: u8,
+    bytes: [u8; BYTES],
+}
+
+impl Default for Cmos {
+    fn default() -> Self {
+        Self {
+            index: 0,
+            bytes: [0; BYTES],
+        }
+    }
+}
+
+impl Cmos {
+    /// The guest writes a byte. The clock can't be set: what is written to it is forgotten.
+    pub fn write(&mut self, port: u16, byte: u8) {
+        match port {
+            // The upper bit masks NMIs, of which this machine has none.
+            INDEX => self.index = byte & 0x7f,
+            _ => self.bytes[usize::from(self.index)] = byte,
+        }
+    }
+
+    /// The guest reads a byte.
+    #[must_use]
+    pub fn read(&self, port: u16) -> u8 {
+        match port {
+            INDEX => self.index,
+            _ => {
+                let now = SystemTime::now()
+                    .duration_since(UNIX_EPOCH)
+                    .unwrap_or_default();
+                self.byte(now.as_secs())
+            }
+        }
+    }
+
+    /// The selected byte, `now` seconds after the beginning of 1970.
+    fn byte(&self, now: u64) -> u8 {
+        let (days, seconds) = (now / 86_400, now % 86_400);
+        match self.index {
+            0x00 => bcd(seconds % 60),
+            0x02 => bcd(seconds / 60 % 60),
+            0x04 => bcd(seconds / 3600),
+            // Sunday is 1; the first day of 1970 was a Thursday.
+            0x06 => bcd((days + 4) % 7 + 1),
+            0x07 => bcd(date(days).2),
+            0x08 => bcd(date(days).1),
+            0x09 => bcd(date(days).0 % 100),
+            CMOS_CENTURY => bcd(date(days).0 / 100),
+            STATUS_A => RUNNING,
+            STATUS_B => HOURS_24,
+            STATUS_C => 0,
+            STATUS_D => VALID,
+            index => self.bytes[usize::from(index)],
+        }
+    }
+}
+
+/// Two decimal digits, four bits each.
+fn bcd(value: u64) -> u8 {
+    (((value / 10 % 10) << 4) | (value % 10)) as u8
+}
+
+/// Year, month and day of the month (both from 1) of the day so many days after the first of 1970.
+fn date(mut days: u64) -> (u64, u64, u64) {
+    // 400 years of the Gregorian calendar always have the same number of days.
+    const CYCLE: u64 = 146_097;
+    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let mut year = 1970 + days / CYCLE * 400;
+    days %= CYCLE;
+    while days >= 365 + u64::from(leap(year)) {
+        days -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let february = 28 + u64::from(leap(year));
+    let mut month = 1;
+    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30] {
+        if days < length {
+            break;
+        }
+        days -= length;
+        month += 1;
+    }
+    (year, month, days + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_the_calendars() {
+        // From date(1): date -u -d @$((days * 86400)) +%F.
+        for (days, expected) in [
+            (0, (1970, 1, 1)),
+            (58, (1970, 2, 28)),
+            (59, (1970, 3, 1)),
+            (364, (1970, 12, 31)),
+            (789, (1972, 2, 29)),
+            (11_016, (2000, 2, 29)),
+            (19_782, (2024, 2, 29)),
+            (20_514, (2026, 3, 2)),
+            (47_540, (2100, 2, 28)),
+            (47_541, (2100, 3, 1)),
+            (146_097, (2370, 1, 1)),
+        ] {
+            assert_eq!(date(days), expected, "{days}");
+        }
+    }
+
+    #[test]
+    fn the_clock_reads_in_bcd() {
+        let mut cmos = Cmos::default();
+        // 2024-02-29 23:59:58 UTC, a Thursday.
+        let now = 1_709_251_198;
+        for (index, expected) in [
+            (0x00, 0x58),
+            (0x02, 0x59),
+            (0x04, 0x23),
+            (0x06, 0x05),
+            (0x07, 0x29),
+            (0x08, 0x02),
+            (0x09, 0x24),
+            (0x32, 0x20),
+        ] {
+            cmos.write(INDEX, index);
+            assert_eq!(cmos.byte(now), expected, "{index:#x}");
+        }
+    }
+
+    #[test]
+    fn no_update_is_ever_in_progress_and_the_battery_is_good() {
+        let mut cmos = Cmos::default();
+        cmos.write(INDEX, 0x80 | STATUS_A);
+        assert_eq!(cmos.read(DATA) & 0x80, 0);
+        cmos.write(INDEX, STATUS_D);
+        assert_ne!(cmos.read(DATA) & 0x80, 0);
+    }
+
+    #[test]
+    fn other_bytes_are_memory() {
+        let mut cmos = Cmos::default();
+        cmos.write(INDEX, 0x7f);
+        cmos.write(DATA, 0x5a);
+        cmos.write(INDEX, 0x40);
+        assert_eq!(cmos.read(DATA), 0);
+        cmos.write(INDEX, 0x7f);
+        assert_eq!(cmos.read(DATA), 0x5a);
+    }
+}

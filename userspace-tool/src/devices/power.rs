@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! ACPI's fixed registers (ACPI 6.5, 4.8.3) and the reset register (4.8.3.6): switching off and resetting.
+
+use crate::outcome::Outcome;
+
+/// PM1a event block: status, then enable, 2 bytes each. No event ever comes.
+pub const PM1A_EVENT: u16 = 0x600;
+/// Its size.
+pub const PM1A_EVENT_SIZE: u16 = 4;
+/// PM1a control block.
+pub const PM1A_CONTROL: u16 = 0x604;
+/// Its size.
+pub const PM1A_CONTROL_SIZE: u16 = 2;
+/// The sleep type that means "off", as the DSDT's `_S5` says.
+pub const SLEEP_TYPE_OFF: u8 = 5;
+/// The reset control register of a PC's chipset.
+pub const RESET: u16 = 0xcf9;
+/// What resets the machine when written there: a full reset of the CPU.
+pub const RESET_VALUE: u8 = 0x06;
+
+const PM1A_ENABLE: u16 = PM1A_EVENT + 2;
+/// PM1 control: ACPI is on (SCI_EN); sleep type; enter the sleep state.
+const SCI_ENABLE: u16 = 1;
+const SLEEP_TYPE: u16 = 7 << 10;
+const SLEEP_ENABLE: u16 = 1 << 13;
+/// Reset control: pull the reset line.
+const RESET_CPU: u8 = 1 << 2;
+
+/// The registers.
+#[derive(Debug, Default)]
+pub struct Power {
+    enable: u16,
+    control: u16,
+    reset: u8,
+}
+
+impl Power {
+    /// A write; says where it ends the guest. Ports that are not here take it and forget it.
+    pub fn write(&mut self, port: u16, data: &[u8]) -> Option<Outcome> {
+        // A wider access reaches the registers behind the first one byte for byte.
+        let mut event = None;
+        for (port, byte) in (port..).zip(data) {
+            event = event.or(self.write_byte(port, *byte));
+        }
+        event
+    }
+
+    fn write_byte(&mut self, port: u16, byte: u8) -> Option<Outcome> {
+        const CONTROL_HIGH: u16 = PM1A_CONTROL + 1;
+        const ENABLE_HIGH: u16 = PM1A_ENABLE + 1;
+        match port {
+            PM1A_ENABLE => self.enable = self.enable & 0xff00 | u16::from(byte),
+            ENABLE_HIGH => self.enable = self.enable & 0x00ff | (u16::from(byte) << 8),
+            PM1A_CONTROL => self.control = self.control & 0xff00 | u16::from(byte),
+            CONTROL_HIGH => {
+                let written = u16::from(byte) << 8;
+                // The bit that enters a sleep state always reads as 0.
+                self.control = self.control & 0x00ff | written & !SLEEP_ENABLE;
+                let off = u16::from(SLEEP_TYPE_OFF) << SLEEP_TYPE.trailing_zeros();
+                if written & SLEEP_ENABLE != 0 && written & SLEEP_TYPE == off {
+                    return Some(Outcome::PoweredOff);
+                }
+            }
+            RESET => {
+                self.reset = byte & !RESET_CPU;
+                return (byte & RESET_CPU != 0).then_some(Outcome::Rebooted);
+            }
+            _ => {}
+        }
+        None
+    }
+
+    /// A read; leaves the bytes of ports that are not here as they are.
+    pub fn read(&self, port: u16, data: &mut [u8]) {
+        for (port, byte) in (port..).zip(data) {
+            let (register, base) = match port {
+                PM1A_EVENT..PM1A_ENABLE => (0, PM1A_EVENT),
+                PM1A_ENABLE..PM1A_CONTROL => (self.enable, PM1A_ENABLE),
+                PM1A_CONTROL..=0x605 => (self.control | SCI_ENABLE, PM1A_CONTROL),
+                RESET => (u16::from(self.reset), RESET),
+                _ => continue,
+            };
+            *byte = (register >> (8 * (port - base))) as u8;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_s5_with_sleep_enable_switches_off() {
+        for kind in 0..8u16 {
+            for enable in [0, SLEEP_ENABLE] {
+                let value = ((kind << 10) | enable | SCI_ENABLE).to_le_bytes();
+                let off = matches!(
+                    Power::default().write(PM1A_CONTROL, &value),
+                    Some(Outcome::PoweredOff)
+                );
+                assert_eq!(off, kind == 5 && enable != 0);
+            }
+        }
+    }
+
+    #[test]
+    fn control_reads_back_with_acpi_on() {
+        let mut power = Power::default();
+        assert!(power
+            .write(PM1A_CONTROL, &0x0400_u16.to_le_bytes())
+            .is_none());
+        let mut data = [0xff; 2];
+        power.read(PM1A_CONTROL, &mut data);
+        assert_eq!(u16::from_le_bytes(data), 0x0401);
+    }
+
+    #[test]
+    fn no_event_is_pending() {
+        let mut power = Power::default();
+        assert!(power
+            .write(PM1A_EVENT, &0x0120_ffff_u32.to_le_bytes())
+            .is_none());
+        let mut data = [0xff; 4];
+        power.read(PM1A_EVENT, &mut data);
+        assert_eq!(u32::from_le_bytes(data), 0x0120_0000);
+    }
+
+    #[test]
+    fn reset_takes_the_bit_for_it() {
+        let mut power = Power::default();
+        assert!(power.write(RESET, &[0x02]).is_none());
+        assert!(matches!(
+            power.write(RESET, &[RESET_VALUE]),
+            Some(Outcome::Rebooted)
+        ));
+    }
+
+    #[test]
+    fn a_pci_probe_resets_nothing() {
+        // Linux looks for PCI by writing to 0xcfb and 0xcf8, the latter four bytes wide.
+        let mut power = Power::default();
+        assert!(power.write(0xcfb, &[1]).is_none());
+        assert!(power.write(0xcf8, &0x8000_0000_u32.to_le_bytes()).is_none());
+    }
+
+    #[test]
+    fn other_ports_are_left_alone() {
+        let mut data = [0xff; 4];
+        Power::default().read(0x606, &mut data);
+        assert_eq!(data, [0xff; 4]);
+    }
+}

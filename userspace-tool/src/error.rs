@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What can keep a guest from running, in the words that the user reads.
+
+use std::fmt::Display;
+
+/// Exit status for a failure of this host or of the hypervisor, where the input was right.
+pub const STATUS_HOST: u8 = 1;
+/// Exit status for wrong input.
+pub const STATUS_INPUT: u8 = 2;
+
+/// Why no guest ran, or why it could not go on for a reason outside the guest.
+///
+/// Its text is one line: what is the matter, and the next step where there is one.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The user's input is wrong, or the host is not prepared for it.
+    #[error("{cause}; {next}")]
+    Input {
+        /// What is wrong, with the name or number that is.
+        cause: String,
+        /// What to do about it.
+        next: String,
+    },
+    /// A call into the hypervisor or the host's kernel failed.
+    #[error("{what}: {source}; 'rvisor check' tells what this host lacks")]
+    Call {
+        /// What was to be done.
+        what: String,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+}
+
+/// The result of everything here.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// Wrong input: `cause` names it, `next` tells what to do.
+    pub fn input(cause: impl Into<String>, next: impl Into<String>) -> Self {
+        Self::Input {
+            cause: cause.into(),
+            next: next.into(),
+        }
+    }
+
+    /// A failed call: `what` was to be done, `source` is what came back.
+    pub fn call(what: impl Display, source: impl Into<std::io::Error>) -> Self {
+        Self::Call {
+            what: what.to_string(),
+            source: source.into(),
+        }
+    }
+
+    /// The exit status: [`STATUS_INPUT`] or [`STATUS_HOST`].
+    #[must_use]
+    pub fn status(&self) -> u8 {
+        match self {
+            Self::Input { .. } => STATUS_INPUT,
+            Self::Call { .. } => STATUS_HOST,
+        }
+    }
+}
+
+/// Names a failed call of `kvm-ioctls` or `vmm-sys-util`: `.map_err(failed("what was to be done"))`.
+pub fn failed<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Error {
+    move |source| Error::call(what, source)
+}

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Where everything lies in the guest's physical address space: a PC's, with a hole for devices below
+//! 4 GiB. All addresses are guest-physical, all sizes in bytes.
+
+use crate::size::GIB;
+
+/// Granularity of guest memory.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// The GDT that the 64-bit boot protocol wants (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol").
+pub const GDT: u64 = 0x500;
+/// `struct boot_params`, the "zero page"; one page.
+pub const ZERO_PAGE: u64 = 0x7000;
+/// Page tables for the entry in long mode: PML4, PDPT and four page directories, a page each.
+pub const PAGE_TABLES: u64 = 0x9000;
+/// The command line, with its closing NUL.
+pub const COMMAND_LINE: u64 = 0x2_0000;
+/// Room for the command line.
+pub const COMMAND_LINE_SIZE: u64 = 0x1_0000;
+/// End of conventional memory: above lies the extended BIOS data area, which a PC reports as reserved.
+pub const CONVENTIONAL_END: u64 = 0x9_fc00;
+/// The ACPI tables, in the range where an operating system looks for the RSDP (ACPI 6.5, 5.2.5.1).
+pub const ACPI_TABLES: u64 = 0xe_0000;
+/// End of the BIOS range and begin of extended memory.
+pub const HIGH_MEMORY: u64 = 0x10_0000;
+
+/// Memory ends here and goes on at [`ABOVE_4G`]: between them are the devices' addresses.
+pub const HOLE: u64 = 3 * GIB;
+/// Where memory that does not fit below the hole lies.
+pub const ABOVE_4G: u64 = 4 * GIB;
+
+/// Base address of the IOAPIC (the in-kernel irqchip's).
+pub const IOAPIC: u32 = 0xfec0_0000;
+/// Base address of each CPU's local APIC.
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
+/// One page that Intel CPUs without unrestricted guest need for KVM's identity map.
+pub const IDENTITY_MAP: u64 = 0xfffb_c000;
+/// Three pages that Intel CPUs without unrestricted guest need for KVM's task state segment.
+pub const TSS: usize = 0xfffb_d000;
+
+/// A range of guest-physical addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// First address.
+    pub start: u64,
+    /// Number of bytes.
+    pub size: u64,
+}
+
+impl Range {
+    const fn between(start: u64, end: u64) -> Self {
+        Self {
+            start,
+            size: end.saturating_sub(start),
+        }
+    }
+
+    /// The first address behind the range.
+    #[must_use]
+    pub const fn end(&self) -> u64 {
+        self.start.saturating_add(self.size)
+    }
+}
+
+/// The ranges that `memory` bytes of RAM fill: one, or two around the hole.
+#[must_use]
+pub fn ram(memory: u64) -> Vec<Range> {
+    let low = memory.min(HOLE);
+    let mut ranges = vec![Range {
+        start: 0,
+        size: low,
+    }];
+    if memory > low {
+        ranges.push(Range {
+            start: ABOVE_4G,
+            size: memory - low,
+        });
+    }
+    ranges
+}
+
+/// What a range of the memory map is for; the values are those of the e820 call (ACPI 6.5, table 15.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Kind {
+    /// Free for the guest.
+    Ram = 1,
+    /// Not to be touched.
+    Reserved = 2,
+    /// ACPI tables; free once the guest has read them.
+    Acpi = 3,
+}
+
+/// The memory map of a guest with `memory` bytes, in ascending order without overlaps.
+#[must_use]
+pub fn e820(memory: u64) -> Vec<(Range, Kind)> {
+    let mut map = vec![
+        (Range::between(0, CONVENTIONAL_END), Kind::Ram),
+        (Range::between(CONVENTIONAL_END, 0xa_0000), Kind::Reserved),
+        (Range::between(ACPI_TABLES, HIGH_MEMORY), Kind::Acpi),
+    ];
+    for range in ram(memory) {
+        let range = Range::between(range.start.max(HIGH_MEMORY), range.end());
+        if range.size > 0 {
+            map.push((range, Kind::Ram));
+        }
+    }
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::size::MIB;
+
+    const SIZES: [u64; 7] = [
+        MIB + PAGE_SIZE,
+        256 * MIB,
+        HOLE - PAGE_SIZE,
+        HOLE,
+        HOLE + PAGE_SIZE,
+        4 * GIB,
+        100 * GIB,
+    ];
+
+    #[test]
+    fn no_byte_of_memory_is_lost_or_doubled() {
+        for size in SIZES {
+            let ranges = ram(size);
+            assert_eq!(ranges.iter().map(|range| range.size).sum::<u64>(), size);
+            assert!(ranges.windows(2).all(|pair| pair[0].end() <= pair[1].start));
+        }
+    }
+
+    #[test]
+    fn the_hole_holds_no_memory() {
+        for size in SIZES {
+            for range in ram(size) {
+                assert!(range.end() <= HOLE || range.start >= ABOVE_4G);
+            }
+        }
+        assert_eq!(ram(HOLE).len(), 1);
+        assert_eq!(
+            ram(HOLE + PAGE_SIZE)[1],
+            Range {
+                start: ABOVE_4G,
+                size: PAGE_SIZE
+            }
+        );
+    }
+
+    #[test]
+    fn the_memory_map_is_sorted_and_inside_memory() {
+        for size in SIZES {
+            let map = e820(size);
+            assert!(map
+                .windows(2)
+                .all(|pair| pair[0].0.end() <= pair[1].0.start));
+            for (range, _) in &map {
+                assert!(range.size > 0);
+                assert!(ram(size)
+                    .iter()
+                    .any(|ram| ram.start <= range.start && range.end() <= ram.end()));
+            }
+        }
+    }
+
+    #[test]
+    fn boot_data_lies_in_usable_memory_apart_from_each_other() {
+        let parts = [
+            Range {
+                start: GDT,
+                size: 32,
+            },
+            Range {
+                start: ZERO_PAGE,
+                size: PAGE_SIZE,
+            },
+            Range {
+                start: PAGE_TABLES,
+                size: 6 * PAGE_SIZE,
+            },
+            Range {
+                start: COMMAND_LINE,
+                size: COMMAND_LINE_SIZE,
+            },
+        ];
+        assert!(parts.windows(2).all(|pair| pair[0].end() <= pair[1].start));
+        assert!(parts.iter().all(|part| part.end() <= CONVENTIONAL_END));
+    }
+}

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `rvisor`: launches and watches one guest on `/dev/rvisor`, or on any other device that speaks KVM's
+//! API (`Documentation/virt/kvm/api.rst`).
+//!
+//! The path of a guest through the modules: [`arguments`] and [`boot::Images`] take what the user gave
+//! and say in one line what is wrong with it, [`hypervisor`] opens the device, [`machine`] builds the
+//! PC ([`memory`], [`boot`], [`acpi`], [`cpuid`], [`devices`]) and runs one [`vcpu`] thread a virtual CPU
+//! and one [`console`] thread until the first of them ends the guest with an [`outcome`].
+
+pub mod acpi;
+pub mod arguments;
+pub mod boot;
+pub mod check;
+pub mod console;
+pub mod cpuid;
+pub mod devices;
+pub mod error;
+pub mod hypervisor;
+pub mod layout;
+pub mod machine;
+pub mod memory;
+pub mod outcome;
+pub mod registers;
+pub mod size;
+pub mod vcpu;

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The guest's memory: anonymous pages of this process, given to the hypervisor as slots.
+
+use std::fs;
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::error::{failed, Error, Result};
+use crate::layout;
+use crate::size;
+
+/// The guest's memory as this process sees it.
+pub type Memory = GuestMemoryMmap<()>;
+
+/// What the host has, in bytes, from /proc/meminfo.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct HostMemory {
+    total: u64,
+    available: u64,
+}
+
+impl HostMemory {
+    fn from_meminfo(text: &str) -> Option<Self> {
+        let field = |name: &str| -> Option<u64> {
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+            let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+            kib.checked_mul(size::KIB)
+        };
+        Some(Self {
+            total: field("MemTotal")?,
+            available: field("MemAvailable")?,
+        })
+    }
+}
+
+/// Checks that this host could give a guest `bytes` of memory, and warns on standard error where it
+/// would have to take them from others.
+///
+/// # Errors
+///
+/// [`Error::Input`] where `bytes` is no multiple of a page, or more than the host's memory.
+pub fn check_size(bytes: u64) -> Result<()> {
+    let text = size::text(bytes);
+    if bytes % layout::PAGE_SIZE != 0 {
+        return Err(Error::input(
+            format!("--memory {text} is no multiple of 4 KiB"),
+            "give a size such as 256M",
+        ));
+    }
+    // A host without /proc says nothing; then mmap has the last word.
+    let host = fs::read_to_string("/proc/meminfo").ok();
+    let Some(host) = host.as_deref().and_then(HostMemory::from_meminfo) else {
+        return Ok(());
+    };
+    if bytes > host.total {
+        return Err(Error::input(
+            format!(
+                "--memory {text} is more than this host's {} MiB",
+                host.total / size::MIB
+            ),
+            format!("give {} MiB or less", host.available / size::MIB),
+        ));
+    }
+    if bytes > host.available {
+        eprintln!(
+            "rvisor: warning: --memory {text} is more than the {} MiB that this host has free; \
+             the guest or another program may be killed when it runs out",
+            host.available / size::MIB
+        );
+    }
+    Ok(())
+}
+
+/// Maps `bytes` of memory for a guest. The pages come when they are first touched.
+///
+/// # Errors
+///
+/// [`Error::Input`] where the kernel refuses a mapping of that size.
+pub fn allocate(bytes: u64) -> Result<Memory> {
+    let refused = |why: String| {
+        Error::input(
+            format!("the host gives no {} of memory: {why}", size::text(bytes)),
+            "give a smaller --memory",
+        )
+    };
+    let mut ranges = Vec::new();
+    for range in layout::ram(bytes) {
+        let length = usize::try_from(range.size).map_err(|e| refused(e.to_string()))?;
+        ranges.push((GuestAddress(range.start), length));
+    }
+    // Private, anonymous, MAP_NORESERVE.
+    Memory::from_ranges(&ranges).map_err(|e| refused(e.to_string()))
+}
+
+/// Gives `memory` to `vm`, one slot a region.
+///
+/// # Errors
+///
+/// [`Error::Call`] where the hypervisor refuses a slot.
+pub fn give(vm: &VmFd, memory: &Memory) -> Result<()> {
+    for (slot, region) in (0..).zip(memory.iter()) {
+        let host = memory
+            .get_host_address(region.start_addr())
+            .map_err(|e| Error::call("finding the guest's memory", std::io::Error::other(e)))?;
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: host as u64,
+        };
+        #[allow(unsafe_code)]
+        // SAFETY: The region is one that vm-memory mapped for the guest alone, `memory_size` bytes from
+        // `userspace_addr` on; Rust code reaches it only through vm-memory's volatile accesses, so the
+        // guest's writes break no reference. Should the mapping end before the VM does, the hypervisor
+        // sees the addresses unmapped and the guest's accesses fail: it never keeps pages by itself.
+        let given = unsafe { vm.set_user_memory_region(slot) };
+        given.map_err(failed("giving memory to the guest"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn meminfo_is_read() {
+        let text = "MemTotal:        2048 kB\nMemFree:  1 kB\nMemAvailable:    1024 kB\n";
+        let expected = HostMemory {
+            total: 2 << 20,
+            available: 1 << 20,
+        };
+        assert_eq!(HostMemory::from_meminfo(text), Some(expected));
+    }
+
+    #[test]
+    fn meminfo_without_a_field_says_nothing() {
+        assert_eq!(HostMemory::from_meminfo("MemTotal: 2048 kB\n"), None);
+        assert_eq!(
+            HostMemory::from_meminfo("MemTotal: x kB\nMemAvailable: 1 kB"),
+            None
+        );
+    }
+
+    #[test]
+    fn memory_above_the_hole_is_mapped() -> Result<()> {
+        let memory = allocate(layout::HOLE + layout::PAGE_SIZE)?;
+        assert_eq!(memory.num_regions(), 2);
+        assert!(memory.address_in_range(GuestAddress(layout::ABOVE_4G)));
+        assert!(!memory.address_in_range(GuestAddress(layout::HOLE)));
+        Ok(())
+    }
+}

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! How a guest ended, and the exit status that says so.
+
+use std::fmt;
+
+use crate::error::{Error, STATUS_HOST};
+
+/// How a guest ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The guest switched itself off.
+    PoweredOff,
+    /// The guest asked for a reset. `rvisor run` ends there.
+    Rebooted,
+    /// A triple fault, with the registers of the virtual CPU that had it.
+    Crashed(String),
+    /// The hypervisor can't go on with the guest: what it said, with the registers.
+    Stuck(String),
+    /// The user typed Ctrl-A x.
+    Quit,
+    /// A signal told `rvisor` to end.
+    Signal(u8),
+    /// A call into the host failed while the guest ran.
+    Host(Error),
+}
+
+/// Exit status of [`Outcome::Rebooted`].
+pub const STATUS_REBOOTED: u8 = 3;
+/// Exit status of [`Outcome::Crashed`].
+pub const STATUS_CRASHED: u8 = 4;
+/// Exit status of [`Outcome::Stuck`].
+pub const STATUS_STUCK: u8 = 5;
+/// Exit status of [`Outcome::Quit`].
+pub const STATUS_QUIT: u8 = 6;
+/// Exit status of [`Outcome::Signal`], less the signal's number: the shell's own convention.
+pub const STATUS_SIGNAL: u8 = 128;
+
+impl Outcome {
+    /// The exit status; `rvisor run --help` lists them.
+    #[must_use]
+    pub fn status(&self) -> u8 {
+        match self {
+            Self::PoweredOff => 0,
+            Self::Rebooted => STATUS_REBOOTED,
+            Self::Crashed(_) => STATUS_CRASHED,
+            Self::Stuck(_) => STATUS_STUCK,
+            Self::Quit => STATUS_QUIT,
+            Self::Signal(number) => STATUS_SIGNAL.saturating_add(*number),
+            Self::Host(_) => STATUS_HOST,
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PoweredOff => write!(f, "the guest powered off"),
+            Self::Rebooted => write!(f, "the guest asked for a reboot, which ends this run"),
+            Self::Crashed(registers) => write!(f, "the guest crashed: triple fault\n{registers}"),
+            Self::Stuck(report) => write!(f, "the hypervisor can't go on with the guest: {report}"),
+            Self::Quit => write!(f, "ended by Ctrl-A x"),
+            Self::Signal(number) => write!(f, "ended by signal {number}"),
+            Self::Host(error) => write!(f, "{error}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn every_end_has_a_status_of_its_own() {
+        let all = [
+            Outcome::PoweredOff,
+            Outcome::Rebooted,
+            Outcome::Crashed(String::new()),
+            Outcome::Stuck(String::new()),
+            Outcome::Quit,
+            Outcome::Signal(15),
+            Outcome::Host(Error::input("", "")),
+        ];
+        let mut statuses: BTreeSet<u8> = all.iter().map(Outcome::status).collect();
+        statuses.insert(crate::error::STATUS_INPUT);
+        assert_eq!(statuses.len(), all.len() + 1);
+    }
+
+    #[test]
+    fn a_signal_follows_the_shell() {
+        assert_eq!(Outcome::Signal(15).status(), 143);
+    }
+}

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! One virtual CPU: its state at the start, and the loop that runs it.
+
+use kvm_bindings::{
+    kvm_msr_entry, Msrs, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+
+use crate::boot::entry;
+use crate::cpuid::Template;
+use crate::devices::Ports;
+use crate::error::{failed, Error, Result};
+use crate::machine::Control;
+use crate::outcome::Outcome;
+use crate::registers;
+
+/// IA32_MISC_ENABLE: fast string operations, as firmware leaves them.
+const MSR_MISC_ENABLE: u32 = 0x1a0;
+const FAST_STRINGS: u64 = 1;
+/// IA32_MTRR_DEF_TYPE: memory type ranges are on and all memory is write-back, as firmware leaves them.
+const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+const MTRR_ON_WRITE_BACK: u64 = (1 << 11) | 6;
+
+/// Offsets of the local APIC's local vector table in its register page (SDM volume 3, table 12-1).
+const APIC_LVT_LINT0: usize = 0x350;
+const APIC_LVT_LINT1: usize = 0x360;
+/// Delivery modes there: the 8259's interrupts, NMI.
+const DELIVER_EXTINT: u32 = 0x700;
+const DELIVER_NMI: u32 = 0x400;
+
+/// A virtual CPU.
+pub struct Vcpu {
+    fd: VcpuFd,
+    id: u32,
+}
+
+impl Vcpu {
+    /// Makes the CPU with that number, which is its APIC ID as well. The first one gets the address
+    /// where it enters the kernel; the others wait for it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Call`] where the hypervisor refuses.
+    pub fn new(vm: &VmFd, id: u32, cpuid: &Template, entry: Option<u64>) -> Result<Self> {
+        let fd = vm.create_vcpu(id.into()).map_err(failed("making a CPU"))?;
+        fd.set_cpuid2(&cpuid.for_cpu(id)?)
+            .map_err(failed("setting a CPU's features"))?;
+        set_msrs(&fd, cpuid)?;
+        if let Some(entry) = entry {
+            entry::set_registers(&fd, entry)?;
+            wire_interrupts(&fd)?;
+        }
+        Ok(Self { fd, id })
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Runs it until the guest has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Call`] where a device fails.
+    pub fn run(mut self, ports: &Ports, control: &Control) -> Result<()> {
+        while !control.ended() {
+            let what = match self.fd.run() {
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    ports.write(port, data)?;
+                    continue;
+                }
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    ports.read(port, data);
+                    continue;
+                }
+                // No device has memory: what is read there is all ones, as on a bus without one.
+                Ok(VcpuExit::MmioRead(_, data)) => {
+                    data.fill(0xff);
+                    continue;
+                }
+                Ok(VcpuExit::MmioWrite(..) | VcpuExit::Intr) => continue,
+                Ok(VcpuExit::Shutdown) => What::Crash,
+                Ok(VcpuExit::SystemEvent(kind, _)) => What::Event(kind),
+                Ok(VcpuExit::FailEntry(reason, cpu)) => What::Stuck(format!(
+                    "the CPU refused to enter the guest, reason {reason:#x}, on the host's CPU {cpu}"
+                )),
+                Ok(VcpuExit::InternalError) => What::InternalError,
+                Ok(exit) => What::Stuck(format!("an exit that nobody asked for: {exit:?}")),
+                Err(error) => match error.errno() {
+                    // A signal; or a CPU that waited for the first one has become ready to run.
+                    libc::EINTR | libc::EAGAIN => continue,
+                    _ => What::Stuck(format!("KVM_RUN: {error}")),
+                },
+            };
+            control.end(self.ending(what));
+        }
+        Ok(())
+    }
+
+    fn ending(&mut self, what: What) -> Outcome {
+        let cpu = format!("CPU {}", self.id);
+        match what {
+            What::Crash => Outcome::Crashed(format!("{cpu}: {}", registers::report(&self.fd))),
+            What::Event(KVM_SYSTEM_EVENT_SHUTDOWN) => Outcome::PoweredOff,
+            What::Event(KVM_SYSTEM_EVENT_RESET) => Outcome::Rebooted,
+            What::Event(KVM_SYSTEM_EVENT_CRASH) => Outcome::Stuck(format!(
+                "it reported a crash of its own\n{cpu}: {}",
+                registers::report(&self.fd)
+            )),
+            What::Event(kind) => Outcome::Stuck(format!("it reported an unknown event, {kind}")),
+            What::InternalError => {
+                let reason = registers::internal_error(self.fd.get_kvm_run());
+                Outcome::Stuck(format!("{reason}\n{cpu}: {}", registers::report(&self.fd)))
+            }
+            What::Stuck(reason) => {
+                Outcome::Stuck(format!("{reason}\n{cpu}: {}", registers::report(&self.fd)))
+            }
+        }
+    }
+}
+
+/// Why a CPU stopped for good.
+enum What {
+    Crash,
+    Event(u32),
+    InternalError,
+    Stuck(String),
+}
+
+/// Sets what firmware sets. A hypervisor that lacks one of these registers has the guest without it.
+fn set_msrs(fd: &VcpuFd, cpuid: &Template) -> Result<()> {
+    let mut values = vec![(MSR_MISC_ENABLE, FAST_STRINGS)];
+    if cpuid.has_mtrr() {
+        values.push((MSR_MTRR_DEF_TYPE, MTRR_ON_WRITE_BACK));
+    }
+    for (index, data) in values {
+        let entry = kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        };
+        let msrs = Msrs::from_entries(&[entry])
+            .map_err(|e| Error::call("listing MSRs", std::io::Error::other(format!("{e:?}"))))?;
+        fd.set_msrs(&msrs).map_err(failed("setting a CPU's MSRs"))?;
+    }
+    Ok(())
+}
+
+/// Lets the 8259's interrupts and NMIs through the first CPU's local APIC, as firmware does: a kernel
+/// that does not use the IOAPIC gets its interrupts so.
+fn wire_interrupts(fd: &VcpuFd) -> Result<()> {
+    let mut lapic = fd.get_lapic().map_err(failed("reading the local APIC"))?;
+    for (offset, mode) in [
+        (APIC_LVT_LINT0, DELIVER_EXTINT),
+        (APIC_LVT_LINT1, DELIVER_NMI),
+    ] {
+        for (register, byte) in lapic.regs[offset..].iter_mut().zip(mode.to_le_bytes()) {
+            *register = byte as std::ffi::c_char;
+        }
+    }
+    fd.set_lapic(&lapic)
+        .map_err(failed("setting the local APIC"))
+}
