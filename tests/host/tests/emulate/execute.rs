@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The emulator against this machine's CPU, in 64-bit mode.
+//! The emulator against this machine's CPU.
 //!
 //! Random instructions of every kind that the emulator knows are executed by it and by the CPU,
 //! with the same registers, flags and memory. Registers, memory, RIP's advance and all flags that
 //! the SDM defines must come out the same.
 
 use crate::{
-    native::{Native, State, ARENA_LENGTH, FLAGS},
+    native::{Native, State, ARENA, ARENA_LENGTH, FLAGS},
     random::{from_environment, Random},
 };
 use rvisor_core::{
@@ -32,13 +32,29 @@ struct Outside;
 struct Emulated {
     state: State,
     rip: u64,
-    arena: u64,
+    code: CodeSize,
+    /// Where the mapping begins: the base of all segments outside of 64-bit mode.
+    base: u64,
     gs_base: u64,
 }
 
 impl Emulated {
+    fn new(native: &Native, code: CodeSize, state: &State) -> Self {
+        Self {
+            state: state.clone(),
+            rip: match code {
+                CodeSize::Bits64 => native.instruction_at(),
+                _ => 0x100,
+            },
+            code,
+            base: native.address(),
+            gs_base: native.gs_base(),
+        }
+    }
+
     fn bytes(&mut self, linear: Gva, length: usize) -> Result<&mut [u8], Outside> {
-        let start = usize::try_from(linear.raw().wrapping_sub(self.arena)).map_err(|_| Outside)?;
+        let start = usize::try_from(linear.raw().wrapping_sub(self.base)).map_err(|_| Outside)?;
+        let start = start.checked_sub(ARENA).ok_or(Outside)?;
         let end = start.checked_add(length).ok_or(Outside)?;
         self.state.arena.get_mut(start..end).ok_or(Outside)
     }
@@ -72,19 +88,31 @@ impl Machine for Emulated {
     }
 
     fn segment(&mut self, register: SegmentRegister) -> Segment {
-        Segment {
-            base: match register {
-                SegmentRegister::Gs => self.gs_base,
-                _ => 0,
+        match (self.code, register) {
+            (CodeSize::Bits64, _) => Segment {
+                base: match register {
+                    SegmentRegister::Gs => self.gs_base,
+                    _ => 0,
+                },
+                access: AccessRights(AccessRights::UNUSABLE),
+                ..Segment::default()
             },
-            access: AccessRights(AccessRights::UNUSABLE),
-            ..Segment::default()
+            // Readable code; writable data.
+            (_, register) => Segment {
+                selector: 7,
+                base: self.base,
+                limit: 0xffff,
+                access: AccessRights(match register {
+                    SegmentRegister::Cs => 0xfb,
+                    _ => 0x40f3,
+                }),
+            },
         }
     }
 
     fn mode(&mut self) -> Mode {
         Mode {
-            code: CodeSize::Bits64,
+            code: self.code,
             protection: Protection::Protected,
             linear_bits: 48,
         }
@@ -143,15 +171,20 @@ const WITHOUT_MODRM: [u8; 24] = [
 struct Candidate {
     bytes: Vec<u8>,
     operands_at: usize,
+    code: CodeSize,
     instruction: Instruction,
 }
 
-fn candidate(random: &mut Random) -> Option<Candidate> {
+fn candidate(random: &mut Random, code: CodeSize) -> Option<Candidate> {
     let mut bytes = Vec::new();
+    let segment = match code {
+        CodeSize::Bits64 => 0x65,
+        _ => random.pick(&[0x26, 0x2e, 0x36, 0x3e]),
+    };
     for (prefix, one_in) in [
         (0x66, 4),
         (0x67, 6),
-        (0x65, 6),
+        (segment, 6),
         (0xf0, 8),
         (0xf3, 4),
         (0xf2, 8),
@@ -160,7 +193,8 @@ fn candidate(random: &mut Random) -> Option<Candidate> {
             bytes.push(prefix);
         }
     }
-    if random.chance(2) {
+    // REX; INC and DEC outside of 64-bit mode.
+    if random.chance(if code == CodeSize::Bits64 { 2 } else { 16 }) {
         bytes.push(0x40 | (random.byte() & 0xf));
     }
     match random.below(8) {
@@ -172,11 +206,12 @@ fn candidate(random: &mut Random) -> Option<Candidate> {
     }
     let operands_at = bytes.len();
     bytes.resize_with(20, || random.byte());
-    let instruction = decode(&bytes, CodeSize::Bits64).ok()?;
+    let instruction = decode(&bytes, code).ok()?;
     bytes.truncate(usize::from(instruction.length));
     Some(Candidate {
         bytes,
         operands_at,
+        code,
         instruction,
     })
 }
@@ -190,9 +225,10 @@ fn aim(
     memory: &Memory,
     state: &mut State,
 ) -> Option<()> {
-    let base = match memory.segment {
-        SegmentRegister::Gs => native.gs_base(),
-        _ => 0,
+    let base = match (candidate.code, memory.segment) {
+        (CodeSize::Bits64, SegmentRegister::Gs) => native.gs_base(),
+        (CodeSize::Bits64, _) => 0,
+        _ => native.address(),
     };
     let middle = native.arena() + ARENA_LENGTH as u64 / 2 - 64 + random.below(128);
     let wanted = middle.wrapping_sub(base);
@@ -201,7 +237,7 @@ fn aim(
         Some(index) => state.gprs[index.register.index()] << index.shift,
         None => 0,
     };
-    // A register that is base and index can't be aimed; small, the index does not matter.
+    // A register that is base and index can't be aimed.
     match memory.base {
         Some(Base::Register(register)) => {
             if memory.index.is_some_and(|index| index.register == register) {
@@ -220,27 +256,28 @@ fn aim(
         None => index(state),
     };
     let displacement = wanted.wrapping_sub(from);
-    let opcode = candidate.bytes[candidate.operands_at - 1];
-    let is_offset = matches!(opcode, 0xa0..=0xa3) && memory.base.is_none();
-    let (at, length) = match (memory.base, is_offset && candidate.is_one_byte()) {
-        (Some(_), _) => (candidate.operands_at + 1, 4),
-        (None, true) => (
-            candidate.operands_at,
-            candidate.instruction.address_size.bytes(),
-        ),
-        // After ModRM and SIB.
-        (None, false) => (candidate.operands_at + 2, 4),
-    };
+    let (at, length) = candidate.displacement_at()?;
     candidate.bytes[at..at + length].copy_from_slice(&displacement.to_le_bytes()[..length]);
-    candidate.instruction = decode(&candidate.bytes, CodeSize::Bits64).ok()?;
+    candidate.instruction = decode(&candidate.bytes, candidate.code).ok()?;
     Some(())
 }
 
 impl Candidate {
-    /// Whether the opcode has one byte: none of the others' last bytes is a one-byte MOV's.
-    fn is_one_byte(&self) -> bool {
-        let before = self.operands_at.checked_sub(2).map(|at| self.bytes[at]);
-        before != Some(0x0f)
+    /// Where the displacement of an operand without a base register is, and its length.
+    fn displacement_at(&self) -> Option<(usize, usize)> {
+        let opcode = self.bytes[..self.operands_at].iter().rev();
+        let opcode: Vec<u8> = opcode.take(2).copied().collect();
+        let address_size = self.instruction.address_size;
+        if matches!(opcode[..], [0xa0..=0xa3, ref before @ ..] if *before != [0x0f]) {
+            return Some((self.operands_at, address_size.bytes()));
+        }
+        let modrm = self.bytes.get(self.operands_at)?;
+        match (address_size, modrm & 7) {
+            (Size::Word, _) => Some((self.operands_at + 1, 2)),
+            (_, 5) => Some((self.operands_at + 1, 4)),
+            // After SIB.
+            _ => Some((self.operands_at + 2, 4)),
+        }
     }
 }
 
@@ -251,6 +288,10 @@ fn state_for(random: &mut Random, native: &Native, candidate: &mut Candidate) ->
         flags: (random.next() & FLAGS) | 2,
         arena: [0; ARENA_LENGTH].map(|_| random.byte()),
     };
+    if candidate.code != CodeSize::Bits64 {
+        state.gprs = state.gprs.map(|gpr| gpr & Size::Dword.mask());
+        state.gprs[8..].fill(0);
+    }
     let Instruction {
         operation,
         source,
@@ -274,13 +315,17 @@ fn state_for(random: &mut Random, native: &Native, candidate: &mut Candidate) ->
         state.gprs[1] = count | (random.next() & !mask);
     }
     if operation == Operation::CompareExchange && random.chance(2) {
-        make_equal(native, &candidate.instruction, &mut state);
+        make_equal(native, candidate, &mut state);
+    }
+    if candidate.code != CodeSize::Bits64 {
+        state.gprs = state.gprs.map(|gpr| gpr & Size::Dword.mask());
     }
     Some(state)
 }
 
 /// Makes the accumulator equal to CMPXCHG's destination, where that is simple to find.
-fn make_equal(native: &Native, instruction: &Instruction, state: &mut State) {
+fn make_equal(native: &Native, candidate: &Candidate, state: &mut State) {
+    let instruction = &candidate.instruction;
     let value = match instruction.destination {
         Operand::Register(register) => state.gprs[register.index()],
         Operand::Memory(Memory {
@@ -291,7 +336,11 @@ fn make_equal(native: &Native, instruction: &Instruction, state: &mut State) {
         }) if segment != SegmentRegister::Gs && register != Gpr::Rax => {
             let linear = state.gprs[register.index()].wrapping_add(displacement);
             let linear = linear & instruction.address_size.mask();
-            let at = usize::try_from(linear - native.arena()).unwrap();
+            let arena = match candidate.code {
+                CodeSize::Bits64 => native.arena(),
+                _ => ARENA as u64,
+            };
+            let at = usize::try_from(linear - arena).unwrap();
             u64::from_le_bytes(state.arena[at..at + 8].try_into().unwrap())
         }
         _ => return,
@@ -310,77 +359,84 @@ fn undefined_flags(operation: Operation) -> u64 {
     }
 }
 
-#[test]
-fn the_cpu_comes_to_the_same() {
-    let mut random = Random(from_environment("RVISOR_SEED", 4));
-    let native = Native::new();
-    let mut tally = std::collections::BTreeMap::<String, (u64, u64)>::new();
-    let mut outside = 0;
-    for _ in 0..from_environment("RVISOR_CASES", 60_000) {
-        let Some(mut candidate) = candidate(&mut random) else {
-            continue;
-        };
-        let Some(state) = state_for(&mut random, &native, &mut candidate) else {
-            continue;
-        };
-        let Candidate {
-            bytes, instruction, ..
-        } = &candidate;
-        let mut emulated = Emulated {
-            state: state.clone(),
-            rip: native.instruction_at(),
-            arena: native.arena(),
-            gs_base: native.gs_base(),
-        };
-        match execute(instruction, &mut emulated) {
-            Ok(progress) => assert_eq!(progress, Progress::Retired),
-            // A bit offset or an index led out of the arena: nothing for the CPU to try.
-            Err(Stop::Machine(Outside) | Stop::Fault(_)) => {
-                outside += 1;
-                continue;
-            }
-            Err(Stop::Unsupported) => panic!("{bytes:02x?}: {instruction:x?}"),
-        }
-        let mut real = native.run(bytes, &state);
-        let undefined = undefined_flags(instruction.operation);
-        let mut ours = emulated.state;
-        ours.flags = ours.flags & FLAGS & !undefined;
-        real.flags &= !undefined;
-        let case = format!("{bytes:02x?}: {instruction:x?}\nfrom {:x?}", state.gprs);
-        assert_eq!(ours.gprs, real.gprs, "{case}");
-        assert_eq!(ours.flags, real.flags, "{case}");
-        assert!(ours.arena == real.arena, "{case}: memory differs");
-        assert_eq!(emulated.rip, native.instruction_at() + bytes.len() as u64);
-        let in_memory = [instruction.destination, instruction.source]
-            .iter()
-            .any(|operand| matches!(operand, Operand::Memory(_)));
-        let count = tally
-            .entry(format!("{:?}", instruction.operation))
-            .or_default();
-        match in_memory {
-            true => count.0 += 1,
-            false => count.1 += 1,
-        }
+/// Executes one random instruction on both. `None` if there was nothing to compare, else what it
+/// did and whether it had an operand in memory.
+fn compare(random: &mut Random, native: &Native, code: CodeSize) -> Option<(Operation, bool)> {
+    let mut candidate = candidate(random, code)?;
+    let state = state_for(random, native, &mut candidate)?;
+    let Candidate {
+        bytes, instruction, ..
+    } = &candidate;
+    let mut emulated = Emulated::new(native, code, &state);
+    let start = emulated.rip;
+    match execute(instruction, &mut emulated) {
+        Ok(progress) => assert_eq!(progress, Progress::Retired),
+        // A bit offset or an index led out of the arena, or CS was to be written: nothing for the
+        // CPU to try.
+        Err(Stop::Machine(Outside) | Stop::Fault(_)) => return None,
+        Err(Stop::Unsupported) => panic!("{bytes:02x?}: {instruction:x?}"),
     }
-    println!("in memory and in registers: {tally:?}; {outside} led out of the arena");
-    // 4 kinds of MOV, TEST, 3 exchanges, 8, 4, 4 and 5 of the others.
-    assert_eq!(tally.len(), 29);
-    assert!(tally.values().all(|count| count.0 > 50), "{tally:?}");
+    let mut real = native.run(code, bytes, &state);
+    let undefined = undefined_flags(instruction.operation);
+    let mut ours = emulated.state;
+    ours.flags = ours.flags & FLAGS & !undefined;
+    real.flags &= !undefined;
+    let case = format!(
+        "{bytes:02x?} in {code:?}: {instruction:x?}\nfrom {:x?}",
+        state.gprs
+    );
+    assert_eq!(ours.gprs, real.gprs, "{case}");
+    assert_eq!(ours.flags, real.flags, "{case}");
+    assert!(ours.arena == real.arena, "{case}: memory differs");
+    assert_eq!(emulated.rip, start + bytes.len() as u64);
+    let in_memory = [instruction.destination, instruction.source]
+        .iter()
+        .any(|operand| matches!(operand, Operand::Memory(_)));
+    Some((instruction.operation, in_memory))
 }
 
 #[test]
-fn every_pair_of_bytes_through_every_arithmetic() {
+fn the_cpu_comes_to_the_same() {
+    // The segments are the process's: one test after the other.
     let native = Native::new();
+    for (seed, code) in [
+        (4, CodeSize::Bits64),
+        (5, CodeSize::Bits32),
+        (6, CodeSize::Bits16),
+    ] {
+        let mut random = Random(from_environment("RVISOR_SEED", seed));
+        // In memory, and in registers only.
+        let mut tally = std::collections::BTreeMap::<String, (u64, u64)>::new();
+        let cases = from_environment("RVISOR_CASES", 60_000);
+        for _ in 0..cases {
+            let Some((operation, in_memory)) = compare(&mut random, &native, code) else {
+                continue;
+            };
+            let count = tally.entry(format!("{operation:?}")).or_default();
+            match in_memory {
+                true => count.0 += 1,
+                false => count.1 += 1,
+            }
+        }
+        let compared: u64 = tally.values().map(|count| count.0 + count.1).sum();
+        println!("{code:?}: {compared} of {cases} compared: {tally:?}");
+        // 4 kinds of MOV, TEST, 3 exchanges, 8, 4, 4 and 5 of the others.
+        assert_eq!(tally.len(), 29);
+        assert!(tally.values().all(|count| count.0 > 50), "{tally:?}");
+        every_pair_of_bytes(&native, code);
+    }
+}
+
+/// One instruction on bytes in registers, op cl, dl: the CPU's answers for all pairs.
+fn every_pair_of_bytes(native: &Native, code: CodeSize) {
     let mut state = State {
         gprs: [0; 16],
         flags: 2,
         arena: [0; ARENA_LENGTH],
     };
-    // One instruction on bytes in registers: op cl, dl. The CPU's answers for all pairs and CF.
-    let opcodes = [0x00, 0x08, 0x10, 0x18, 0x20, 0x28, 0x30, 0x38, 0x84];
-    for opcode in opcodes {
+    for opcode in [0x00, 0x08, 0x10, 0x18, 0x20, 0x28, 0x30, 0x38, 0x84] {
         let bytes = [opcode, 0xd1];
-        let instruction = decode(&bytes, CodeSize::Bits64).unwrap();
+        let instruction = decode(&bytes, code).unwrap();
         assert_eq!(instruction.size, Size::Byte);
         let undefined = undefined_flags(instruction.operation);
         for pair in (0..=u16::MAX).step_by(if cfg!(debug_assertions) { 7 } else { 1 }) {
@@ -388,14 +444,9 @@ fn every_pair_of_bytes_through_every_arithmetic() {
             state.gprs[1] = u64::from(a);
             state.gprs[2] = u64::from(b);
             state.flags = 2 | ((u64::from(a ^ b) >> 3) & CARRY);
-            let mut emulated = Emulated {
-                state: state.clone(),
-                rip: 0,
-                arena: native.arena(),
-                gs_base: 0,
-            };
+            let mut emulated = Emulated::new(native, code, &state);
             assert!(execute(&instruction, &mut emulated).is_ok());
-            let real = native.run(&bytes, &state);
+            let real = native.run(code, &bytes, &state);
             assert_eq!(emulated.state.gprs, real.gprs, "{bytes:02x?} {a} {b}");
             assert_eq!(
                 emulated.state.flags & FLAGS & !undefined,

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! One instruction at a time on this machine's CPU, in 64-bit mode.
+//! One instruction at a time on this machine's CPU.
+
+mod compat;
+
+use rvisor_core::emulate::CodeSize;
 
 /// CF, PF, AF, ZF, SF, DF, OF.
 pub(crate) const FLAGS: u64 = 0xcd5;
 /// Where the memory that instructions work on is, in `Native`'s mapping, and how long it is.
-const ARENA: usize = 0x1000;
+pub(crate) const ARENA: usize = 0x1000;
 pub(crate) const ARENA_LENGTH: usize = 512;
 /// Where registers and flags are kept, in `Native`'s mapping.
 const STATE: usize = 0x3000;
@@ -27,6 +31,7 @@ pub(crate) struct Native {
 }
 
 impl Native {
+    /// Maps it, and gives this process 16-bit and 32-bit segments that begin where it does.
     pub(crate) fn new() -> Self {
         // SAFETY: a new anonymous mapping, at a place that the kernel chooses.
         let mapping = unsafe {
@@ -47,10 +52,12 @@ impl Native {
         // SAFETY: nothing in a 64-bit Linux process uses GS, which is this thread's own.
         let result = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, native.gs_base()) };
         assert_eq!(result, 0);
+        compat::make_segments(native.address());
         native
     }
 
-    fn address(&self) -> u64 {
+    /// Where the mapping begins.
+    pub(crate) fn address(&self) -> u64 {
         self.mapping as u64
     }
 
@@ -82,49 +89,49 @@ impl Native {
         }
     }
 
-    /// The code around an instruction: what comes before, and after it.
-    fn wrapping(&self) -> Vec<u8> {
+    /// What comes before an instruction of 64-bit code.
+    fn prologue() -> Code {
         let mut code = Code(Vec::new());
-        // push rbx, rbp, r12 to r15
-        code.add(&[0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57]);
-        code.move_register(0x89, 4, 17);
-        // push [flags]; popfq
-        code.add(&[0xff, 0x35]);
-        code.slot(16);
-        code.add(&[0x9d]);
+        code.save_caller();
+        code.load_flags();
         for register in 0..16 {
             code.move_register(0x8b, register, register);
         }
-        code.0
+        code
     }
 
-    fn unwrapping(&self, start: usize) -> Vec<u8> {
-        let mut code = Code(vec![0x90; start]);
+    /// What comes after it.
+    fn epilogue(code: &mut Code) {
         for register in 0..16 {
             code.move_register(0x89, register, register);
         }
-        code.move_register(0x8b, 4, 17);
-        // pushfq; pop [flags]; cld; pop r15 to r12, rbp, rbx; ret
-        code.add(&[0x9c, 0x8f, 0x05]);
-        code.slot(16);
-        code.add(&[
-            0xfc, 0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3,
-        ]);
-        code.0.split_off(start)
+        code.restore_caller();
     }
 
-    /// Where the instruction will stand.
+    /// Where an instruction of 64-bit code will stand.
     pub(crate) fn instruction_at(&self) -> u64 {
-        self.address() + self.wrapping().len() as u64
+        self.address() + Self::prologue().0.len() as u64
     }
 
-    /// Has the CPU execute one instruction, which must touch the arena only and not jump.
-    pub(crate) fn run(&self, instruction: &[u8], state: &State) -> State {
-        let mut code = self.wrapping();
-        code.extend_from_slice(instruction);
-        let end = self.unwrapping(code.len());
-        code.extend_from_slice(&end);
-        self.copy_in(0, &code);
+    /// Has the CPU execute one instruction, which must touch the arena only and not jump. Outside
+    /// of 64-bit mode the registers' upper halves do not count.
+    pub(crate) fn run(&self, size: CodeSize, instruction: &[u8], state: &State) -> State {
+        let code = match size {
+            CodeSize::Bits64 => {
+                let mut code = Self::prologue();
+                code.add(instruction);
+                Self::epilogue(&mut code);
+                code
+            }
+            CodeSize::Bits16 | CodeSize::Bits32 => {
+                compat::around(self.address(), size, instruction)
+            }
+        };
+        self.run_code(&code, state)
+    }
+
+    fn run_code(&self, code: &Code, state: &State) -> State {
+        self.copy_in(0, &code.0);
         let mut slots: Vec<u8> = state
             .gprs
             .iter()
@@ -166,6 +173,35 @@ struct Code(Vec<u8>);
 impl Code {
     fn add(&mut self, bytes: &[u8]) {
         self.0.extend_from_slice(bytes);
+    }
+
+    /// Saves the registers that are the caller's.
+    fn save_caller(&mut self) {
+        // push rbx, rbp, r12 to r15
+        self.add(&[0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57]);
+        self.move_register(0x89, 4, 17);
+    }
+
+    fn load_flags(&mut self) {
+        // push [flags]; popfq
+        self.add(&[0xff, 0x35]);
+        self.slot(16);
+        self.add(&[0x9d]);
+    }
+
+    /// Keeps the flags, restores what is the caller's, and returns.
+    fn restore_caller(&mut self) {
+        self.move_register(0x8b, 4, 17);
+        // pushfq; pop [flags]
+        self.add(&[0x9c, 0x8f, 0x05]);
+        self.slot(16);
+        // cld; xor eax, eax; mov ds, eax; mov es, eax; mov eax, 0x2b (user's data); mov ss, eax
+        self.add(&[0xfc, 0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0]);
+        self.add(&[0xb8, 0x2b, 0, 0, 0, 0x8e, 0xd0]);
+        // pop r15 to r12, rbp, rbx; ret
+        self.add(&[
+            0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3,
+        ]);
     }
 
     /// A RIP-relative displacement, the last part of an instruction, to the state's slot `number`.
