@@ -9,3 +9,6 @@ pub mod page_size;
 pub mod slot;
 #[cfg(test)]
 mod test_tables;
+pub mod walk;
+#[cfg(test)]
+mod walk_tests;
