@@ -1,2 +1,58 @@
-//! x
-fn main() {}
+// SPDX-License-Identifier: GPL-2.0
+//! Exits: to userspace with their data, and those that the hypervisor answers itself.
+
+mod exceptions;
+mod instructions;
+mod mmio;
+mod pio;
+mod running;
+
+use rvisor_tests::guest::{self, Mode};
+use rvisor_tests::{ktap, tests, Cpu, Device, Fail, Machine};
+
+/// A default machine with one vCPU in long mode that runs `code`.
+fn start(device: &Device, code: &[u8]) -> Result<(Machine, Cpu), Fail> {
+    let machine = Machine::new(device)?;
+    let cpu = machine.vcpu(0)?;
+    guest::load(&machine, &cpu, Mode::Long, code)?;
+    Ok((machine, cpu))
+}
+
+fn main() -> std::process::ExitCode {
+    ktap::main(tests![
+        pio::out_sizes,
+        pio::in_sizes,
+        pio::in_merges,
+        pio::outs_string,
+        pio::ins_string,
+        pio::outs_real_mode,
+        mmio::write_sizes,
+        mmio::read_sizes,
+        mmio::read_extends,
+        mmio::read_modify_write,
+        mmio::string_moves,
+        mmio::page_crossing,
+        mmio::protected_mode,
+        running::immediate_exit,
+        running::immediate_exit_completes,
+        running::signal,
+        running::signal_mask,
+        running::changed_rip,
+        running::shared_page,
+        instructions::cpuid,
+        instructions::msr_values,
+        instructions::msr_unknown,
+        instructions::vmcall,
+        instructions::cache_control,
+        instructions::xsetbv,
+        instructions::control_registers,
+        instructions::control_registers_refused,
+        instructions::debug_registers,
+        instructions::hlt,
+        instructions::pause_and_tsc,
+        exceptions::table,
+        exceptions::page_fault,
+        exceptions::nested_in_handler,
+        exceptions::single_step,
+    ])
+}
