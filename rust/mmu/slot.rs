@@ -273,6 +273,7 @@ pub fn check_change(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     const LIMITS: Limits = Limits {
         slots: 509,
@@ -392,5 +393,83 @@ mod tests {
         giant.pages = 0x4_0000;
         giant.hva = Hva::new(0x7000_4000_0000);
         assert_eq!(giant.largest_page(Gfn::new(0x5_1234)), PageSize::Size1G);
+    }
+
+    fn requests() -> impl Strategy<Value = Request> {
+        let size = prop_oneof![1 => Just(0u64), 4 => 1u64..6];
+        (0u32..4, 0u64..12, size, 0u64..3, 0u32..4).prop_map(|(slot, gfn, pages, hva, flags)| {
+            Request {
+                slot,
+                flags,
+                gpa: Gpa::new(gfn << 12),
+                bytes: pages << 12,
+                hva: Hva::new(hva << 12),
+            }
+        })
+    }
+
+    /// What KVM's documentation says of a request, on an array of slots by number.
+    fn told(slots: &[Option<Slot>; 4], request: &Request) -> Result<Option<Slot>, SlotError> {
+        let old = slots[request.slot as usize];
+        if request.bytes == 0 {
+            return old.map(|_| None).ok_or(SlotError::Invalid);
+        }
+        let new = Slot {
+            id: request.slot as u16,
+            address_space: 0,
+            base: request.gpa.frame(),
+            pages: request.bytes >> 12,
+            hva: request.hva,
+            flags: request.flags,
+        };
+        if let Some(old) = old {
+            let kept = |slot: Slot| (slot.pages, slot.hva, slot.flags & READONLY);
+            if kept(old) != kept(new) {
+                return Err(SlotError::Invalid);
+            }
+        }
+        let frames = |slot: &Slot| slot.base.raw()..slot.base.raw() + slot.pages;
+        let others = slots.iter().flatten().filter(|slot| slot.id != new.id);
+        for other in others {
+            if frames(other).any(|gfn| frames(&new).contains(&gfn)) {
+                return Err(SlotError::Overlap);
+            }
+        }
+        Ok(Some(new))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn agrees_with_an_array(requests in prop::collection::vec(requests(), 1..30)) {
+            let mut by_number = [None; 4];
+            let mut sorted: Vec<Slot> = Vec::new();
+            let mut hint = 0;
+            for request in &requests {
+                let change = check_change(&sorted, request, &LIMITS);
+                let expected = told(&by_number, request);
+                prop_assert_eq!(change.err(), expected.err(), "{:?}", request);
+                let Ok(change) = change else { continue };
+                by_number[request.slot as usize] = expected.unwrap();
+                match change {
+                    Change::Create(new) => sorted.insert(insertion_point(&sorted, new.base), new),
+                    Change::Delete(at) => {
+                        sorted.remove(at);
+                    }
+                    Change::Move(at, new) => {
+                        sorted.remove(at);
+                        sorted.insert(insertion_point(&sorted, new.base), new);
+                    }
+                    Change::Flags(at, new) => sorted[at] = new,
+                    Change::Nothing => {}
+                }
+                for gfn in (0..20).map(Gfn::new) {
+                    let holder = by_number.iter().flatten().find(|slot| slot.contains(gfn));
+                    prop_assert_eq!(find(&sorted, gfn), holder);
+                    prop_assert_eq!(find_hinted(&sorted, gfn, &mut hint), holder);
+                }
+            }
+        }
     }
 }

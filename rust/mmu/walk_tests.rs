@@ -395,54 +395,124 @@ fn flags() -> impl Strategy<Value = Levels> {
     )
 }
 
+/// The bits of `mask` where `on`.
+fn when(on: bool, mask: u64) -> u64 {
+    if on {
+        mask
+    } else {
+        0
+    }
+}
+
+/// The addresses that paging of this kind translates.
+fn linear_mask(kind: Kind) -> u64 {
+    match kind {
+        Kind::Bits32 | Kind::Pae => 0xffff_ffff,
+        Kind::Four | Kind::Five => u64::MAX,
+    }
+}
+
+fn access() -> impl Strategy<Value = Access> {
+    let kinds = [AccessKind::Read, AccessKind::Write, AccessKind::Execute];
+    let privileges = [Privilege::User, Privilege::Supervisor, Privilege::Implicit];
+    (
+        prop::sample::select(kinds.to_vec()),
+        prop::sample::select(privileges.to_vec()),
+    )
+        .prop_map(|(kind, privilege)| Access { kind, privilege })
+}
+
+fn registers() -> impl Strategy<Value = (Kind, Paging)> {
+    let flags = any::<(bool, bool, bool, bool, bool)>();
+    (prop::sample::select(KINDS.to_vec()), flags, any::<u32>()).prop_map(
+        |(kind, (wp, smep, smap, pke, ac), pkru)| {
+            let mut paging = paging(kind);
+            paging.cr0 = Cr0(Cr0::PE | Cr0::PG | when(wp, Cr0::WP));
+            let protections = when(smep, Cr4::SMEP) | when(smap, Cr4::SMAP);
+            paging.cr4 = paging.cr4.with(protections | when(pke, Cr4::PKE));
+            paging.alignment_check = ac;
+            paging.pkru = pkru;
+            (kind, paging)
+        },
+    )
+}
+
+/// Lays tables out and compares what the walk finds with what the SDM says.
+fn check_rights(kind: Kind, paging: &Paging, flags: &[u64], key: u32, gva: u64, access: Access) {
+    let mut memory = Memory::default();
+    let page = if kind == Kind::Bits32 {
+        0x7654_3000
+    } else {
+        0x7_6543_2000
+    };
+    lay(&mut memory, kind, gva, page, flags);
+    let all = |bit: u64| flags.iter().all(|flag| flag & bit != 0);
+    let xd = flags.iter().any(|flag| flag & XD != 0);
+    let want = expected(paging, access, all(U), all(W), xd, key);
+
+    let before = memory.clone();
+    let probed = probe(&mut memory, paging, Gva::new(gva), access);
+    assert_eq!(memory.words, before.words, "a probe changed something");
+    let walked = walk(&mut memory, paging, Gva::new(gva), access);
+    assert_eq!(probed, walked);
+    if let Ok(mapping) = &walked {
+        let rights = (mapping.user, mapping.writable, mapping.executable);
+        assert_eq!(rights, (all(U), all(W), !xd));
+        assert_eq!(mapping.gpa.raw(), page | (gva & 0xfff));
+    }
+    assert_eq!(code_of(walked), want);
+}
+
+/// Memory in which every address holds something, always present.
+struct Wild(Vec<u64>);
+
+impl GuestPhysicalMemory for Wild {
+    type Error = ();
+
+    fn read_u32(&mut self, gpa: Gpa) -> Result<u32, ()> {
+        self.read_u64(gpa).map(|value| value as u32)
+    }
+
+    fn read_u64(&mut self, gpa: Gpa) -> Result<u64, ()> {
+        Ok(self.0[(gpa.raw() >> 3) as usize % self.0.len()] | P)
+    }
+
+    fn compare_exchange_u32(&mut self, _: Gpa, _: u32, _: u32) -> Result<bool, ()> {
+        Ok(true)
+    }
+
+    fn compare_exchange_u64(&mut self, _: Gpa, _: u64, _: u64) -> Result<bool, ()> {
+        Ok(true)
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 1000,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn rights_are_those_of_the_sdm(
-        kind in prop::sample::select(KINDS.to_vec()),
+        (kind, paging) in registers(),
         levels in flags(),
         key in 0u32..16,
-        pkru: u32,
-        (wp, smep, smap, pke, ac) in any::<(bool, bool, bool, bool, bool)>(),
-        access_kind in prop::sample::select(vec![AccessKind::Read, AccessKind::Write, AccessKind::Execute]),
-        privilege in prop::sample::select(vec![Privilege::User, Privilege::Supervisor, Privilege::Implicit]),
+        access in access(),
         gva: u64,
     ) {
-        let gva = gva & if matches!(kind, Kind::Bits32 | Kind::Pae) { 0xffff_ffff } else { u64::MAX };
         let depth = shifts(kind).len();
-        let long = matches!(kind, Kind::Four | Kind::Five);
         let mut flags: Levels = levels[..depth].to_vec();
         if kind == Kind::Bits32 {
             flags.iter_mut().for_each(|flag| *flag &= !XD);
         }
-        if long {
+        if paging.efer.has(Efer::LMA) {
             flags[depth - 1] |= u64::from(key) << 59;
         }
-        let mut memory = Memory::default();
-        lay(&mut memory, kind, gva, 0x7_6543_2000 & if kind == Kind::Bits32 { 0xffff_ffff } else { u64::MAX }, &flags);
-        let mut registers = paging(kind);
-        registers.cr0.0 = Cr0::PE | Cr0::PG | if wp { Cr0::WP } else { 0 };
-        registers.cr4.0 |= if smep { Cr4::SMEP } else { 0 } | if smap { Cr4::SMAP } else { 0 } | if pke { Cr4::PKE } else { 0 };
-        registers.alignment_check = ac;
-        registers.pkru = pkru;
-        let access = Access { kind: access_kind, privilege };
-        let all = |bit: u64| flags.iter().all(|flag| flag & bit != 0);
-        let xd = flags.iter().any(|flag| flag & XD != 0);
-        let want = expected(&registers, access, all(U), all(W), xd, key);
-        let before = memory.clone();
-        let probed = probe(&mut memory, &registers, Gva::new(gva), access);
-        prop_assert_eq!(&memory.words, &before.words, "a probe changed something");
-        let walked = walk(&mut memory, &registers, Gva::new(gva), access);
-        prop_assert_eq!(&probed, &walked);
-        if let Ok(mapping) = &walked {
-            prop_assert_eq!((mapping.user, mapping.writable, mapping.executable), (all(U), all(W), !xd));
-            prop_assert_eq!(mapping.gpa.raw() & 0xfff, gva & 0xfff);
-        }
-        prop_assert_eq!(code_of(walked), want);
+        check_rights(kind, &paging, &flags, key, gva & linear_mask(kind), access);
     }
 
-    /// Whatever lies in memory and in registers, a walk ends.
+    /// Whatever lies in memory and in registers, a walk ends, inside the address width.
     #[test]
     fn any_tables(
         words in prop::collection::vec(any::<u64>(), 64),
@@ -452,23 +522,19 @@ proptest! {
         physical_bits in 0u32..70,
         gbpages: bool,
     ) {
-        struct Wild<'a>(&'a [u64]);
-        impl GuestPhysicalMemory for Wild<'_> {
-            type Error = ();
-            fn read_u32(&mut self, gpa: Gpa) -> Result<u32, ()> { self.read_u64(gpa).map(|v| v as u32) }
-            fn read_u64(&mut self, gpa: Gpa) -> Result<u64, ()> {
-                Ok(self.0[(gpa.raw() >> 3) as usize % self.0.len()] | 1)
-            }
-            fn compare_exchange_u32(&mut self, _: Gpa, _: u32, _: u32) -> Result<bool, ()> { Ok(true) }
-            fn compare_exchange_u64(&mut self, _: Gpa, _: u64, _: u64) -> Result<bool, ()> { Ok(true) }
-        }
         let registers = Paging {
-            cr0: Cr0(cr0 | Cr0::PG), cr3: Cr3(cr3), cr4: Cr4(cr4), efer: Efer(efer),
-            alignment_check: false, pkru: 0, pdptes, physical_bits, gbpages,
+            cr0: Cr0(cr0 | Cr0::PG),
+            cr3: Cr3(cr3),
+            cr4: Cr4(cr4),
+            efer: Efer(efer),
+            pdptes,
+            physical_bits,
+            gbpages,
+            ..Paging::default()
         };
-        let found = walk(&mut Wild(&words), &registers, Gva::new(gva), READ);
-        if let Ok(mapping) = found {
-            let limit = physical_bits.max(if registers.cr4.has(Cr4::PAE) { 12 } else { 32 });
+        if let Ok(mapping) = walk(&mut Wild(words), &registers, Gva::new(gva), READ) {
+            let least = if registers.cr4.has(Cr4::PAE) { 12 } else { 32 };
+            let limit = physical_bits.max(least);
             prop_assert!(limit >= 64 || mapping.gpa.raw() >> limit == 0);
         }
     }
