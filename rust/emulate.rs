@@ -23,6 +23,6 @@ pub use decode::{decode, DecodeError, MAX_LENGTH};
 pub use execute::execute;
 pub use instruction::{
     Arithmetic, Base, BitOperation, CodeSize, Gpr, Index, Instruction, Memory, Operand, Operation,
-    Repeat, Size, StringOperation, Unary,
+    Repeat, Size, StringOperation, Unary, VectorMove,
 };
 pub use machine::{Machine, Mode, Progress, Protection, Stop};

@@ -5,12 +5,16 @@
 mod modrm;
 mod one_byte;
 mod two_byte;
+mod vector;
 
 #[cfg(test)]
 mod tests;
 
 use self::modrm::{ModRm, Rm};
-use super::instruction::{CodeSize, Gpr, Instruction, Operand, Operation, Repeat, Size};
+use super::{
+    instruction::{CodeSize, Gpr, Instruction, Operand, Operation, Repeat, Size},
+    machine::Protection,
+};
 use crate::x86::{
     segment::SegmentRegister,
     vector::{Exception, ExceptionVector},
@@ -39,9 +43,12 @@ pub enum DecodeError {
 impl DecodeError {
     /// The exception that the CPU raises for such bytes, if that is what they mean.
     #[inline]
-    pub const fn exception(self) -> Option<Exception> {
+    pub const fn exception(self, protection: Protection) -> Option<Exception> {
         match self {
-            Self::TooLong => Some(Exception::with_code(ExceptionVector::GeneralProtection, 0)),
+            Self::TooLong => Some(match protection {
+                Protection::Real => Exception::plain(ExceptionVector::GeneralProtection),
+                Protection::Virtual8086 | Protection::Protected => Exception::GENERAL_PROTECTION,
+            }),
             Self::InvalidOpcode => Some(Exception::INVALID_OPCODE),
             Self::Truncated { .. } | Self::Unsupported => None,
         }
@@ -102,6 +109,8 @@ impl Cursor<'_> {
             Size::Word => u64::from(u16::from_le_bytes(self.take()?)),
             Size::Dword => u64::from(u32::from_le_bytes(self.take()?)),
             Size::Qword => u64::from_le_bytes(self.take()?),
+            // No number is that wide.
+            Size::Oword => return Err(DecodeError::Unsupported),
         })
     }
 

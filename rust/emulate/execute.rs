@@ -7,6 +7,7 @@ mod arithmetic;
 mod flags;
 mod operand;
 mod string;
+mod vector;
 
 #[cfg(test)]
 mod tests;
@@ -43,6 +44,7 @@ pub fn execute<M: Machine>(
         Operation::ExchangeAdd => arithmetic::exchange_add(instruction, machine),
         Operation::CompareExchange => arithmetic::compare_exchange(instruction, machine),
         Operation::Bit(operation) => arithmetic::bit(instruction, machine, operation),
+        Operation::Vector(kind) => vector::vector(instruction, machine, kind),
         Operation::String(operation) => string::string(instruction, machine, operation),
     }
 }

@@ -26,10 +26,12 @@ pub enum Size {
     Dword,
     /// 64 bits.
     Qword,
+    /// 128 bits: a vector register, or memory as wide. No other operand has it.
+    Oword,
 }
 
 impl Size {
-    /// The width in bytes: 1, 2, 4 or 8.
+    /// The width in bytes: 1, 2, 4, 8 or 16.
     #[inline]
     pub const fn bytes(self) -> usize {
         match self {
@@ -37,10 +39,11 @@ impl Size {
             Self::Word => 2,
             Self::Dword => 4,
             Self::Qword => 8,
+            Self::Oword => 16,
         }
     }
 
-    /// The width in bits: 8, 16, 32 or 64.
+    /// The width in bits: 8, 16, 32, 64 or 128.
     #[inline]
     pub const fn bits(self) -> u32 {
         match self {
@@ -48,28 +51,29 @@ impl Size {
             Self::Word => 16,
             Self::Dword => 32,
             Self::Qword => 64,
+            Self::Oword => 128,
         }
     }
 
-    /// A mask of the bits that a value of this width has.
+    /// A mask of the bits that a value of this width has among its low 64.
     #[inline]
     pub const fn mask(self) -> u64 {
         match self {
             Self::Byte => 0xff,
             Self::Word => 0xffff,
             Self::Dword => 0xffff_ffff,
-            Self::Qword => u64::MAX,
+            Self::Qword | Self::Oword => u64::MAX,
         }
     }
 
-    /// The topmost bit of a value of this width.
+    /// The topmost bit of a value of this width among its low 64.
     #[inline]
     pub const fn sign(self) -> u64 {
         match self {
             Self::Byte => 1 << 7,
             Self::Word => 1 << 15,
             Self::Dword => 1 << 31,
-            Self::Qword => 1 << 63,
+            Self::Qword | Self::Oword => 1 << 63,
         }
     }
 
@@ -194,6 +198,8 @@ pub enum Operand {
     HighByte(Gpr),
     /// Memory.
     Memory(Memory),
+    /// A vector register, XMM0 to XMM15, by number.
+    Vector(u8),
     /// The I/O port whose number is in DX.
     Port,
     /// An immediate, sign-extended to 64 bits.
@@ -296,6 +302,18 @@ pub enum StringOperation {
     Outs,
 }
 
+/// A move from or to a vector register, by SSE's encodings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VectorMove {
+    /// MOVUPS, MOVUPD, MOVDQU: 16 bytes.
+    Whole,
+    /// MOVAPS, MOVAPD, MOVDQA, MOVNTPS, MOVNTPD, MOVNTDQ, MOVNTDQA: 16 bytes, aligned in memory.
+    Aligned,
+    /// MOVD, MOVQ, and MOVSS and MOVSD from or to memory: 4 or 8 bytes, zero-extended in a vector
+    /// register.
+    Low,
+}
+
 /// What an instruction does: the complete list of what the emulator knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
@@ -321,6 +339,8 @@ pub enum Operation {
     CompareExchange,
     /// BT, BTS, BTR, BTC: the source is the bit's offset.
     Bit(BitOperation),
+    /// A move from or to a vector register.
+    Vector(VectorMove),
     /// MOVS, STOS, LODS, CMPS, SCAS, INS, OUTS.
     String(StringOperation),
 }
@@ -338,6 +358,7 @@ impl Operation {
             | Self::MovSignExtend
             | Self::MovSwap
             | Self::Test
+            | Self::Vector(_)
             | Self::String(_) => false,
         }
     }
@@ -367,7 +388,7 @@ pub struct Instruction {
     pub size: Size,
     /// The width of the source, which differs in MOVZX and MOVSX only.
     pub source_size: Size,
-    /// The width of addresses and of a string instruction's registers: never `Byte`.
+    /// The width of addresses and of a string instruction's registers: 16, 32 or 64 bits.
     pub address_size: Size,
     /// The first operand; of CMP, TEST, BT, CMPS and SCAS too, which do not write it.
     pub destination: Operand,

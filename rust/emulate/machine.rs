@@ -38,7 +38,8 @@ pub struct Mode {
 pub enum Stop<S> {
     /// An exception to be raised in the guest at this instruction.
     Fault(Exception),
-    /// An access wraps around the end of the linear address space, where CPUs differ.
+    /// An access wraps around the end of the linear address space, where CPUs differ, or the machine
+    /// has no [`Machine::vector`].
     Unsupported,
     /// What [`Machine::read`], [`Machine::write`] or [`Machine::compare_exchange`] answered.
     Machine(S),
@@ -87,7 +88,7 @@ pub trait Machine {
     /// The mode.
     fn mode(&mut self) -> Mode;
 
-    /// Reads 1 to 8 bytes at a linear address whose segment was checked.
+    /// Reads 1 to 8 bytes, or 16 with vector moves, at a linear address whose segment was checked.
     ///
     /// The bytes may cross a page but never wrap around the end of the address space. Within one
     /// instruction (one iteration of a string instruction) the reads of a second try are the same
@@ -119,7 +120,7 @@ pub trait Machine {
     /// As with [`Machine::write`].
     fn prepare_write(&mut self, linear: Gva, length: usize) -> Result<(), Self::Stop>;
 
-    /// Writes 1 to 8 bytes, under the same conditions as [`Machine::read`].
+    /// Writes 1 to 8 bytes, or 16 with vector moves, under the same conditions as [`Machine::read`].
     ///
     /// It is an instruction's last step that can fail. A write to device memory which userspace
     /// must see is kept, and answered with `Ok`: the implementor leaves after the instruction.
@@ -140,6 +141,21 @@ pub trait Machine {
     /// As with [`Machine::write`].
     fn compare_exchange(&mut self, linear: Gva, old: &[u8], new: &[u8])
         -> Result<bool, Self::Stop>;
+
+    /// The vector register XMM0 to XMM15 with this number, or `None` if vector registers can't be
+    /// had: then the instruction ends in [`Stop::Unsupported`].
+    ///
+    /// Whether SSE is enabled (CR0.EM, CR0.TS, CR4.OSFXSR) has been checked by whoever comes here;
+    /// the CPU does so before an exit.
+    #[inline]
+    fn vector(&mut self, _number: u8) -> Option<[u8; 16]> {
+        None
+    }
+
+    /// Sets bits 127:0 of a vector register, of which [`Machine::vector`] just gave the old value,
+    /// and leaves the bits above.
+    #[inline]
+    fn set_vector(&mut self, _number: u8, _value: [u8; 16]) {}
 
     /// Reads 1, 2 or 4 bytes from an I/O port, for INS. Whether the guest may use the port has been
     /// checked by whoever comes here (the CPU does so before an exit).

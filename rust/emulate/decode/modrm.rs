@@ -30,8 +30,16 @@ impl ModRm {
         self.reg & 7
     }
 
+    /// The register's number, if ModRM.rm is one.
+    pub(super) fn register(&self) -> Option<u8> {
+        match self.rm {
+            Rm::Register(number) => Some(number),
+            Rm::Memory(_) => None,
+        }
+    }
+
     pub(super) fn is_register(&self) -> bool {
-        matches!(self.rm, Rm::Register(_))
+        self.register().is_some()
     }
 }
 

@@ -123,7 +123,14 @@ fn fifteen_bytes_are_allowed_and_sixteen_are_not() {
     bytes[13..].copy_from_slice(&[0x2e, 0x89, 0x00]);
     let error = decode(&bytes, CodeSize::Bits32).unwrap_err();
     assert_eq!(error, DecodeError::TooLong);
-    assert_eq!(error.exception(), Some(Exception::GENERAL_PROTECTION));
+    assert_eq!(
+        error.exception(Protection::Protected),
+        Some(Exception::GENERAL_PROTECTION)
+    );
+    assert_eq!(
+        error.exception(Protection::Real),
+        Some(Exception::plain(ExceptionVector::GeneralProtection))
+    );
     // That it is too long is known before the sixteenth byte could be fetched.
     assert_eq!(
         decode(&[0x2e; 15], CodeSize::Bits32),

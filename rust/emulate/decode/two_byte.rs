@@ -10,6 +10,9 @@ impl Decoder<'_> {
     pub(super) fn two_byte(&mut self) -> Result<Form, DecodeError> {
         let opcode = self.cursor.byte()?;
         match opcode {
+            0x10 | 0x11 | 0x28 | 0x29 | 0x2b | 0x6e | 0x6f | 0x7e | 0x7f | 0xd6 | 0xe7 => {
+                self.vector(opcode)
+            }
             0x38 => self.three_byte(),
             0xa3 | 0xab | 0xb3 | 0xbb => {
                 let operation = BitOperation::from_low_bits(opcode >> 3);
@@ -29,6 +32,9 @@ impl Decoder<'_> {
     /// What follows 0F 38.
     fn three_byte(&mut self) -> Result<Form, DecodeError> {
         let opcode = self.cursor.byte()?;
+        if opcode == 0x2a {
+            return self.vector_nontemporal_load();
+        }
         // With F2 these are CRC32.
         if !matches!(opcode, 0xf0 | 0xf1) || self.prefixes.repeat.is_some() {
             return Err(DecodeError::Unsupported);

@@ -95,6 +95,11 @@ fn linear_64bit<S>(
     Ok(first)
 }
 
+/// #GP, with the error code 0 except in real-address mode.
+pub(super) fn general_protection(mode: Mode) -> Exception {
+    refusal(mode, SegmentRegister::Ds)
+}
+
 /// #SS for SS and #GP for the others; with the error code 0 except in real-address mode.
 fn refusal(mode: Mode, register: SegmentRegister) -> Exception {
     let vector = match register {

@@ -272,7 +272,7 @@ fn with_bit_offset(memory: Memory, offset: u64, size: Size) -> Memory {
         Size::Byte => 0,
         Size::Word => ((size.sign_extend(offset) as i64) >> 4) << 1,
         Size::Dword => ((size.sign_extend(offset) as i64) >> 5) << 2,
-        Size::Qword => ((offset as i64) >> 6) << 3,
+        Size::Qword | Size::Oword => ((offset as i64) >> 6) << 3,
     };
     Memory {
         displacement: memory.displacement.wrapping_add(bytes as u64),

@@ -48,8 +48,9 @@ pub(super) fn place<M: Machine>(
         Operand::Memory(memory) => {
             linear_address(instruction, machine, &memory, size, intent).map(Place::Memory)
         }
-        // The decoder leaves out no operand that an operation uses, and ports have no place.
-        Operand::None | Operand::Port => Err(Stop::Unsupported),
+        // The decoder leaves out no operand that an operation uses; ports and vectors are used by
+        // operations of their own.
+        Operand::None | Operand::Port | Operand::Vector(_) => Err(Stop::Unsupported),
     }
 }
 
@@ -66,7 +67,7 @@ pub(super) fn read<M: Machine>(
         Place::Immediate(value) => value,
         Place::Memory(linear) => {
             let mut bytes = [0; 8];
-            // A size has at most 8 bytes.
+            // Only vectors have more than 8 bytes.
             let data = bytes.get_mut(..size.bytes()).ok_or(Stop::Unsupported)?;
             match intent {
                 Intent::Read => machine.read(linear, data),
@@ -114,7 +115,7 @@ pub(super) fn set_register<M: Machine>(machine: &mut M, place: Place, size: Size
         Place::Register(register) => {
             let kept = match size {
                 Size::Byte | Size::Word => machine.gpr(register) & !size.mask(),
-                Size::Dword | Size::Qword => 0,
+                Size::Dword | Size::Qword | Size::Oword => 0,
             };
             machine.set_gpr(register, kept | (value & size.mask()));
         }

@@ -43,6 +43,7 @@ struct Fake {
     answer: Option<Vec<u8>>,
     device_writes: Vec<(u64, Vec<u8>)>,
     outputs: Vec<(u16, Vec<u8>)>,
+    vectors: Option<[[u8; 16]; 16]>,
     /// Another CPU's write, done before the next compare-exchange.
     rival: Option<(u64, u8)>,
     continues: bool,
@@ -71,6 +72,7 @@ impl Fake {
             answer: None,
             device_writes: Vec::new(),
             outputs: Vec::new(),
+            vectors: None,
             rival: None,
             continues: false,
         }
@@ -141,6 +143,14 @@ impl Machine for Fake {
         let start = usize::try_from(linear.raw()).unwrap();
         let found = self.memory.get(start..start + length);
         found.map(|_| ()).ok_or(Why::NotPresent)
+    }
+
+    fn vector(&mut self, number: u8) -> Option<[u8; 16]> {
+        self.vectors.map(|vectors| vectors[usize::from(number)])
+    }
+
+    fn set_vector(&mut self, number: u8, value: [u8; 16]) {
+        self.vectors.as_mut().unwrap()[usize::from(number)] = value;
     }
 
     fn input(&mut self, port: u16, data: &mut [u8]) -> Result<(), Why> {
@@ -549,4 +559,30 @@ fn results_keep_or_clear_the_rest_of_a_register() {
         assert_eq!(fake.run(bytes), Ok(Progress::Retired));
         assert_eq!(fake.gprs[1], expected, "{bytes:02x?}");
     }
+}
+
+#[test]
+fn a_vector_move_needs_alignment_and_a_machine_that_has_vectors() {
+    let mut fake = Fake::long();
+    fake.gprs[0] = DEVICE + 8;
+    // movaps [rax], xmm0 and movups xmm0, [rax]: this machine has none, and its device is not read.
+    fake.answer = Some(vec![0; 16]);
+    assert_eq!(fake.run(&[0x0f, 0x29, 0x00]), Err(Stop::Unsupported));
+    assert_eq!(fake.run(&[0x0f, 0x10, 0x00]), Err(Stop::Unsupported));
+    assert!(fake.answer.is_some());
+    fake.vectors = Some([[7; 16]; 16]);
+    assert_eq!(
+        fake.run(&[0x0f, 0x29, 0x00]),
+        fault(ExceptionVector::GeneralProtection)
+    );
+    assert!(fake.device_writes.is_empty());
+    fake.gprs[0] = DEVICE;
+    assert_eq!(fake.run(&[0x0f, 0x29, 0x00]), Ok(Progress::Retired));
+    assert_eq!(fake.device_writes, [(DEVICE, vec![7; 16])]);
+    // movd xmm0, [rax] clears what is above.
+    fake.answer = Some(vec![1, 2, 3, 4]);
+    assert_eq!(fake.run(&[0x66, 0x0f, 0x6e, 0x00]), Ok(Progress::Retired));
+    let mut expected = [0; 16];
+    expected[..4].copy_from_slice(&[1, 2, 3, 4]);
+    assert_eq!(fake.vectors.map(|vectors| vectors[0]), Some(expected));
 }

@@ -10,7 +10,7 @@ use iced_x86::{Code, Decoder, DecoderOptions, Mnemonic, OpKind, Register};
 use rvisor_core::{
     emulate::{
         decode, Arithmetic, Base, BitOperation, CodeSize, DecodeError, Gpr, Instruction, Memory,
-        Operand, Operation, Repeat, Size, StringOperation, Unary, MAX_LENGTH,
+        Operand, Operation, Repeat, Size, StringOperation, Unary, VectorMove, MAX_LENGTH,
     },
     x86::segment::SegmentRegister,
 };
@@ -28,9 +28,10 @@ const KNOWN: [&[u8]; 3] = [
         0xb0, 0xb4, 0xb8, 0xbf, 0xc6, 0xc7, 0xf6, 0xf7, 0xfe, 0xff,
     ],
     &[
-        0xa3, 0xab, 0xb0, 0xb1, 0xb3, 0xb6, 0xb7, 0xba, 0xbb, 0xbe, 0xbf, 0xc0, 0xc1, 0xc3,
+        0x10, 0x11, 0x28, 0x29, 0x2b, 0x6e, 0x6f, 0x7e, 0x7f, 0xd6, 0xe7, 0xa3, 0xab, 0xb0, 0xb1,
+        0xb3, 0xb6, 0xb7, 0xba, 0xbb, 0xbe, 0xbf, 0xc0, 0xc1, 0xc3,
     ],
-    &[0xf0, 0xf1],
+    &[0x2a, 0xf0, 0xf1],
 ];
 
 /// The prefixes that may come before an opcode, REX aside.
@@ -39,9 +40,15 @@ const PREFIXES: [u8; 11] = [
 ];
 
 fn size_of(bytes: usize) -> Option<Size> {
-    [Size::Byte, Size::Word, Size::Dword, Size::Qword]
-        .into_iter()
-        .find(|size| size.bytes() == bytes)
+    [
+        Size::Byte,
+        Size::Word,
+        Size::Dword,
+        Size::Qword,
+        Size::Oword,
+    ]
+    .into_iter()
+    .find(|size| size.bytes() == bytes)
 }
 
 fn segment_of(register: Register) -> SegmentRegister {
@@ -108,6 +115,19 @@ fn operation_of(iced: &iced_x86::Instruction) -> Option<Operation> {
         Mnemonic::Outsb | Mnemonic::Outsw | Mnemonic::Outsd => {
             Operation::String(StringOperation::Outs)
         }
+        Mnemonic::Movups | Mnemonic::Movupd | Mnemonic::Movdqu => {
+            Operation::Vector(VectorMove::Whole)
+        }
+        Mnemonic::Movaps
+        | Mnemonic::Movapd
+        | Mnemonic::Movdqa
+        | Mnemonic::Movntps
+        | Mnemonic::Movntpd
+        | Mnemonic::Movntdq
+        | Mnemonic::Movntdqa => Operation::Vector(VectorMove::Aligned),
+        Mnemonic::Movd | Mnemonic::Movq | Mnemonic::Movss | Mnemonic::Movsd => {
+            Operation::Vector(VectorMove::Low)
+        }
         _ => return None,
     })
 }
@@ -117,10 +137,15 @@ fn is_in_list(iced: &iced_x86::Instruction) -> bool {
     let Some(operation) = operation_of(iced) else {
         return false;
     };
-    // MOV of segment, control and debug registers.
+    // Moves of segment, control, debug and MMX registers.
     let is_special = |operand: u32| {
-        iced.op_kind(operand) == OpKind::Register && !iced.op_register(operand).is_gpr()
+        let register = iced.op_register(operand);
+        iced.op_kind(operand) == OpKind::Register && !register.is_gpr() && !register.is_xmm()
     };
+    // Between registers these two keep the destination's upper part.
+    let is_merge = matches!(iced.mnemonic(), Mnemonic::Movss | Mnemonic::Movsd)
+        && iced.op_kind(0) == OpKind::Register
+        && iced.op_kind(1) == OpKind::Register;
     // REPNE is reserved with these string instructions; 90 to 97 have no operand in memory.
     let is_reserved = match operation {
         Operation::String(StringOperation::Cmps | StringOperation::Scas) => false,
@@ -131,7 +156,7 @@ fn is_in_list(iced: &iced_x86::Instruction) -> bool {
         iced.code(),
         Code::Xchg_r16_AX | Code::Xchg_r32_EAX | Code::Xchg_r64_RAX
     );
-    !(0..iced.op_count()).any(is_special) && !is_reserved && !is_short_exchange
+    !(0..iced.op_count()).any(is_special) && !is_merge && !is_reserved && !is_short_exchange
 }
 
 /// The segment by which iced addresses memory.
@@ -242,6 +267,11 @@ fn same_operand(
                 (value ^ iced.immediate(number)) & immediate_mask(ours, size),
                 0
             );
+        }
+        Operand::Vector(vector) => {
+            let register = iced.op_register(number);
+            assert!(register.is_xmm(), "{register:?}");
+            assert_eq!(register.number(), usize::from(vector));
         }
         Operand::Port => assert_eq!(iced.op_register(number), Register::DX),
         Operand::Memory(memory) => {

@@ -13,6 +13,8 @@ pub(crate) const ARENA: usize = 0x1000;
 pub(crate) const ARENA_LENGTH: usize = 512;
 /// Where registers and flags are kept, in `Native`'s mapping.
 const STATE: usize = 0x3000;
+/// Where vector registers are kept.
+const VECTORS: usize = 0x3800;
 const MAPPING: usize = 0x4000;
 /// The distance from the GS base to the arena.
 const GS_DISTANCE: u64 = 0x12_3456;
@@ -22,6 +24,8 @@ const GS_DISTANCE: u64 = 0x12_3456;
 pub(crate) struct State {
     pub(crate) gprs: [u64; 16],
     pub(crate) flags: u64,
+    /// XMM0 to XMM15, which 64-bit code only is given.
+    pub(crate) vectors: [[u8; 16]; 16],
     pub(crate) arena: [u8; ARENA_LENGTH],
 }
 
@@ -96,6 +100,7 @@ impl Native {
         code.load_flags();
         for register in 0..16 {
             code.move_register(0x8b, register, register);
+            code.move_vector(0x10, register);
         }
         code
     }
@@ -104,6 +109,7 @@ impl Native {
     fn epilogue(code: &mut Code) {
         for register in 0..16 {
             code.move_register(0x89, register, register);
+            code.move_vector(0x11, register);
         }
         code.restore_caller();
     }
@@ -140,6 +146,9 @@ impl Native {
         slots.extend_from_slice(&(state.flags | 0x202).to_le_bytes());
         self.copy_in(STATE, &slots);
         self.copy_in(ARENA, &state.arena);
+        for (number, vector) in state.vectors.iter().enumerate() {
+            self.copy_in(VECTORS + 16 * number, vector);
+        }
         // SAFETY: the code keeps to the calling convention: it saves and restores the stack pointer
         // and the registers that are the caller's, and clears DF.
         unsafe {
@@ -156,6 +165,9 @@ impl Native {
         }
         after.flags = numbers.next().unwrap() & FLAGS;
         self.copy_out(ARENA, &mut after.arena);
+        for (number, vector) in after.vectors.iter_mut().enumerate() {
+            self.copy_out(VECTORS + 16 * number, vector);
+        }
         after
     }
 }
@@ -206,9 +218,25 @@ impl Code {
 
     /// A RIP-relative displacement, the last part of an instruction, to the state's slot `number`.
     fn slot(&mut self, number: usize) {
+        self.displacement_to(STATE + 8 * number);
+    }
+
+    /// A RIP-relative displacement, the last part of an instruction, to an offset in the mapping.
+    fn displacement_to(&mut self, offset: usize) {
         let end = self.0.len() + 4;
-        let displacement = i32::try_from(STATE + 8 * number - end).unwrap();
+        let displacement = i32::try_from(offset - end).unwrap();
         self.add(&displacement.to_le_bytes());
+    }
+
+    /// MOVUPS between a vector register and its place.
+    fn move_vector(&mut self, opcode: u8, number: u8) {
+        self.add(&[
+            0x40 | ((number >> 3) << 2),
+            0x0f,
+            opcode,
+            5 | ((number & 7) << 3),
+        ]);
+        self.displacement_to(VECTORS + 16 * usize::from(number));
     }
 
     /// MOV between a 64-bit register and a slot.
