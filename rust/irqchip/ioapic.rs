@@ -71,6 +71,16 @@ impl Entry {
         }
     }
 
+    /// The entry that the owner sets: all bits, but only a level-triggered one can await its EOI.
+    const fn restored(value: u64) -> Self {
+        let value = value & Self::IMPLEMENTED;
+        if value & Self::LEVEL != 0 {
+            Self(value)
+        } else {
+            Self(value & !Self::REMOTE_IRR)
+        }
+    }
+
     /// The entry after software wrote `value` to it: read-only bits stay. Remote IRR goes out when
     /// the entry becomes edge-triggered, which is how software ends an interrupt by hand where there
     /// is no EOI register.
@@ -367,7 +377,7 @@ impl IoApic {
         self.irr = 0;
         self.sent = 0;
         for (entry, value) in self.table.iter_mut().zip(state.redirection) {
-            *entry = Entry(value & Entry::IMPLEMENTED);
+            *entry = Entry::restored(value);
         }
         for pin in PinsOf(state.irr) {
             if let LineOutcome::Send(message) = self.set_level(pin, true) {

@@ -118,7 +118,7 @@ impl DualPic {
     /// Carries the second controller's output to the first, and the first's to the CPU.
     fn update(&mut self) {
         if self.slave.pending().is_some() {
-            self.master.pulse(CASCADE);
+            self.master.request(CASCADE);
         }
         self.output = self.master.pending().is_some();
     }

@@ -125,10 +125,9 @@ impl Chip {
         !(requests && waiting)
     }
 
-    /// Raises a line and lowers it again.
-    pub(super) fn pulse(&mut self, line: u8) {
-        self.set_line(line, true);
-        self.set_line(line, false);
+    /// Requests a line, whatever its level.
+    pub(super) fn request(&mut self, line: u8) {
+        self.irr |= bit_of(line);
     }
 
     /// Forgets the request of a line.
