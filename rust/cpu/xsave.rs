@@ -7,7 +7,7 @@ use super::supported::HostCpuid;
 /// The legacy area of 512 bytes and the header of 64.
 const BASE_BYTES: u32 = 576;
 /// Components are numbered below this; x87 and SSE, 0 and 1, lie in the legacy area.
-const COMPONENTS: usize = 19;
+const COMPONENTS: u32 = 19;
 
 /// Where a component lies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -23,7 +23,7 @@ struct Component {
 /// The places of all state components of the host's CPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct XsaveLayout {
-    components: [Component; COMPONENTS],
+    components: [Component; COMPONENTS as usize],
 }
 
 impl XsaveLayout {
@@ -33,7 +33,7 @@ impl XsaveLayout {
         if host.cpuid(0, 0)[0] < 0xd {
             return layout;
         }
-        for (number, component) in (0u32..).zip(layout.components.iter_mut()).skip(2) {
+        for (number, component) in (0..COMPONENTS).zip(layout.components.iter_mut()).skip(2) {
             let [size, offset, flags, _] = host.cpuid(0xd, number);
             *component = Component {
                 size,
@@ -46,7 +46,7 @@ impl XsaveLayout {
 
     /// The extended components that `mask` names.
     fn extended(&self, mask: u64) -> impl Iterator<Item = &Component> {
-        (0u32..)
+        (0..COMPONENTS)
             .zip(self.components.iter())
             .skip(2)
             .filter(move |(number, _)| mask.wrapping_shr(*number) & 1 != 0)
