@@ -117,7 +117,7 @@ pub fn last_word(path: &'static str) -> &'static str {
 }
 
 /// Seconds of the machine's time that one test may take.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(10);
 /// Seconds that a killed child may take to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
