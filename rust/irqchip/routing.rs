@@ -4,13 +4,17 @@
 //! (Documentation/virt/kvm/api.rst, KVM_SET_GSI_ROUTING).
 //!
 //! The routes themselves are kept by the owner, in a slice of its own; a [`RoutingIndex`] beside it
-//! finds those of a GSI and the GSI of a pin in constant time.
+//! finds those of a GSI and the GSI of a pin in a few steps.
 
 use super::{ioapic, Invalid};
 use crate::x86::vector::Gsi;
 
 /// The number of GSIs, and the most routes that a table may have (KVM_MAX_IRQ_ROUTES).
 pub const MAX_ROUTES: usize = 4096;
+/// The number of chains that an index keeps routes in. A machine has seldom more GSIs than that.
+const CHAINS: usize = 256;
+/// The most routes in a chain: 16 GSIs, each with one to each of three controllers.
+const MAX_CHAIN: usize = MAX_ROUTES / CHAINS * 3;
 
 /// KVM_IRQ_ROUTING_IRQCHIP.
 const KIND_IRQCHIP: u32 = 1;
@@ -81,7 +85,7 @@ pub struct Route {
     pub gsi: Gsi,
     /// Where it goes.
     pub target: Target,
-    /// The place of the GSI's next route in the table plus 1; 0 is none.
+    /// The place of the next route in its chain plus 1; 0 is none.
     next: u16,
 }
 
@@ -93,7 +97,7 @@ impl Route {
         } else {
             0
         };
-        if gsi_index(raw.gsi).is_none() || raw.flags & !allowed_flags != 0 {
+        if !is_gsi(raw.gsi) || raw.flags & !allowed_flags != 0 {
             return Err(Invalid);
         }
         let [first, second, third] = raw.words;
@@ -129,10 +133,15 @@ fn pin_target(chip: u32, pin: u32) -> Result<Target, Invalid> {
     }
 }
 
-/// The place of a GSI among all.
-fn gsi_index(gsi: u32) -> Option<usize> {
-    let index = usize::try_from(gsi).ok()?;
-    (index < MAX_ROUTES).then_some(index)
+/// Whether there is such a GSI.
+fn is_gsi(gsi: u32) -> bool {
+    usize::try_from(gsi).is_ok_and(|gsi| gsi < MAX_ROUTES)
+}
+
+/// The chain that the routes of a GSI are in.
+#[inline]
+const fn chain_of(gsi: Gsi) -> usize {
+    (gsi.0 & 0xff) as usize
 }
 
 /// The routes of a machine that has set none: each GSI goes to the IOAPIC's pin of the same number,
@@ -164,8 +173,8 @@ const fn fill(mut routes: &mut [Route], to_pic: bool) {
 /// Finds routes by GSI and GSIs by pin. All zeros is the index of an empty table.
 #[derive(Clone, Debug)]
 pub struct RoutingIndex {
-    /// For each GSI the place of its first route plus 1; 0 is none.
-    heads: [u16; MAX_ROUTES],
+    /// For each chain the place of its first route plus 1; 0 is none.
+    heads: [u16; CHAINS],
     /// For each line of the 8259s and each pin of the IOAPIC its GSI plus 1; 0 is none.
     pic: [u16; 16],
     ioapic: [u16; ioapic::PINS],
@@ -181,56 +190,50 @@ impl RoutingIndex {
     /// The index of an empty table.
     pub const fn new() -> Self {
         Self {
-            heads: [0; MAX_ROUTES],
+            heads: [0; CHAINS],
             pic: [0; 16],
             ioapic: [0; ioapic::PINS],
         }
     }
 
-    /// Builds the index of `routes` anew, linking those of the same GSI. Invalid are more than
+    /// Builds the index of `routes` anew, linking those of a chain. Invalid are more than
     /// [`MAX_ROUTES`], a GSI beyond them, and a GSI with two routes to the same controller or with an
     /// MSI and another one.
     pub fn build(&mut self, routes: &mut [Route]) -> Result<(), Invalid> {
-        self.heads.fill(0);
-        self.pic.fill(0);
-        self.ioapic.fill(0);
+        *self = Self::new();
         if routes.len() > MAX_ROUTES {
             return Err(Invalid);
         }
         let mut place = 0u16;
         while let Some(route) = routes.get(usize::from(place)).copied() {
-            let head = gsi_index(route.gsi.0)
-                .and_then(|index| self.heads.get(index).copied())
-                .ok_or(Invalid)?;
-            let others = Chain { routes, next: head };
-            for other in others {
-                if !route.target.goes_with(other) {
-                    return Err(Invalid);
-                }
+            if !is_gsi(route.gsi.0)
+                || self
+                    .targets(routes, route.gsi)
+                    .any(|other| !route.target.goes_with(other))
+            {
+                return Err(Invalid);
             }
             let number = place.wrapping_add(1);
-            if let Some(route) = routes.get_mut(usize::from(place)) {
-                route.next = head;
+            if let (Some(head), Some(entry)) = (
+                self.heads.get_mut(chain_of(route.gsi)),
+                routes.get_mut(usize::from(place)),
+            ) {
+                entry.next = *head;
+                *head = number;
             }
-            self.enter(route, number);
+            self.enter_pin(route);
             place = number;
         }
         Ok(())
     }
 
-    fn enter(&mut self, route: Route, number: u16) {
-        let Some(index) = gsi_index(route.gsi.0) else {
-            return;
-        };
-        if let Some(head) = self.heads.get_mut(index) {
-            *head = number;
-        }
+    fn enter_pin(&mut self, route: Route) {
         let slot = match route.target {
             Target::Pic(line) => self.pic.get_mut(usize::from(line)),
             Target::IoApic(pin) => self.ioapic.get_mut(usize::from(pin)),
             Target::Msi { .. } => None,
         };
-        if let (Some(slot), Ok(gsi)) = (slot, u16::try_from(index)) {
+        if let (Some(slot), Ok(gsi)) = (slot, u16::try_from(route.gsi.0)) {
             *slot = gsi.wrapping_add(1);
         }
     }
@@ -238,12 +241,13 @@ impl RoutingIndex {
     /// The targets of `gsi` in `routes`, the table that this index was built of: at most three.
     #[inline]
     pub fn targets<'a>(&self, routes: &'a [Route], gsi: Gsi) -> impl Iterator<Item = Target> + 'a {
-        let next = gsi_index(gsi.0)
-            .and_then(|index| self.heads.get(index).copied())
-            .unwrap_or(0);
-        // A chain has at most one route to each controller. The bound holds too where the slice is
-        // not the one that the index was built of.
-        Chain { routes, next }.take(3)
+        let next = self.heads.get(chain_of(gsi)).copied().unwrap_or(0);
+        // The bounds hold too where the slice is not the one that the index was built of.
+        Chain { routes, next }
+            .take(MAX_CHAIN)
+            .filter(move |route| route.gsi == gsi)
+            .map(|route| route.target)
+            .take(3)
     }
 
     /// The GSI whose route goes to the line `line` of the 8259s; the last one of several.
@@ -261,20 +265,20 @@ fn gsi_of(slot: Option<&u16>) -> Option<Gsi> {
     slot?.checked_sub(1).map(|gsi| Gsi(u32::from(gsi)))
 }
 
-/// The targets of the routes from `next` on.
+/// The routes from `next` on.
 struct Chain<'a> {
     routes: &'a [Route],
     next: u16,
 }
 
 impl Iterator for Chain<'_> {
-    type Item = Target;
+    type Item = Route;
 
     #[inline]
-    fn next(&mut self) -> Option<Target> {
-        let route = self.routes.get(usize::from(self.next.checked_sub(1)?))?;
+    fn next(&mut self) -> Option<Route> {
+        let route = *self.routes.get(usize::from(self.next.checked_sub(1)?))?;
         self.next = route.next;
-        Some(route.target)
+        Some(route)
     }
 }
 

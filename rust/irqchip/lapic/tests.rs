@@ -234,6 +234,28 @@ fn base_transitions_are_the_manuals() {
 }
 
 #[test]
+fn xapic_identifier_is_the_first_again_when_the_mode_is_entered() {
+    let mut apic = enabled();
+    let _ = apic.write(0x20, 0x0900_0000, NOW);
+    assert_eq!(apic.identity().xapic_id, 9);
+    for base in [0xfee0_0000, 0xfee0_0800] {
+        let _ = apic.set_base(base, Origin::Guest).unwrap();
+    }
+    assert_eq!(apic.identity().xapic_id, 3);
+}
+
+#[test]
+fn base_address_has_52_bits_at_most() {
+    let mut apic = enabled();
+    apic.set_features(Features {
+        physical_bits: 64,
+        ..features()
+    });
+    assert!(apic.set_base(1 << 51 | 0x800, Origin::Host).is_ok());
+    assert!(apic.set_base(1 << 52 | 0x800, Origin::Host).is_err());
+}
+
+#[test]
 fn switched_off_apic_leaves_intr_to_the_pic() {
     let mut apic = enabled();
     request(&mut apic, 0x45);
@@ -633,4 +655,16 @@ fn page_has_the_x2apic_identifier_in_either_form() {
         apic.read_msr(MsrIndex(0x830), NOW),
         Ok(0x0001_0002_0000_4041)
     );
+}
+
+#[test]
+fn restored_count_is_no_longer_than_the_initial_one() {
+    let mut apic = enabled();
+    let _ = apic.write(0x3e0, 0b1011, NOW);
+    let _ = apic.write(0x380, 1_000_000, NOW);
+    let mut page = apic.registers(PageFormat::Legacy, NOW);
+    page[0x390..0x394].copy_from_slice(&u32::MAX.to_le_bytes());
+    apic.set_registers(&page, PageFormat::Legacy, at(0))
+        .unwrap();
+    assert_eq!(apic.deadline(), Some(Deadline::At(Nanoseconds(1_000_000))));
 }

@@ -29,12 +29,12 @@ fn parse(raw: RawRoute) -> Result<Target, Invalid> {
     Route::parse(&raw, FULL).map(|route| route.target)
 }
 
-fn build(raw: &[RawRoute]) -> Result<(Vec<Route>, Box<RoutingIndex>), Invalid> {
+fn build(raw: &[RawRoute]) -> Result<(Vec<Route>, RoutingIndex), Invalid> {
     let mut routes = raw
         .iter()
         .map(|raw| Route::parse(raw, FULL))
         .collect::<Result<Vec<_>, _>>()?;
-    let mut index = Box::new(RoutingIndex::new());
+    let mut index = RoutingIndex::new();
     index.build(&mut routes)?;
     Ok((routes, index))
 }
@@ -42,7 +42,7 @@ fn build(raw: &[RawRoute]) -> Result<(Vec<Route>, Box<RoutingIndex>), Invalid> {
 #[test]
 fn default_is_the_same_number_on_both() {
     let mut routes = DEFAULT_ROUTES;
-    let mut index = Box::new(RoutingIndex::new());
+    let mut index = RoutingIndex::new();
     index.build(&mut routes).unwrap();
     for gsi in 0..24u8 {
         let targets: Vec<_> = index.targets(&routes, Gsi(u32::from(gsi))).collect();
@@ -151,4 +151,21 @@ fn full_table_is_taken_and_a_larger_one_is_not() {
     assert_eq!(index.targets(&routes, Gsi(4095)).count(), 1);
     routes.push(Route::new(Gsi(0), Target::IoApic(0)));
     assert_eq!(index.build(&mut routes), Err(Invalid));
+}
+
+#[test]
+fn longest_chain_is_walked_to_its_end() {
+    // All GSIs of one chain, each with three routes: the first entered is the last in the chain.
+    let raw: Vec<_> = (0..16u32)
+        .flat_map(|n| [0, 1, 2].map(|chip| pin(n * 256 + 9, chip, 5)))
+        .collect();
+    let (routes, index) = build(&raw).unwrap();
+    for n in 0..16 {
+        let mut targets: Vec<_> = index.targets(&routes, Gsi(n * 256 + 9)).collect();
+        targets.reverse();
+        assert_eq!(
+            targets,
+            [Target::Pic(5), Target::Pic(13), Target::IoApic(5)]
+        );
+    }
 }

@@ -12,7 +12,8 @@ const RULES: RoutingRules = RoutingRules {
 };
 
 fn raw() -> impl Strategy<Value = RawRoute> {
-    let pin = (0u32..40, 0u32..4, 0u32..26).prop_map(|(gsi, chip, pin)| RawRoute {
+    let gsi = prop_oneof![0u32..40, (0u32..16).prop_map(|n| n * 256 + 7)];
+    let pin = (gsi, 0u32..4, 0u32..26).prop_map(|(gsi, chip, pin)| RawRoute {
         gsi,
         kind: 1,
         flags: 0,
@@ -57,7 +58,7 @@ proptest! {
         let clash = list.iter().enumerate().any(|(place, &(gsi, target))| {
             list[..place].iter().any(|&(g, t)| g == gsi && conflict(t, target))
         });
-        let mut index = Box::new(RoutingIndex::new());
+        let mut index = RoutingIndex::new();
         prop_assert_eq!(index.build(&mut routes).is_err(), clash);
         if clash {
             return Ok(());
