@@ -110,7 +110,7 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd> {
         if !kvm.check_extension(cap) {
             return Err(Error::input(
                 format!("this hypervisor lacks {name}, without which no PC can be built"),
-                "use a newer one",
+                "use a newer one; KVM has it where its kernel has CONFIG_KVM_IOAPIC",
             ));
         }
     }

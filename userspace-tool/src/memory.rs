@@ -15,6 +15,9 @@ use crate::size;
 /// The guest's memory as this process sees it.
 pub type Memory = GuestMemoryMmap<()>;
 
+/// The least memory that there is a place for each of the parts that [`layout`] names.
+const LEAST: u64 = 2 * size::MIB;
+
 /// What the host has, in bytes, from /proc/meminfo.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct HostMemory {
@@ -43,9 +46,15 @@ impl HostMemory {
 ///
 /// # Errors
 ///
-/// [`Error::Input`] where `bytes` is no multiple of a page, or more than the host's memory.
+/// [`Error::Input`] where `bytes` is too little, no multiple of a page, or more than the host's memory.
 pub fn check_size(bytes: u64) -> Result<()> {
     let text = size::text(bytes);
+    if bytes < LEAST {
+        return Err(Error::input(
+            format!("--memory {text} is too small for any kernel"),
+            "give a size such as 256M",
+        ));
+    }
     if bytes % layout::PAGE_SIZE != 0 {
         return Err(Error::input(
             format!("--memory {text} is no multiple of 4 KiB"),

@@ -56,7 +56,7 @@ fn capabilities(kvm: &Kvm) -> Finding {
     if !missing.is_empty() {
         return Finding::missing(
             format!("API: no {}", missing.join(", no ")),
-            "use a newer hypervisor",
+            "use a newer hypervisor; KVM has these where its kernel has CONFIG_KVM_IOAPIC",
         );
     }
     let most = kvm.check_extension_int(Cap::MaxVcpus);
