@@ -320,6 +320,9 @@ mod tests {
         let table = table();
         // In range, absent.
         assert_eq!(run(&table, 2, 0), [0; 4]);
+        let mut shorter = table.clone();
+        shorter.remove(1);
+        assert_eq!(run(&shorter, 0x8000_0001, 0), [0; 4]);
         // Past the end of each range, and a range that is not there.
         assert_eq!(run(&table, 5, 1), [0x41; 4]);
         assert_eq!(run(&table, 0x8000_0002, 0), [0x40; 4]);

@@ -201,6 +201,7 @@ fn mtrrs_take_types_and_addresses_that_there_are() {
     assert!(!ok(0x200, 0x106), "reserved bit");
     assert!(ok(0x20f, 0xff_ffff_f800));
     assert!(!ok(0x20f, 0xff_ffff_f806));
+    assert!(!ok(0x20f, 0x400));
     assert!(!ok(0x210, 0), "eight ranges");
     assert!(ok(0x26f, 0x0605_0401_0006_0606));
     assert!(!ok(0x250, 7));
