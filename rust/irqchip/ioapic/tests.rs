@@ -214,3 +214,27 @@ fn eoi_vectors_are_those_of_level_pins_for_the_apic() {
     expected.insert(Vector(0x53));
     assert_eq!(ioapic.eoi_vectors(&identity, Source::Device, 1), expected);
 }
+
+#[test]
+fn edge_that_came_while_masked_is_in_the_state_though_an_earlier_one_was_sent() {
+    let mut ioapic = IoApic::new();
+    let _ = set_entry(&mut ioapic, 4, 0x34);
+    assert!(raise(&mut ioapic, 4).message().is_some());
+    lower(&mut ioapic, 4);
+    let _ = set_entry(&mut ioapic, 4, MASKED | 0x34);
+    raise(&mut ioapic, 4);
+    assert_eq!(ioapic.state().irr, 1 << 4);
+}
+
+#[test]
+fn resampled_pin_that_awaits_its_eoi_is_not_asked() {
+    let mut ioapic = IoApic::new();
+    ioapic.set_resampled(1 << 9);
+    let _ = set_entry(&mut ioapic, 9, LEVEL | 0x49);
+    assert!(ioapic
+        .set_line(9, LineSource::RESAMPLER, true)
+        .message()
+        .is_some());
+    assert!(!set_entry(&mut ioapic, 9, LEVEL | 0x49).resample);
+    assert_eq!(eoi(&mut ioapic, 0x49), [(9, 0x49)]);
+}

@@ -251,8 +251,8 @@ fn base_address_has_52_bits_at_most() {
         physical_bits: 64,
         ..features()
     });
-    assert!(apic.set_base(1 << 51 | 0x800, Origin::Host).is_ok());
-    assert!(apic.set_base(1 << 52 | 0x800, Origin::Host).is_err());
+    assert!(apic.set_base((1 << 51) | 0x800, Origin::Host).is_ok());
+    assert!(apic.set_base((1 << 52) | 0x800, Origin::Host).is_err());
 }
 
 #[test]
