@@ -248,6 +248,11 @@ impl Cpu {
         Exit::Out { port, size, data }
     }
 
+    /// The port of a port access, read quickly.
+    pub fn io_port(&self) -> u64 {
+        (self.run.read_u64(Self::UNION) >> 16) & 0xffff
+    }
+
     /// Where in the mapping the data of a port access lies.
     pub fn io_data_offset(&self) -> u64 {
         self.run.read_u64(Self::UNION + 8)

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Making and ending machines, measured in userspace.
+
+use core::arch::x86_64::_rdtsc;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use rvisor_tests::{Context, Device, Fail};
+
+/// Machines that a time is the mean of.
+const ROUNDS: u64 = 16;
+/// Machines that memory is the mean of.
+const MACHINES: u64 = 64;
+
+fn tsc() -> u64 {
+    // SAFETY: RDTSC reads a counter; CR4.TSD is clear for userspace in Linux.
+    unsafe { _rdtsc() }
+}
+
+fn make(kvm: &Kvm) -> Result<(VcpuFd, VmFd), Fail> {
+    let vm = kvm.create_vm().during("KVM_CREATE_VM")?;
+    vm.create_irq_chip().during("KVM_CREATE_IRQCHIP")?;
+    let vcpu = vm.create_vcpu(0).during("KVM_CREATE_VCPU")?;
+    Ok((vcpu, vm))
+}
+
+/// Mean of making, mean of ending: the last descriptor is closed.
+pub(crate) fn make_and_end(device: &Device) -> Result<(u64, u64), Fail> {
+    let kvm = device.kvm()?;
+    drop(make(&kvm)?);
+    let (mut making, mut ending) = (0, 0);
+    for _ in 0..ROUNDS {
+        let start = tsc();
+        let machine = make(&kvm)?;
+        let middle = tsc();
+        drop(machine);
+        ending += tsc() - middle;
+        making += middle - start;
+    }
+    Ok((making / ROUNDS, ending / ROUNDS))
+}
+
+/// KiB of free memory.
+fn free_memory() -> Result<u64, Fail> {
+    let text = std::fs::read_to_string("/proc/meminfo").during("/proc/meminfo")?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("MemFree:"))
+        .and_then(|rest| rest.split_whitespace().next())
+        .and_then(|number| number.parse().ok())
+        .ok_or_else(|| Fail::new("/proc/meminfo has no MemFree"))
+}
+
+/// KiB of kernel memory that one machine holds.
+pub(crate) fn kernel_memory(device: &Device) -> Result<u64, Fail> {
+    let kvm = device.kvm()?;
+    // Some that stay, so that caches which all of them share are there already.
+    let mut kept = Vec::new();
+    for _ in 0..4 {
+        kept.push(make(&kvm)?);
+    }
+    kept.reserve(MACHINES as usize);
+    let before = free_memory()?;
+    for _ in 0..MACHINES {
+        kept.push(make(&kvm)?);
+    }
+    let after = free_memory()?;
+    Ok(before.saturating_sub(after) / MACHINES)
+}
