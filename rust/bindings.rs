@@ -17,7 +17,13 @@
     clippy::undocumented_unsafe_blocks
 )]
 
-use kernel::bindings::{fpu_guest, page, preempt_notifier};
+use kernel::bindings::{file, file_operations, mm_struct, page};
 use kernel::ffi;
+
+// What bindgen calls C's types of these names.
+type bool_ = bool;
+type u16_ = u16;
+type u32_ = u32;
+type u64_ = u64;
 
 include!(env!("RVISOR_BINDINGS"));

@@ -3,6 +3,8 @@
 
 #include <linux/kprobes.h>
 #include <linux/kvm.h>
+#include <linux/anon_inodes.h>
+#include <linux/entry-virt.h>
 #include <asm/msr-index.h>
 
 #include "../host/glue.h"

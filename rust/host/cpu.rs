@@ -5,7 +5,7 @@
 use super::irq::IrqsOff;
 use crate::bindings;
 use core::arch::asm;
-use rvisor_core::x86::address::{Gva, Hpa};
+use rvisor_core::x86::address::Gva;
 use rvisor_core::x86::msr::MsrIndex;
 
 /// Reads an MSR that is known to exist.
@@ -47,7 +47,8 @@ pub(crate) fn rdmsr_safe(index: MsrIndex) -> Option<u64> {
 /// CPUID on this CPU: EAX, EBX, ECX, EDX.
 #[inline]
 pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
-    let result = core::arch::x86_64::__cpuid_count(leaf, subleaf);
+    // SAFETY: Every 64-bit CPU has CPUID.
+    let result = unsafe { core::arch::x86_64::__cpuid_count(leaf, subleaf) };
     [result.eax, result.ebx, result.ecx, result.edx]
 }
 
@@ -150,17 +151,6 @@ pub(crate) unsafe fn load_selectors(es: u16, ds: u16, fs: u16, gs: u16, ldtr: u1
     }
 }
 
-/// XCR0.
-#[inline]
-pub(crate) fn xgetbv() -> u64 {
-    let (low, high): (u32, u32);
-    // SAFETY: Called where the kernel uses XSAVE.
-    unsafe {
-        asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags))
-    };
-    u64::from(high) << 32 | u64::from(low)
-}
-
 /// Sets XCR0.
 ///
 /// # Safety
@@ -174,13 +164,11 @@ pub(crate) unsafe fn xsetbv(value: u64) {
     };
 }
 
-/// The debug registers DR0 to DR3 and DR6.
+/// The debug registers DR0 to DR3.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct DebugRegisters {
     /// DR0 to DR3.
     pub(crate) address: [u64; 4],
-    /// DR6.
-    pub(crate) dr6: u64,
 }
 
 impl DebugRegisters {
@@ -190,29 +178,15 @@ impl DebugRegisters {
     ///
     /// DR7 is loaded by VM entry, and the host's registers are put back afterwards.
     pub(crate) unsafe fn load(&self) {
-        // SAFETY: Any address may stand in DR0 to DR3 while DR7 arms none; DR6 is the guest's legal one.
+        // SAFETY: Any address may stand in DR0 to DR3 while DR7 arms none.
         unsafe {
+            asm!("mov dr7, {}", in(reg) 0x400u64, options(nomem, nostack, preserves_flags));
             asm!("mov dr0, {}", in(reg) self.address[0], options(nomem, nostack, preserves_flags));
             asm!("mov dr1, {}", in(reg) self.address[1], options(nomem, nostack, preserves_flags));
             asm!("mov dr2, {}", in(reg) self.address[2], options(nomem, nostack, preserves_flags));
             asm!("mov dr3, {}", in(reg) self.address[3], options(nomem, nostack, preserves_flags));
-            asm!("mov dr6, {}", in(reg) self.dr6, options(nomem, nostack, preserves_flags));
         }
     }
-}
-
-/// DR6.
-pub(crate) fn dr6() -> u64 {
-    let value: u64;
-    // SAFETY: Reading has no effect.
-    unsafe { asm!("mov {}, dr6", out(reg) value, options(nomem, nostack, preserves_flags)) };
-    value
-}
-
-/// Sets DR6.
-pub(crate) fn set_dr6(value: u64, _irqs: &IrqsOff) {
-    // SAFETY: The value was read from DR6.
-    unsafe { asm!("mov dr6, {}", in(reg) value, options(nomem, nostack, preserves_flags)) };
 }
 
 /// Delivers the machine check that made the guest exit to the host's handler.
@@ -220,15 +194,4 @@ pub(crate) fn machine_check(_irqs: &IrqsOff) {
     // SAFETY: The IDT's machine-check gate is there on every kernel that has it configured, and its
     // handler takes the state from the banks, not from how it was entered.
     unsafe { asm!("int 18") };
-}
-
-/// A kernel pointer to physical memory.
-///
-/// # Safety
-///
-/// `address` is RAM that the kernel maps directly.
-#[inline]
-pub(crate) unsafe fn physical_to_virtual(address: Hpa) -> *mut u8 {
-    // SAFETY: By the caller's promise.
-    unsafe { bindings::rvisor_phys_to_virt(address.raw()) }.cast()
 }

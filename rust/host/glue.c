@@ -16,9 +16,11 @@
 #include <asm/desc.h>
 #include <asm/fpu/xcr.h>
 #include <asm/fsgsbase.h>
+#include <asm/gsseg.h>
 #include <asm/ibt.h>
 #include <asm/msr.h>
 #include <asm/tsc.h>
+#include <trace/events/ipi.h>
 
 #include "glue.h"
 
@@ -129,10 +131,13 @@ unsigned long rvisor_host_idt(void)
 	return idt.address;
 }
 
-/* VM exit leaves the GDT's limit at 64 KiB and the TSS's without its I/O bitmap. */
+/*
+ * VM exit leaves the GDT's limit at 64 KiB and the TSS's without its I/O bitmap. The kernel reloads the
+ * latter on its way to a thread that has one.
+ */
 void rvisor_restore_descriptor_limits(void)
 {
-	invalidate_tss_limit();
+	this_cpu_write(__tss_limit_invalid, true);
 	load_fixmap_gdt(raw_smp_processor_id());
 }
 
@@ -144,11 +149,6 @@ void rvisor_load_gs_selector(u16 selector)
 bool rvisor_hw_breakpoints_active(void)
 {
 	return hw_breakpoint_active();
-}
-
-void rvisor_hw_breakpoints_restore(void)
-{
-	hw_breakpoint_restore();
 }
 
 void rvisor_kick_cpu(unsigned int cpu)
@@ -249,4 +249,59 @@ u64 rvisor_host_xcr0(void)
 unsigned long rvisor_tsc_khz(void)
 {
 	return tsc_khz;
+}
+
+/* Links for a list of pages that must keep their contents. */
+void rvisor_page_set_link(const void *page, u64 link)
+{
+	set_page_private(virt_to_page(page), link);
+}
+
+u64 rvisor_page_link(const void *page)
+{
+	return page_private(virt_to_page(page));
+}
+
+/* Reads 4 or 8 bytes of the current process in one load. */
+int rvisor_read_user(unsigned long address, unsigned int size, u64 *value)
+{
+	u32 low;
+	int error;
+
+	if (size == 8)
+		return get_user(*value, (u64 __user *)address);
+	error = get_user(low, (u32 __user *)address);
+	*value = low;
+	return error;
+}
+
+#define CMPXCHG_USER(type, label) ({							\
+	type expected = old;								\
+	__try_cmpxchg_user((type __user *)address, &expected, (type)new, label);	\
+})
+
+/*
+ * Replaces 1, 2, 4 or 8 bytes of the current process if they are still OLD, atomically.
+ * 0 if they were, 1 if not, -EFAULT.
+ */
+int rvisor_cmpxchg_user(unsigned long address, unsigned int size, u64 old, u64 new)
+{
+	if (!access_ok((void __user *)address, size))
+		return -EFAULT;
+	switch (size) {
+	case 1:
+		return CMPXCHG_USER(u8, fault1);
+	case 2:
+		return CMPXCHG_USER(u16, fault2);
+	case 4:
+		return CMPXCHG_USER(u32, fault4);
+	case 8:
+		return CMPXCHG_USER(u64, fault8);
+	}
+	return -EFAULT;
+}
+
+unsigned int rvisor_online_cpus(void)
+{
+	return num_online_cpus();
 }

@@ -21,6 +21,7 @@ void rvisor_irq_restore(unsigned long flags);
 void rvisor_preempt_disable(void);
 void rvisor_preempt_enable(void);
 unsigned int rvisor_cpu_id(void);
+unsigned int rvisor_online_cpus(void);
 
 unsigned long rvisor_thread_flags(void);
 unsigned long rvisor_guest_mode_work(void);
@@ -33,7 +34,6 @@ unsigned long rvisor_host_idt(void);
 void rvisor_restore_descriptor_limits(void);
 void rvisor_load_gs_selector(u16 selector);
 bool rvisor_hw_breakpoints_active(void);
-void rvisor_hw_breakpoints_restore(void);
 
 void rvisor_kick_cpu(unsigned int cpu);
 
@@ -44,7 +44,11 @@ void *rvisor_phys_to_virt(u64 address);
 u64 rvisor_page_to_phys(struct page *page);
 void rvisor_page_release(struct page *page, bool dirty);
 struct page *rvisor_virt_to_page(const void *address);
+void rvisor_page_set_link(const void *page, u64 link);
+u64 rvisor_page_link(const void *page);
 unsigned int rvisor_host_mapping_shift(struct mm_struct *mm, unsigned long address);
+int rvisor_read_user(unsigned long address, unsigned int size, u64 *value);
+int rvisor_cmpxchg_user(unsigned long address, unsigned int size, u64 old, u64 new);
 bool rvisor_user_range_ok(unsigned long address, unsigned long size);
 
 u64 rvisor_rdmsr_safe(u32 index, int *error);

@@ -16,6 +16,7 @@ type SwapFpu = unsafe extern "C" fn(*mut kb::fpu_guest, bool) -> i32;
 type FpuReturn = unsafe extern "C" fn();
 type FpuToUser = unsafe extern "C" fn(*mut kb::fpu_guest, *mut u8, u32, u64, u32);
 type FpuFromUser = unsafe extern "C" fn(*mut kb::fpu_guest, *const u8, u64, *mut u32) -> i32;
+type RestoreBreakpoints = unsafe extern "C" fn();
 type EntryFromKvm = unsafe extern "C" fn(u32, u32);
 
 /// The functions, each with its C prototype.
@@ -29,6 +30,7 @@ pub(crate) struct Symbols {
     pub(super) switch_fpu_return: FpuReturn,
     pub(super) fpu_copy_guest_fpstate_to_uabi: FpuToUser,
     pub(super) fpu_copy_uabi_to_guest_fpstate: FpuFromUser,
+    pub(super) hw_breakpoint_restore: RestoreBreakpoints,
     pub(super) x86_entry_from_kvm: EntryFromKvm,
 }
 
@@ -71,8 +73,20 @@ impl Symbols {
             switch_fpu_return: lookup!(c"switch_fpu_return", FpuReturn),
             fpu_copy_guest_fpstate_to_uabi: lookup!(c"fpu_copy_guest_fpstate_to_uabi", FpuToUser),
             fpu_copy_uabi_to_guest_fpstate: lookup!(c"fpu_copy_uabi_to_guest_fpstate", FpuFromUser),
+            hw_breakpoint_restore: lookup!(c"hw_breakpoint_restore", RestoreBreakpoints),
             x86_entry_from_kvm: lookup!(c"x86_entry_from_kvm", EntryFromKvm),
         })
+    }
+
+    /// Arms the host's breakpoints again where it has any: VM exit disarms them.
+    #[inline]
+    pub(crate) fn restore_breakpoints(&self, _irqs: &super::irq::IrqsOff) {
+        // SAFETY: Interrupts are off, so that this CPU's breakpoints are meant.
+        unsafe {
+            if bindings::rvisor_hw_breakpoints_active() {
+                (self.hw_breakpoint_restore)();
+            }
+        }
     }
 
     /// Runs the host's NMI handler for an NMI that made the guest exit.

@@ -57,7 +57,7 @@ impl<T: Expire> Timer<T> {
             &*(*this).target
         };
         target.expire();
-        kb::hrtimer_restart_HRTIMER_NORESTART
+        kb::hrtimer_restart::HRTIMER_NORESTART
     }
 
     /// Starts the timer, or moves it, to fire at `deadline` nanoseconds of the monotonic clock.

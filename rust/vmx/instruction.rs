@@ -3,7 +3,7 @@
 //! The VMX instructions (SDM vol. 3, chapter 32), each as thin as it can be.
 
 use core::arch::asm;
-use kernel::prelude::*;
+use kernel::pr_err_once;
 use rvisor_core::x86::address::Hpa;
 
 /// A VMX instruction set CF or ZF.

@@ -233,6 +233,14 @@ fields! {
     }
 }
 
+impl Field64 {
+    /// Guest PDPTE `number`, 0 to 3.
+    #[inline]
+    pub const fn guest_pdpte(number: u32) -> Self {
+        Self(Self::GUEST_PDPTE0.0.wrapping_add((number & 3) << 1))
+    }
+}
+
 /// The guest's segment registers as the VMCS numbers them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]

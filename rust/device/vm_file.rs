@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The ioctls of a virtual machine.
+
+use super::{
+    chardev::check_extension,
+    chip_state,
+    user::{self, element, LIST_HEADER},
+};
+use crate::{
+    bindings as uapi,
+    host::anon_file::{self, AnonFile},
+    vm::machine::Vm,
+    RvisorModule,
+};
+use kernel::{
+    prelude::*,
+    sync::{Arc, ArcBorrow},
+};
+use rvisor_core::{
+    irqchip::{
+        destination::InterruptMessage,
+        routing::{RawRoute, Route, RoutingRules, MAX_ROUTES},
+    },
+    mmu::slot,
+    x86::address::{Gpa, Hva},
+};
+
+/// The last address at which the three pages of KVM_SET_TSS_ADDR lie below 4 GiB.
+const MAX_TSS_ADDRESS: usize = 0xffff_d000;
+
+impl AnonFile for Vm {
+    const NAME: &'static CStr = c"rvisor-vm";
+    type OwnerModule = RvisorModule;
+
+    fn ioctl(this: ArcBorrow<'_, Self>, command: u32, argument: usize) -> Result<isize> {
+        if !this.is_owned_by_current() {
+            return Err(EIO);
+        }
+        let vm: Arc<Self> = this.into();
+        vm_ioctl(&vm, command, argument)
+    }
+}
+
+fn vm_ioctl(vm: &Arc<Vm>, command: u32, argument: usize) -> Result<isize> {
+    match command {
+        user::CHECK_EXTENSION => Ok(check_extension(&vm.host, argument)),
+        user::CREATE_VCPU => {
+            let id = u32::try_from(argument).map_err(|_| EINVAL)?;
+            anon_file::open(vm.create_vcpu(id)?)
+        }
+        user::SET_USER_MEMORY_REGION => set_memory(vm, argument),
+        // An unrestricted guest needs neither the TSS nor the identity map of older CPUs.
+        user::SET_TSS_ADDR if argument > MAX_TSS_ADDRESS => Err(EINVAL),
+        user::SET_TSS_ADDR => Ok(0),
+        user::SET_IDENTITY_MAP_ADDR => {
+            let _: u64 = user::read(argument)?;
+            if vm.has_vcpus() {
+                return Err(EINVAL);
+            }
+            Ok(0)
+        }
+        user::CREATE_IRQCHIP => vm.create_irqchip().map(|()| 0),
+        user::SET_BOOT_CPU_ID => {
+            let id = u32::try_from(argument).map_err(|_| EINVAL)?;
+            vm.set_bootstrap(id).map(|()| 0)
+        }
+        user::IRQ_LINE => {
+            let line: uapi::kvm_irq_level = user::read(argument)?;
+            irq_line(vm, &line).map(|_| 0)
+        }
+        user::IRQ_LINE_STATUS => {
+            let mut line: uapi::kvm_irq_level = user::read(argument)?;
+            let status = irq_line(vm, &line)?;
+            line.__bindgen_anon_1.status = status;
+            user::write(argument, &line)?;
+            Ok(0)
+        }
+        user::SET_GSI_ROUTING => set_routing(vm, argument),
+        user::SIGNAL_MSI => signal_msi(vm, argument),
+        user::GET_IRQCHIP => chip_state::get_irqchip(vm, argument),
+        user::SET_IRQCHIP => chip_state::set_irqchip(vm, argument),
+        user::CREATE_PIT => create_pit(vm),
+        user::CREATE_PIT2 => {
+            let config: uapi::kvm_pit_config = user::read(argument)?;
+            if config.flags & !uapi::KVM_PIT_SPEAKER_DUMMY != 0 {
+                return Err(EINVAL);
+            }
+            create_pit(vm)
+        }
+        user::GET_PIT2 => chip_state::get_pit(vm, argument),
+        user::SET_PIT2 => chip_state::set_pit(vm, argument),
+        _ => Err(ENOTTY),
+    }
+}
+
+fn set_memory(vm: &Vm, argument: usize) -> Result<isize> {
+    let region: uapi::kvm_userspace_memory_region = user::read(argument)?;
+    vm.memory.set_slot(&slot::Request {
+        slot: region.slot,
+        flags: region.flags,
+        gpa: Gpa::new(region.guest_phys_addr),
+        bytes: region.memory_size,
+        hva: Hva::new(region.userspace_addr),
+    })?;
+    Ok(0)
+}
+
+fn irq_line(vm: &Vm, line: &uapi::kvm_irq_level) -> Result<i32> {
+    // SAFETY: Both members of the union are 32-bit integers.
+    let gsi = unsafe { line.__bindgen_anon_1.irq };
+    vm.irq_line(gsi, line.level != 0)
+}
+
+/// The PIT hangs on the controllers.
+fn create_pit(vm: &Vm) -> Result<isize> {
+    vm.irqchip().ok_or(ENOENT)?.create_pit()?;
+    Ok(0)
+}
+
+fn set_routing(vm: &Vm, argument: usize) -> Result<isize> {
+    let count: u32 = user::read(argument)?;
+    let flags: u32 = user::read(argument.checked_add(4).ok_or(EFAULT)?)?;
+    if count as usize > MAX_ROUTES || flags != 0 {
+        return Err(EINVAL);
+    }
+    let chip = vm.irqchip().ok_or(EINVAL)?;
+    let rules = RoutingRules {
+        controllers: true,
+        extended_msi: false,
+    };
+    let mut routes = KVec::with_capacity(count as usize, GFP_KERNEL_ACCOUNT)?;
+    for place in 0..count as usize {
+        let address = element::<uapi::kvm_irq_routing_entry>(argument, LIST_HEADER, place)?;
+        let entry: uapi::kvm_irq_routing_entry = user::read(address)?;
+        // SAFETY: The union is an array of integers, whatever else it is.
+        let words = unsafe { entry.u.pad };
+        let raw = RawRoute {
+            gsi: entry.gsi,
+            kind: entry.type_,
+            flags: entry.flags,
+            words: [words[0], words[1], words[2]],
+        };
+        routes.push_within_capacity(Route::parse(&raw, rules).map_err(|_| EINVAL)?)?;
+    }
+    chip.set_routes(routes)?;
+    Ok(0)
+}
+
+fn signal_msi(vm: &Vm, argument: usize) -> Result<isize> {
+    let msi: uapi::kvm_msi = user::read(argument)?;
+    if vm.irqchip().is_none() || msi.flags != 0 {
+        return Err(EINVAL);
+    }
+    let address = u64::from(msi.address_hi) << 32 | u64::from(msi.address_lo);
+    let message = InterruptMessage::from_msi(address, msi.data, false).map_err(|_| EINVAL)?;
+    vm.deliver(&message, None);
+    Ok(1)
+}

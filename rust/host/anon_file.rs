@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! File descriptors for VMs and vCPUs: anonymous files whose private data is an `Arc<T>`.
+
+use crate::bindings;
+use core::marker::PhantomData;
+use kernel::{
+    bindings as kb,
+    error::{from_err_ptr, from_result},
+    ffi::{c_int, c_long, c_uint, c_ulong, c_void},
+    fs::file::FileDescriptorReservation,
+    fs::File,
+    mm::virt::VmaNew,
+    module::{this_module, ModuleMetadata},
+    prelude::*,
+    sync::{aref::ARef, Arc, ArcBorrow},
+    types::ForeignOwnable,
+};
+
+/// What such a file does.
+pub(crate) trait AnonFile: Send + Sync + Sized + 'static {
+    /// The name in /proc/PID/fd.
+    const NAME: &'static CStr;
+    /// The module, which the file keeps loaded.
+    type OwnerModule: ModuleMetadata;
+    /// An ioctl.
+    fn ioctl(this: ArcBorrow<'_, Self>, command: u32, argument: usize) -> Result<isize>;
+    /// An mmap.
+    fn mmap(_this: ArcBorrow<'_, Self>, _vma: &VmaNew) -> Result {
+        Err(ENODEV)
+    }
+    /// The last descriptor was closed.
+    fn released(_this: &Arc<Self>) {}
+}
+
+struct Operations<T>(PhantomData<T>);
+
+impl<T: AnonFile> Operations<T> {
+    const TABLE: kb::file_operations = kb::file_operations {
+        owner: this_module::<T::OwnerModule>().as_ptr(),
+        unlocked_ioctl: Some(Self::ioctl),
+        compat_ioctl: Some(Self::ioctl),
+        mmap: Some(Self::mmap),
+        release: Some(Self::release),
+        llseek: Some(kb::noop_llseek),
+        ..pin_init::zeroed()
+    };
+
+    unsafe extern "C" fn ioctl(
+        file: *mut kb::file,
+        command: c_uint,
+        argument: c_ulong,
+    ) -> c_long {
+        // SAFETY: The file was made by `open` with an `Arc<T>`, which lives until `release`.
+        let this = unsafe { Arc::<T>::borrow((*file).private_data) };
+        match T::ioctl(this, command, argument as usize) {
+            Ok(value) => value as c_long,
+            Err(error) => error.to_errno() as c_long,
+        }
+    }
+
+    unsafe extern "C" fn mmap(file: *mut kb::file, vma: *mut kb::vm_area_struct) -> c_int {
+        // SAFETY: As for `ioctl`; the VMA is being set up.
+        let (this, vma) =
+            unsafe { (Arc::<T>::borrow((*file).private_data), VmaNew::from_raw(vma)) };
+        from_result(|| T::mmap(this, vma).map(|()| 0))
+    }
+
+    unsafe extern "C" fn release(_inode: *mut kb::inode, file: *mut kb::file) -> c_int {
+        // SAFETY: As for `ioctl`; the kernel calls this once, last.
+        let this = unsafe { Arc::<T>::from_foreign((*file).private_data) };
+        T::released(&this);
+        0
+    }
+}
+
+/// Opens a file for `data` and gives its descriptor.
+///
+/// # Errors
+///
+/// `EMFILE`, `ENFILE`, `ENOMEM`.
+pub(crate) fn open<T: AnonFile>(data: Arc<T>) -> Result<isize> {
+    let reservation = FileDescriptorReservation::get_unused_fd_flags(kb::O_CLOEXEC)?;
+    let data: *mut c_void = data.into_foreign();
+    // SAFETY: The name and the table live for ever; the table is that of `data`'s type.
+    let file = from_err_ptr(unsafe {
+        bindings::anon_inode_getfile(
+            T::NAME.as_ptr().cast(),
+            &Operations::<T>::TABLE,
+            data,
+            kb::O_RDWR as c_int,
+        )
+    });
+    let file = match file {
+        Ok(file) => file,
+        Err(error) => {
+            // SAFETY: No file took the pointer.
+            drop(unsafe { Arc::<T>::from_foreign(data) });
+            return Err(error);
+        }
+    };
+    // SAFETY: `anon_inode_getfile` gives a reference to a new file; nobody holds its position.
+    let file = unsafe { ARef::from_raw(core::ptr::NonNull::new_unchecked(file.cast::<File>())) };
+    let descriptor = reservation.reserved_fd();
+    reservation.fd_install(file);
+    Ok(descriptor as isize)
+}

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Virtual machines and virtual CPUs: what a guest is made of and how its exits are handled.
+
+pub(crate) mod completion;
+pub(crate) mod control;
+pub(crate) mod emulation;
+pub(crate) mod events;
+pub(crate) mod exits;
+pub(crate) mod irqchip;
+pub(crate) mod machine;
+pub(crate) mod memory;
+pub(crate) mod mmio;
+pub(crate) mod msr;
+pub(crate) mod port;
+pub(crate) mod run;
+pub(crate) mod run_page;
+pub(crate) mod shared;
+pub(crate) mod state;
+pub(crate) mod vcpu;

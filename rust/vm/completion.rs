@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What an exit to userspace leaves to be done when RUN is called again.
+
+use super::{
+    port::merge,
+    run_page::{RunPage, UserExit},
+    vcpu::{Core, State},
+};
+use crate::vmx::hardware::CurrentVmcs;
+use kernel::prelude::*;
+use rvisor_core::x86::{address::Gva, vmcs::FieldNatural};
+
+/// The rest of an instruction.
+#[derive(Clone, Copy)]
+pub(crate) enum Completion {
+    /// OUT: move behind it, where userspace left RIP.
+    Out { rip: u64, length: u32 },
+    /// IN: the same, and take the data.
+    In { size: u8, rip: u64, length: u32 },
+    /// One element of INS or OUTS.
+    String {
+        is_in: bool,
+        is_rep: bool,
+        size: u8,
+        linear: Gva,
+        rip: u64,
+        length: u32,
+        /// The registers' bits of the address size.
+        mask: u64,
+    },
+    /// An MMIO read: take the data and execute the instruction again.
+    MmioRead,
+    /// MMIO writes of an instruction that has retired: the rest of them.
+    MmioWrite,
+}
+
+impl State {
+    /// Does what is left of an earlier exit. That may end in another exit.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` where guest memory is backed by nothing.
+    pub(super) fn complete(&mut self, run: &RunPage) -> Result<Option<UserExit>> {
+        let Some(completion) = self.core.completion else {
+            return Ok(None);
+        };
+        match completion {
+            Completion::Out { rip, length } => {
+                self.core.completion = None;
+                self.with_vmcs(|core, vmcs| core.step_over(vmcs, rip, length))?;
+                Ok(None)
+            }
+            Completion::In { size, rip, length } => {
+                self.core.completion = None;
+                let data = run.io_data(size);
+                self.with_vmcs(|core, vmcs| {
+                    if core.step_over(vmcs, rip, length) {
+                        core.registers[0] = merge(core.registers[0], size, data);
+                    }
+                })?;
+                Ok(None)
+            }
+            Completion::String { size, .. } => {
+                self.complete_string(run.io_data(size))?;
+                Ok(None)
+            }
+            Completion::MmioRead => {
+                self.core.completion = None;
+                self.core.replay.supply(run.mmio_data());
+                self.emulate()
+            }
+            Completion::MmioWrite => Ok(self.next_mmio_write()),
+        }
+    }
+}
+
+impl Core {
+    /// Moves behind an instruction, where RIP still stands on it.
+    fn step_over(&mut self, vmcs: &mut CurrentVmcs<'_>, rip: u64, length: u32) -> bool {
+        let untouched = vmcs.read(FieldNatural::GUEST_RIP) == rip;
+        if untouched {
+            self.retire(vmcs, rip.wrapping_add(u64::from(length)));
+        }
+        untouched
+    }
+}

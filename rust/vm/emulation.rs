@@ -1,0 +1,639 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Instructions that touch device memory: the pure emulator's view of a virtual CPU.
+
+use super::{
+    memory::{Fault, GuestMemory},
+    run_page::UserExit,
+    vcpu::{Core, State},
+};
+use kernel::prelude::*;
+use rvisor_core::{
+    emulate::{
+        decode, execute, CodeSize, DecodeError, Gpr, Instruction, Machine, Mode, Progress,
+        Protection, Stop, MAX_LENGTH,
+    },
+    mmu::walk::{
+        probe, walk, Access, AccessKind, GuestPhysicalMemory, Paging, Privilege, WalkError,
+    },
+    x86::{
+        address::{Gpa, Gva, PAGE_SIZE},
+        control::{Cr3, Cr4, Efer, Rflags},
+        exit::EptViolation,
+        segment::{Segment, SegmentRegister},
+        vector::Exception,
+        vmcs::{Field64, FieldNatural, VmcsSegment},
+    },
+};
+
+/// Why an access can't be done now.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Halt {
+    /// The guest gets a page fault.
+    Fault(Exception),
+    /// Userspace has to read device memory first.
+    UserRead,
+    /// Page tables, or a string's element, in device memory: not emulated.
+    Unsupported,
+    /// The guest runs on and does it again.
+    Retry,
+    /// The process has nothing behind a slot, or no memory is left.
+    Error(Error),
+}
+
+/// Guest memory for the page walk.
+struct Tables<'a>(&'a GuestMemory);
+
+/// No memory is there, or the process has nothing behind it.
+struct Unreachable(Option<Error>);
+
+impl Tables<'_> {
+    fn read(&self, gpa: Gpa, size: u32) -> core::result::Result<u64, Unreachable> {
+        match self.0.read_word(gpa, size) {
+            Ok(Some(value)) => Ok(value),
+            Ok(None) => Err(Unreachable(None)),
+            Err(error) => Err(Unreachable(Some(error))),
+        }
+    }
+
+    fn exchange(
+        &self,
+        gpa: Gpa,
+        size: u32,
+        old: u64,
+        new: u64,
+    ) -> core::result::Result<bool, Unreachable> {
+        match self.0.compare_exchange(gpa, size, old, new) {
+            Ok(Some(done)) => Ok(done),
+            // Read-only tables keep their flags.
+            Ok(None) => Ok(true),
+            Err(error) => Err(Unreachable(Some(error))),
+        }
+    }
+}
+
+impl GuestPhysicalMemory for Tables<'_> {
+    type Error = Unreachable;
+
+    fn read_u32(&mut self, gpa: Gpa) -> core::result::Result<u32, Unreachable> {
+        self.read(gpa, 4).map(|value| value as u32)
+    }
+
+    fn read_u64(&mut self, gpa: Gpa) -> core::result::Result<u64, Unreachable> {
+        self.read(gpa, 8)
+    }
+
+    fn compare_exchange_u32(
+        &mut self,
+        gpa: Gpa,
+        old: u32,
+        new: u32,
+    ) -> core::result::Result<bool, Unreachable> {
+        self.exchange(gpa, 4, old.into(), new.into())
+    }
+
+    fn compare_exchange_u64(
+        &mut self,
+        gpa: Gpa,
+        old: u64,
+        new: u64,
+    ) -> core::result::Result<bool, Unreachable> {
+        self.exchange(gpa, 8, old, new)
+    }
+}
+
+/// The registers that an instruction depends on, as they were at the exit.
+#[derive(Clone, Copy)]
+struct Snapshot {
+    paging: Paging,
+    privilege: Privilege,
+    rip: u64,
+    rflags: u64,
+    cs: Segment,
+}
+
+impl State {
+    fn snapshot(&mut self) -> Result<Snapshot> {
+        self.with_vmcs(|core, vmcs| {
+            core.sync_rsp(vmcs);
+            let rflags = vmcs.read(FieldNatural::GUEST_RFLAGS);
+            let mut pdptes = [0; 4];
+            if core.uses_pdptes() {
+                for (place, entry) in pdptes.iter_mut().enumerate() {
+                    *entry = vmcs.read64(Field64::guest_pdpte(place as u32));
+                }
+            }
+            Snapshot {
+                paging: Paging {
+                    cr0: core.cr0,
+                    cr3: Cr3(vmcs.read(FieldNatural::GUEST_CR3)),
+                    cr4: core.cr4,
+                    efer: core.efer,
+                    alignment_check: rflags & Rflags::AC != 0,
+                    pkru: 0,
+                    pdptes,
+                    physical_bits: core.cpu.physical_bits,
+                    gbpages: core.cpu.gbpages,
+                },
+                privilege: if core.cpl(vmcs) == 3 {
+                    Privilege::User
+                } else {
+                    Privilege::Supervisor
+                },
+                rip: vmcs.read(FieldNatural::GUEST_RIP),
+                rflags,
+                cs: vmcs.segment(VmcsSegment::Cs),
+            }
+        })
+    }
+
+    fn translate(
+        &self,
+        snapshot: &Snapshot,
+        linear: Gva,
+        kind: AccessKind,
+        mark: bool,
+    ) -> core::result::Result<Gpa, Halt> {
+        let access = Access {
+            kind,
+            privilege: snapshot.privilege,
+        };
+        let mut tables = Tables(&self.core.vm.memory);
+        let mapping = if mark {
+            walk(&mut tables, &snapshot.paging, linear, access)
+        } else {
+            probe(&mut tables, &snapshot.paging, linear, access)
+        };
+        match mapping {
+            Ok(mapping) => Ok(mapping.gpa),
+            Err(WalkError::Fault(exception)) => Err(Halt::Fault(exception)),
+            Err(WalkError::Contended) => Err(Halt::Retry),
+            Err(WalkError::Memory(_, Unreachable(Some(error)))) => Err(Halt::Error(error)),
+            Err(WalkError::Memory(_, Unreachable(None))) => Err(Halt::Unsupported),
+        }
+    }
+
+    /// Reads memory at a linear address, for OUTS.
+    pub(super) fn read_linear(
+        &mut self,
+        linear: Gva,
+        data: &mut [u8],
+    ) -> core::result::Result<(), Halt> {
+        let snapshot = self.snapshot().map_err(Halt::Error)?;
+        for (address, part) in split_mut(linear, data) {
+            let gpa = self.translate(&snapshot, address, AccessKind::Read, true)?;
+            match self.core.vm.memory.read(gpa, part).map_err(Halt::Error)? {
+                Some(()) => {}
+                None => return Err(Halt::Unsupported),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether memory at a linear address can be written, for INS.
+    pub(super) fn probe_linear(
+        &mut self,
+        linear: Gva,
+        size: u8,
+    ) -> core::result::Result<(), Halt> {
+        let snapshot = self.snapshot().map_err(Halt::Error)?;
+        let bytes = [0u8; 8];
+        for (address, _) in split(linear, &bytes[..usize::from(size & 7)]) {
+            let gpa = self.translate(&snapshot, address, AccessKind::Write, false)?;
+            if !self.core.vm.memory.is_memory(gpa, true) {
+                return Err(Halt::Unsupported);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes memory at a linear address, for INS.
+    pub(super) fn write_linear(
+        &mut self,
+        linear: Gva,
+        data: &[u8],
+    ) -> core::result::Result<(), Halt> {
+        let snapshot = self.snapshot().map_err(Halt::Error)?;
+        for (address, part) in split(linear, data) {
+            let gpa = self.translate(&snapshot, address, AccessKind::Write, true)?;
+            match self.core.vm.memory.write(gpa, part).map_err(Halt::Error)? {
+                Some(()) => {}
+                None => return Err(Halt::Unsupported),
+            }
+        }
+        Ok(())
+    }
+
+    /// What follows an access that can't be done.
+    ///
+    /// # Errors
+    ///
+    /// The error that [`Halt::Error`] holds.
+    pub(super) fn stop_to_exit(&mut self, halt: Halt) -> Result<Option<UserExit>> {
+        match halt {
+            Halt::Fault(exception) => {
+                self.core.replay.forget();
+                self.core.events.raise(exception);
+                Ok(None)
+            }
+            Halt::Retry => Ok(None),
+            Halt::UserRead => Ok(self.mmio_read_exit()),
+            Halt::Unsupported => Ok(Some(UserExit::Emulation {
+                bytes: [0; MAX_LENGTH],
+                length: 0,
+            })),
+            Halt::Error(error) => Err(error),
+        }
+    }
+
+    /// An EPT violation: memory that is not mapped yet, or a device.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` where the process has nothing behind a slot, `ENOMEM`, `EINTR`.
+    pub(super) fn handle_ept_violation(
+        &mut self,
+        violation: &EptViolation,
+    ) -> Result<Option<UserExit>> {
+        match self.core.vm.memory.fault(violation.gpa, violation.is_write)? {
+            Fault::Resolved => return Ok(None),
+            Fault::Device => {}
+        }
+        if let Some(cut) = self.core.events.reinjection.take() {
+            // Delivering an event touched a device: nothing that can be carried out again.
+            return Ok(Some(UserExit::Delivery {
+                data: [
+                    u64::from(cut.info.0),
+                    rvisor_core::x86::exit::ExitReason::EPT_VIOLATION.0.into(),
+                    violation.gpa.raw(),
+                    0,
+                ],
+            }));
+        }
+        self.emulate()
+    }
+
+    /// Emulates the instruction at RIP.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` where the process has nothing behind a slot.
+    pub(super) fn emulate(&mut self) -> Result<Option<UserExit>> {
+        let snapshot = self.snapshot()?;
+        let mode = snapshot.mode();
+        let mut bytes = [0u8; MAX_LENGTH];
+        let mut fetched = 0;
+        let instruction = loop {
+            let wanted = fetched;
+            match self.fetch(&snapshot, &mut bytes, &mut fetched) {
+                Ok(()) => {}
+                Err(halt) => return self.stop_to_exit(halt),
+            }
+            match decode(&bytes[..fetched], mode.code) {
+                Ok(instruction) => break instruction,
+                Err(DecodeError::Truncated { .. }) if fetched > wanted && fetched < MAX_LENGTH => {}
+                Err(error) => return Ok(self.undecodable(error, &mode, bytes, fetched)),
+            }
+        };
+        self.core.replay.restart();
+        let mut emulated = Emulated {
+            rsp: self.core.registers[4],
+            state: self,
+            segments: [None; 6],
+            rip: snapshot.rip,
+            rflags: snapshot.rflags,
+            snapshot: &snapshot,
+            mode,
+        };
+        let progress = execute(&instruction, &mut emulated);
+        let (rip, rflags, rsp) = (emulated.rip, emulated.rflags, emulated.rsp);
+        match progress {
+            Ok(progress) => self.commit(&snapshot, progress, rip, rflags, rsp),
+            Err(Stop::Fault(exception)) => self.stop_to_exit(Halt::Fault(exception)),
+            Err(Stop::Machine(Halt::Unsupported)) | Err(Stop::Unsupported) => {
+                Ok(Some(self.emulation_failure(&instruction, bytes)))
+            }
+            Err(Stop::Machine(halt)) => self.stop_to_exit(halt),
+        }
+    }
+
+    /// Makes an emulated instruction's results the guest's, and lets userspace see what it wrote.
+    fn commit(
+        &mut self,
+        snapshot: &Snapshot,
+        progress: Progress,
+        rip: u64,
+        rflags: u64,
+        rsp: u64,
+    ) -> Result<Option<UserExit>> {
+        self.core.replay.forget();
+        self.with_vmcs(|core, vmcs| {
+            if rflags != snapshot.rflags {
+                vmcs.write(FieldNatural::GUEST_RFLAGS, rflags & !Rflags::RF);
+            }
+            if rsp != core.registers[4] {
+                core.registers[4] = rsp;
+                vmcs.write(FieldNatural::GUEST_RSP, rsp);
+            }
+            if progress == Progress::Retired {
+                core.retire(vmcs, rip);
+            }
+        })?;
+        if self.core.replay.has_writes() {
+            return Ok(self.next_mmio_write());
+        }
+        Ok(None)
+    }
+
+    /// Fetches instruction bytes up to the end of the page, from where the last fetch ended.
+    fn fetch(
+        &mut self,
+        snapshot: &Snapshot,
+        bytes: &mut [u8; MAX_LENGTH],
+        fetched: &mut usize,
+    ) -> core::result::Result<(), Halt> {
+        let base = if snapshot.mode().code == CodeSize::Bits64 {
+            0
+        } else {
+            snapshot.cs.base
+        };
+        let mut linear = base
+            .wrapping_add(snapshot.rip)
+            .wrapping_add(*fetched as u64);
+        if snapshot.mode().code != CodeSize::Bits64 {
+            linear &= 0xffff_ffff;
+        }
+        let linear = Gva::new(linear);
+        let in_page = (PAGE_SIZE - linear.page_offset()) as usize;
+        let count = in_page.min(MAX_LENGTH - *fetched);
+        let gpa = self.translate(snapshot, linear, AccessKind::Execute, true)?;
+        let part = &mut bytes[*fetched..*fetched + count];
+        match self.core.vm.memory.read(gpa, part).map_err(Halt::Error)? {
+            Some(()) => {
+                *fetched += count;
+                Ok(())
+            }
+            None => Err(Halt::Unsupported),
+        }
+    }
+
+    fn undecodable(
+        &mut self,
+        error: DecodeError,
+        mode: &Mode,
+        bytes: [u8; MAX_LENGTH],
+        fetched: usize,
+    ) -> Option<UserExit> {
+        match error.exception(mode.protection) {
+            Some(exception) => {
+                self.core.events.raise(exception);
+                None
+            }
+            None => Some(UserExit::Emulation {
+                bytes,
+                length: fetched as u8,
+            }),
+        }
+    }
+
+    fn emulation_failure(
+        &mut self,
+        instruction: &Instruction,
+        bytes: [u8; MAX_LENGTH],
+    ) -> UserExit {
+        UserExit::Emulation {
+            bytes,
+            length: instruction.length,
+        }
+    }
+}
+
+impl Snapshot {
+    fn mode(&self) -> Mode {
+        let access = self.cs.access;
+        let protected = self.paging.cr0.has(rvisor_core::x86::control::Cr0::PE);
+        let protection = if !protected {
+            Protection::Real
+        } else if self.rflags & Rflags::VM != 0 {
+            Protection::Virtual8086
+        } else {
+            Protection::Protected
+        };
+        let code = if self.paging.efer.has(Efer::LMA) && access.is_long() {
+            CodeSize::Bits64
+        } else if protection == Protection::Protected && access.is_big() {
+            CodeSize::Bits32
+        } else {
+            CodeSize::Bits16
+        };
+        Mode {
+            code,
+            protection,
+            linear_bits: if self.paging.cr4.has(Cr4::LA57) { 57 } else { 48 },
+        }
+    }
+}
+
+/// A virtual CPU as the emulator sees it.
+struct Emulated<'a> {
+    state: &'a mut State,
+    snapshot: &'a Snapshot,
+    mode: Mode,
+    segments: [Option<Segment>; 6],
+    rip: u64,
+    rflags: u64,
+    rsp: u64,
+}
+
+impl Emulated<'_> {
+    fn access(
+        &mut self,
+        linear: Gva,
+        data: &mut [u8],
+        kind: AccessKind,
+    ) -> core::result::Result<(), Halt> {
+        for (address, part) in split_mut(linear, data) {
+            let gpa = self.state.translate(self.snapshot, address, kind, true)?;
+            let core = &mut self.state.core;
+            if core.vm.memory.read(gpa, part).map_err(Halt::Error)?.is_some()
+                || core.read_device(gpa, part)
+                || core.replay.read(gpa, part)
+            {
+                continue;
+            }
+            return Err(Halt::UserRead);
+        }
+        Ok(())
+    }
+
+    fn core(&mut self) -> &mut Core {
+        &mut self.state.core
+    }
+}
+
+impl Machine for Emulated<'_> {
+    type Stop = Halt;
+
+    fn gpr(&mut self, register: Gpr) -> u64 {
+        match register {
+            Gpr::Rsp => self.rsp,
+            register => self.core().registers[register as usize & 15],
+        }
+    }
+
+    fn set_gpr(&mut self, register: Gpr, value: u64) {
+        match register {
+            Gpr::Rsp => self.rsp = value,
+            register => self.core().registers[register as usize & 15] = value,
+        }
+    }
+
+    fn rip(&mut self) -> u64 {
+        self.rip
+    }
+
+    fn set_rip(&mut self, value: u64) {
+        self.rip = value;
+    }
+
+    fn rflags(&mut self) -> u64 {
+        self.rflags
+    }
+
+    fn set_rflags(&mut self, value: u64) {
+        self.rflags = value;
+    }
+
+    fn segment(&mut self, register: SegmentRegister) -> Segment {
+        if register == SegmentRegister::Cs {
+            return self.snapshot.cs;
+        }
+        let place = register as usize;
+        if let Some(Some(segment)) = self.segments.get(place) {
+            return *segment;
+        }
+        // The VMCS is lost only with VMX itself, and then the next entry fails.
+        let segment = self
+            .state
+            .with_vmcs(|_, vmcs| vmcs.segment(register.into()))
+            .unwrap_or_default();
+        if let Some(slot) = self.segments.get_mut(place) {
+            *slot = Some(segment);
+        }
+        segment
+    }
+
+    fn mode(&mut self) -> Mode {
+        self.mode
+    }
+
+    fn read(&mut self, linear: Gva, data: &mut [u8]) -> core::result::Result<(), Halt> {
+        self.access(linear, data, AccessKind::Read)
+    }
+
+    fn read_for_write(&mut self, linear: Gva, data: &mut [u8]) -> core::result::Result<(), Halt> {
+        self.access(linear, data, AccessKind::Write)
+    }
+
+    fn prepare_write(&mut self, linear: Gva, length: usize) -> core::result::Result<(), Halt> {
+        let bytes = [0u8; 16];
+        for (address, _) in split(linear, &bytes[..length.min(bytes.len())]) {
+            self.state
+                .translate(self.snapshot, address, AccessKind::Write, true)?;
+        }
+        Ok(())
+    }
+
+    // INS and OUTS exit as I/O instructions, before they touch memory.
+    fn input(&mut self, _port: u16, _data: &mut [u8]) -> core::result::Result<(), Halt> {
+        Err(Halt::Unsupported)
+    }
+
+    fn output(&mut self, _port: u16, _data: &[u8]) -> core::result::Result<(), Halt> {
+        Err(Halt::Unsupported)
+    }
+
+    fn write(&mut self, linear: Gva, data: &[u8]) -> core::result::Result<(), Halt> {
+        // All pages are translated before the first is written.
+        let mut targets = [Gpa::new(0); 2];
+        for (target, (address, _)) in targets.iter_mut().zip(split(linear, data)) {
+            *target = self
+                .state
+                .translate(self.snapshot, address, AccessKind::Write, true)?;
+        }
+        for (gpa, (_, part)) in targets.into_iter().zip(split(linear, data)) {
+            let core = &mut self.state.core;
+            if core.vm.memory.write(gpa, part).map_err(Halt::Error)?.is_some()
+                || core.write_device(gpa, part)
+                || core.replay.write(gpa, part)
+            {
+                continue;
+            }
+            return Err(Halt::Unsupported);
+        }
+        Ok(())
+    }
+
+    fn compare_exchange(
+        &mut self,
+        linear: Gva,
+        old: &[u8],
+        new: &[u8],
+    ) -> core::result::Result<bool, Halt> {
+        let size = new.len();
+        let is_word = matches!(size, 1 | 2 | 4 | 8) && linear.raw() % size as u64 == 0;
+        if is_word {
+            let gpa = self
+                .state
+                .translate(self.snapshot, linear, AccessKind::Write, true)?;
+            let done = self
+                .core()
+                .vm
+                .memory
+                .compare_exchange(gpa, size as u32, word(old), word(new))
+                .map_err(Halt::Error)?;
+            if let Some(done) = done {
+                return Ok(done);
+            }
+        }
+        // A device, or a locked access across a boundary, which is not atomic here.
+        self.write(linear, new)?;
+        Ok(true)
+    }
+
+    fn may_continue(&mut self) -> bool {
+        let core = self.core();
+        !core.replay.has_writes() && !core.shared.has_requests()
+    }
+}
+
+/// Up to 8 bytes, the lowest first.
+fn word(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .rev()
+        .fold(0, |word, byte| (word << 8) | u64::from(*byte))
+}
+
+/// The bytes in the first page of an access of at most a page.
+fn in_first_page(linear: Gva, length: usize) -> usize {
+    length.min((PAGE_SIZE - linear.page_offset()) as usize)
+}
+
+/// An access, split where it crosses a page.
+fn split(linear: Gva, data: &[u8]) -> impl Iterator<Item = (Gva, &[u8])> {
+    let (first, second) = data.split_at(in_first_page(linear, data.len()));
+    let next = linear.wrapping_add(first.len() as u64);
+    [(linear, first), (next, second)]
+        .into_iter()
+        .filter(|(_, part)| !part.is_empty())
+}
+
+/// Likewise, to be filled.
+fn split_mut(linear: Gva, data: &mut [u8]) -> impl Iterator<Item = (Gva, &mut [u8])> {
+    let (first, second) = data.split_at_mut(in_first_page(linear, data.len()));
+    let next = linear.wrapping_add(first.len() as u64);
+    [(linear, first), (next, second)]
+        .into_iter()
+        .filter(|(_, part)| !part.is_empty())
+}

@@ -1,0 +1,390 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The interrupt controllers and the interval timer that a virtual machine's CPUs share.
+//!
+//! `chips` is a leaf lock, never taken in an interrupt handler: the PIT's timer only leaves a request
+//! for the bootstrap processor. Messages are delivered after it is dropped.
+
+use super::{
+    machine::Vm,
+    shared::{Request, VcpuShared},
+};
+use crate::host::timer::{self, Expire, Timer};
+use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use kernel::{
+    new_spinlock,
+    prelude::*,
+    sync::{Arc, SpinLock},
+};
+use rvisor_core::{
+    irqchip::{
+        destination::InterruptMessage,
+        ioapic::{self, IoApic},
+        pic::DualPic,
+        pit::Pit,
+        routing::{Route, RoutingIndex, Target, DEFAULT_ROUTES},
+        LineOutcome, LineSource, Nanoseconds,
+    },
+    x86::{
+        address::Gpa,
+        vector::{Gsi, Vector},
+    },
+};
+
+/// The most messages that one operation on the IOAPIC can send: one for each pin.
+const MAX_MESSAGES: usize = ioapic::PINS;
+
+/// Messages on their way from under the lock to the local APICs.
+struct Messages {
+    list: [Option<InterruptMessage>; MAX_MESSAGES],
+    count: usize,
+}
+
+impl Messages {
+    fn new() -> Self {
+        Self {
+            list: [None; MAX_MESSAGES],
+            count: 0,
+        }
+    }
+
+    fn push(&mut self, message: InterruptMessage) {
+        if let Some(place) = self.list.get_mut(self.count) {
+            *place = Some(message);
+            self.count += 1;
+        }
+    }
+
+    fn deliver(&self, vm: &Vm) {
+        for message in self.list.iter().take(self.count).flatten() {
+            vm.deliver(message, None);
+        }
+    }
+}
+
+/// What the lock guards.
+pub(crate) struct Chips {
+    pub(crate) pic: DualPic,
+    pub(crate) ioapic: IoApic,
+    pub(crate) pit: Option<Pit>,
+    routes: KVec<Route>,
+    index: KBox<RoutingIndex>,
+}
+
+/// The PIT's timer wakes the bootstrap processor, once that is there.
+struct PitTarget {
+    bootstrap: AtomicPtr<VcpuShared>,
+}
+
+impl Expire for PitTarget {
+    fn expire(&self) {
+        let vcpu = self.bootstrap.load(Ordering::Acquire);
+        // SAFETY: The pointer is null or one that `IrqChip::set_bootstrap` took out of an `Arc` that
+        // the chip holds until after its timer is cancelled.
+        if let Some(vcpu) = unsafe { vcpu.as_ref() } {
+            vcpu.request(Request::PIT);
+        }
+    }
+}
+
+/// The controllers of one virtual machine.
+#[pin_data]
+pub(crate) struct IrqChip {
+    #[pin]
+    pub(crate) chips: SpinLock<Chips>,
+    /// The PICs' INTR line, published so that entering the guest needs no lock.
+    pic_output: AtomicBool,
+    // Fields drop in order: the timer goes before what its callback uses.
+    #[pin]
+    pit_timer: Timer<PitTarget>,
+    pit_target: KBox<PitTarget>,
+    #[pin]
+    bootstrap: SpinLock<Option<Arc<VcpuShared>>>,
+}
+
+impl IrqChip {
+    /// The controllers after power-up; no PIT yet.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new() -> Result<Pin<KBox<Self>>> {
+        let mut routes = KVec::with_capacity(DEFAULT_ROUTES.len(), GFP_KERNEL_ACCOUNT)?;
+        for route in DEFAULT_ROUTES {
+            routes.push_within_capacity(route)?;
+        }
+        let mut index = KBox::new(RoutingIndex::new(), GFP_KERNEL_ACCOUNT)?;
+        index.build(&mut routes).map_err(|_| EINVAL)?;
+        let chips = Chips {
+            pic: DualPic::new(),
+            ioapic: IoApic::new(),
+            pit: None,
+            routes,
+            index,
+        };
+        let pit_target = KBox::new(
+            PitTarget {
+                bootstrap: AtomicPtr::new(core::ptr::null_mut()),
+            },
+            GFP_KERNEL_ACCOUNT,
+        )?;
+        let target: *const PitTarget = &*pit_target;
+        KBox::pin_init(
+            pin_init!(Self {
+                chips <- new_spinlock!(chips),
+                pic_output: AtomicBool::new(false),
+                // SAFETY: The box behind `pit_target` is dropped after the timer.
+                pit_timer <- unsafe { Timer::new(target) },
+                pit_target,
+                bootstrap <- new_spinlock!(None),
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )
+    }
+
+    /// Makes the bootstrap processor known, to whose LINT0 the PICs are wired.
+    pub(crate) fn set_bootstrap(&self, vcpu: Arc<VcpuShared>) {
+        let mut bootstrap = self.bootstrap.lock();
+        if bootstrap.is_none() {
+            let raw: *const VcpuShared = &*vcpu;
+            self.pit_target
+                .bootstrap
+                .store(raw.cast_mut(), Ordering::Release);
+            *bootstrap = Some(vcpu);
+        }
+    }
+
+    /// Makes the PIT.
+    ///
+    /// # Errors
+    ///
+    /// `EEXIST` where there is one.
+    pub(crate) fn create_pit(&self) -> Result {
+        let mut chips = self.chips.lock();
+        if chips.pit.is_some() {
+            return Err(EEXIST);
+        }
+        chips.pit = Some(Pit::new(now()));
+        Ok(())
+    }
+
+    /// Whether the PICs ask for an interrupt.
+    #[inline]
+    pub(crate) fn pic_output(&self) -> bool {
+        self.pic_output.load(Ordering::Acquire)
+    }
+
+    /// Publishes the PICs' output; the bootstrap processor looks at it where it rose.
+    fn publish(&self, chips: &Chips) {
+        let output = chips.pic.output();
+        if self.pic_output.swap(output, Ordering::AcqRel) != output && output {
+            if let Some(bootstrap) = &*self.bootstrap.lock() {
+                bootstrap.request(Request::EVENT);
+            }
+        }
+    }
+
+    /// The vector of the interrupt that the CPU takes from the PICs.
+    pub(crate) fn acknowledge_pic(&self) -> Vector {
+        let mut chips = self.chips.lock();
+        let vector = chips.pic.acknowledge();
+        self.publish(&chips);
+        vector
+    }
+
+    /// Drives a GSI's lines. Says whether the interrupt was taken: 0 coalesced, 1 delivered, -1 ignored.
+    pub(crate) fn set_line(&self, vm: &Vm, gsi: Gsi, source: LineSource, level: bool) -> i32 {
+        let mut messages = Messages::new();
+        let mut status = -1;
+        {
+            let mut chips = self.chips.lock();
+            status = status.max(chips.drive(gsi, source, level, &mut messages));
+            self.publish(&chips);
+        }
+        messages.deliver(vm);
+        status
+    }
+
+    /// The end of a level-triggered interrupt, as a local APIC broadcasts it.
+    pub(crate) fn end_of_interrupt(&self, vm: &Vm, vector: Vector) {
+        let mut messages = Messages::new();
+        self.chips
+            .lock()
+            .ioapic
+            .eoi(vector, |_, message| messages.push(message));
+        messages.deliver(vm);
+    }
+
+    /// Sets the routes.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` where they contradict each other; nothing changed then.
+    pub(crate) fn set_routes(&self, mut routes: KVec<Route>) -> Result {
+        let mut index = KBox::new(RoutingIndex::new(), GFP_KERNEL_ACCOUNT)?;
+        index.build(&mut routes).map_err(|_| EINVAL)?;
+        let _old = {
+            let mut chips = self.chips.lock();
+            (
+                core::mem::replace(&mut chips.routes, routes),
+                core::mem::replace(&mut chips.index, index),
+            )
+        };
+        Ok(())
+    }
+
+    /// Lets the PIT's edges that are due reach the controllers, and sets its timer anew.
+    pub(crate) fn pit_due(&self, vm: &Vm) {
+        let mut messages = Messages::new();
+        {
+            let mut chips = self.chips.lock();
+            let edges = chips.pit.as_mut().map_or(0, |pit| pit.advance(now()));
+            if edges > 0 {
+                // Edges that were missed together are one: the line has no memory.
+                chips.drive(Gsi(0), LineSource::PIT, true, &mut messages);
+                chips.drive(Gsi(0), LineSource::PIT, false, &mut messages);
+            }
+            self.publish(&chips);
+            self.arm_pit(&chips);
+        }
+        messages.deliver(vm);
+    }
+
+    /// Sets the host's timer to the PIT's next edge.
+    pub(crate) fn arm_pit(&self, chips: &Chips) {
+        if let Some(deadline) = chips.pit.as_ref().and_then(Pit::deadline) {
+            self.pit_timer.start(deadline.0);
+        }
+    }
+
+    /// Reads a port of the controllers. `None` where it is not one of theirs.
+    pub(crate) fn read_port(&self, port: u16) -> Option<u8> {
+        let mut chips = self.chips.lock();
+        match port {
+            0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => {
+                let value = chips.pic.read_port(port);
+                // Only a poll changes anything.
+                if chips.pic.output() != self.pic_output() {
+                    self.publish(&chips);
+                }
+                value
+            }
+            0x40..=0x43 | 0x61 => chips.pit.as_mut()?.read_port(port, now()),
+            _ => None,
+        }
+    }
+
+    /// Writes a port of the controllers. Says whether it is one of theirs.
+    pub(crate) fn write_port(&self, port: u16, value: u8) -> bool {
+        let mut chips = self.chips.lock();
+        match port {
+            0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => {
+                let known = chips.pic.write_port(port, value);
+                self.publish(&chips);
+                known
+            }
+            0x40..=0x43 | 0x61 => {
+                let known = match chips.pit.as_mut() {
+                    Some(pit) => pit.write_port(port, value, now()),
+                    None => false,
+                };
+                if known {
+                    self.arm_pit(&chips);
+                }
+                known
+            }
+            _ => false,
+        }
+    }
+
+    /// The offset of `gpa` in the IOAPIC's window, where it lies there.
+    pub(crate) fn ioapic_offset(gpa: Gpa) -> Option<u8> {
+        let offset = gpa.raw().wrapping_sub(ioapic::BASE_ADDRESS);
+        (offset < ioapic::WINDOW_SIZE).then_some(offset as u8)
+    }
+
+    /// Reads a register of the IOAPIC.
+    pub(crate) fn read_ioapic(&self, offset: u8) -> u32 {
+        self.chips.lock().ioapic.read(offset)
+    }
+
+    /// Writes a register of the IOAPIC.
+    pub(crate) fn write_ioapic(&self, vm: &Vm, offset: u8, value: u32) {
+        let mut messages = Messages::new();
+        {
+            let mut chips = self.chips.lock();
+            let effect = chips.ioapic.write(offset, value);
+            if let Some(message) = effect.message {
+                messages.push(message);
+            }
+        }
+        messages.deliver(vm);
+    }
+
+    /// Runs `f` with the controllers, then lets what changed take effect.
+    pub(crate) fn with_chips<R>(
+        &self,
+        vm: &Vm,
+        f: impl FnOnce(&mut Chips, &mut dyn FnMut(InterruptMessage)) -> R,
+    ) -> R {
+        let mut messages = Messages::new();
+        let result = {
+            let mut chips = self.chips.lock();
+            let result = f(&mut chips, &mut |message| messages.push(message));
+            self.publish(&chips);
+            self.arm_pit(&chips);
+            result
+        };
+        messages.deliver(vm);
+        result
+    }
+}
+
+impl Chips {
+    /// Drives what a GSI is routed to. The status is as [`IrqChip::set_line`]'s.
+    fn drive(
+        &mut self,
+        gsi: Gsi,
+        source: LineSource,
+        level: bool,
+        messages: &mut Messages,
+    ) -> i32 {
+        let Self {
+            pic,
+            ioapic,
+            routes,
+            index,
+            ..
+        } = self;
+        let mut status = -1;
+        for target in index.targets(routes, gsi) {
+            let outcome = match target {
+                Target::Pic(line) => pic.set_line(line, source, level),
+                Target::IoApic(pin) => ioapic.set_line(pin, source, level),
+                // An MSI has an edge only.
+                Target::Msi { .. } if !level => LineOutcome::Taken,
+                Target::Msi { address, data, .. } => {
+                    match InterruptMessage::from_msi(address, data, false) {
+                        Ok(message) => LineOutcome::Send(message),
+                        Err(_) => LineOutcome::Ignored,
+                    }
+                }
+            };
+            status = status.max(match outcome {
+                LineOutcome::Ignored => -1,
+                LineOutcome::Coalesced => 0,
+                LineOutcome::Taken => 1,
+                LineOutcome::Send(message) => {
+                    messages.push(message);
+                    1
+                }
+            });
+        }
+        status
+    }
+}
+
+/// The clock of the PIT.
+pub(crate) fn now() -> Nanoseconds {
+    Nanoseconds(timer::monotonic())
+}

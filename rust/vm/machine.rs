@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A virtual machine.
+
+use super::{
+    irqchip::IrqChip,
+    memory::GuestMemory,
+    shared::VcpuShared,
+    vcpu::Vcpu,
+};
+use crate::{
+    host::{
+        hotplug::VmxOn,
+        memory,
+        notifier::Notifier,
+        preempt::NotifiersOn,
+        symbols::Symbols,
+    },
+    vmx::capability::Capabilities,
+};
+use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use kernel::{
+    new_mutex,
+    prelude::*,
+    sync::{Arc, Mutex, SetOnce},
+};
+use rvisor_core::{
+    cpu::{
+        cpuid::CpuidEntry,
+        guest::GuestCpu,
+        supported::{supported, HostCpuid, Offer},
+        xsave::XsaveLayout,
+    },
+    irqchip::{
+        destination::{lowest_priority, matches, DeliveryMode, InterruptMessage, Source},
+        LineSource,
+    },
+    mmu::page_size::PageSize,
+    x86::vector::{ApicId, Gsi, Vector},
+};
+
+/// KVM_CAP_MAX_VCPUS and KVM_CAP_MAX_VCPU_ID: what 8-bit APIC identifiers can name.
+pub(crate) const MAX_VCPUS: u32 = 255;
+
+/// What the host offers to every virtual machine. Lives as long as the module or any machine.
+pub(crate) struct Host {
+    pub(crate) symbols: Symbols,
+    pub(crate) capabilities: Capabilities,
+    pub(crate) offer: Offer,
+    /// The widest CPU that a guest can have.
+    pub(crate) offered: GuestCpu,
+    /// The XSAVE components that a guest can have.
+    pub(crate) xcr0: u64,
+    pub(crate) xsave: XsaveLayout,
+    /// The host's TSC frequency.
+    pub(crate) tsc_khz: u64,
+    pub(crate) physical_bits: u32,
+    _notifiers: NotifiersOn,
+    _vmx: VmxOn,
+}
+
+/// The CPU's own CPUID.
+pub(crate) struct RealCpuid;
+
+impl HostCpuid for RealCpuid {
+    fn cpuid(&self, function: u32, index: u32) -> [u32; 4] {
+        crate::host::cpu::cpuid(function, index)
+    }
+}
+
+/// The most entries that the table of supported leaves has.
+const MAX_SUPPORTED: usize = 100;
+
+/// The table of KVM_GET_SUPPORTED_CPUID.
+///
+/// # Errors
+///
+/// `E2BIG` where it does not fit, `ENOMEM`.
+pub(crate) fn supported_cpuid(offer: &Offer) -> Result<KVec<CpuidEntry>> {
+    let mut table = KVec::from_elem(CpuidEntry::default(), MAX_SUPPORTED, GFP_KERNEL)?;
+    let count = supported(&RealCpuid, offer, &mut table).map_err(|_| E2BIG)?;
+    table.truncate(count);
+    Ok(table)
+}
+
+impl Host {
+    /// Checks the host and switches VMX on.
+    ///
+    /// # Errors
+    ///
+    /// As [`Capabilities::detect`], [`Symbols::resolve`] and [`VmxOn::new`], each with its message.
+    pub(crate) fn new() -> Result<Self> {
+        let capabilities = Capabilities::detect()?;
+        let symbols = Symbols::resolve()?;
+        let vmx = VmxOn::new(&symbols).inspect_err(|error| {
+            pr_err!(
+                "the kernel does not give VMX out (error {}): does another hypervisor have it?\n",
+                error.to_errno()
+            );
+        })?;
+        let offer = Offer {
+            // SAFETY: Reads a register of the host's.
+            xcr0: unsafe { crate::bindings::rvisor_host_xcr0() },
+            rdtscp: capabilities.has_rdtscp(),
+            invpcid: capabilities.has_invpcid(),
+            ..Offer::default()
+        };
+        let table = supported_cpuid(&offer)?;
+        let offered = GuestCpu::offered(&table, capabilities.cr4_fixed.1).map_err(|_| ENODEV)?;
+        Ok(Self {
+            symbols,
+            capabilities,
+            offered,
+            xcr0: offer.guest_xcr0(&RealCpuid),
+            xsave: XsaveLayout::of_host(&RealCpuid),
+            // SAFETY: Reads a variable of the kernel's that is constant after boot.
+            tsc_khz: unsafe { crate::bindings::rvisor_tsc_khz() } as u64,
+            physical_bits: RealCpuid.cpuid(0x8000_0008, 0)[0] & 0xff,
+            offer,
+            _notifiers: NotifiersOn::new(),
+            _vmx: vmx,
+        })
+    }
+}
+
+/// A virtual machine. Its descriptor and those of its virtual CPUs each hold it.
+#[pin_data]
+pub(crate) struct Vm {
+    pub(crate) host: Arc<Host>,
+    pub(crate) memory: Arc<GuestMemory>,
+    _notifier: Notifier<GuestMemory>,
+    /// The address space that the machine belongs to, for comparison only.
+    mm: usize,
+    /// KVM_SET_BOOT_CPU_ID.
+    bootstrap: AtomicU32,
+    irqchip: SetOnce<Pin<KBox<IrqChip>>>,
+    /// Counts the messages of lowest priority, so that they go round.
+    turn: AtomicUsize,
+    /// The virtual CPUs; also serialises what must come before the first of them.
+    #[pin]
+    vcpus: Mutex<KVec<Arc<VcpuShared>>>,
+}
+
+impl Vm {
+    /// A machine without memory and CPUs, of the current process.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, `EINTR`.
+    pub(crate) fn new(host: Arc<Host>) -> Result<Arc<Self>> {
+        let mm = memory::current_mm().ok_or(EIO)?;
+        let large_pages = match (host.capabilities.ept_2m, host.capabilities.ept_1g) {
+            (true, true) => PageSize::Size1G,
+            (true, false) => PageSize::Size2M,
+            _ => PageSize::Size4K,
+        };
+        let memory = GuestMemory::new(
+            large_pages,
+            host.capabilities.ept_accessed_dirty,
+            host.physical_bits,
+        )?;
+        // SAFETY: `mm` is the current thread's.
+        let notifier = unsafe { Notifier::register(mm, memory.clone()) }?;
+        Arc::pin_init(
+            pin_init!(Self {
+                host,
+                memory,
+                _notifier: notifier,
+                mm: mm.as_ptr() as usize,
+                bootstrap: AtomicU32::new(0),
+                irqchip: SetOnce::new(),
+                turn: AtomicUsize::new(0),
+                vcpus <- new_mutex!(KVec::new()),
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )
+    }
+
+    /// Whether the current process owns the machine.
+    #[inline]
+    pub(crate) fn is_owned_by_current(&self) -> bool {
+        memory::current_mm().is_some_and(|mm| mm.as_ptr() as usize == self.mm)
+    }
+
+    /// The interrupt controllers, where they are in the kernel.
+    #[inline]
+    pub(crate) fn irqchip(&self) -> Option<&IrqChip> {
+        self.irqchip.as_ref().map(|chip| &**chip)
+    }
+
+    /// Whether the virtual CPU `id` is the bootstrap processor.
+    pub(crate) fn is_bootstrap(&self, id: u32) -> bool {
+        self.bootstrap.load(Ordering::Relaxed) == id
+    }
+
+    /// Whether a virtual CPU was made.
+    pub(crate) fn has_vcpus(&self) -> bool {
+        !self.vcpus.lock().is_empty()
+    }
+
+    /// Carries out KVM_SET_BOOT_CPU_ID.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` after the first virtual CPU was made.
+    pub(crate) fn set_bootstrap(&self, id: u32) -> Result {
+        let vcpus = self.vcpus.lock();
+        if !vcpus.is_empty() {
+            return Err(EBUSY);
+        }
+        self.bootstrap.store(id, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Carries out KVM_CREATE_IRQCHIP.
+    ///
+    /// # Errors
+    ///
+    /// `EEXIST` where there is one, `EINVAL` after the first virtual CPU, `ENOMEM`.
+    pub(crate) fn create_irqchip(&self) -> Result {
+        let vcpus = self.vcpus.lock();
+        if self.irqchip().is_some() {
+            return Err(EEXIST);
+        }
+        if !vcpus.is_empty() {
+            return Err(EINVAL);
+        }
+        self.irqchip.populate(IrqChip::new()?);
+        Ok(())
+    }
+
+    /// Carries out KVM_CREATE_VCPU.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` for an identifier out of range, `EEXIST` for one in use, `ENOMEM`.
+    pub(crate) fn create_vcpu(self: &Arc<Self>, id: u32) -> Result<Arc<Vcpu>> {
+        if id >= MAX_VCPUS {
+            return Err(EINVAL);
+        }
+        let mut vcpus = self.vcpus.lock();
+        if vcpus.iter().any(|vcpu| vcpu.id == id) {
+            return Err(EEXIST);
+        }
+        vcpus.reserve(1, GFP_KERNEL_ACCOUNT)?;
+        let vcpu = Vcpu::new(self.clone(), id)?;
+        self.memory.add_vcpu(vcpu.shared.clone())?;
+        vcpus.push_within_capacity(vcpu.shared.clone())?;
+        if let Some(chip) = self.irqchip() {
+            if self.is_bootstrap(id) {
+                chip.set_bootstrap(vcpu.shared.clone());
+            }
+        }
+        Ok(vcpu)
+    }
+
+    /// Delivers a message to the local APICs that it is for. `source` is the sending virtual CPU's
+    /// number.
+    pub(crate) fn deliver(&self, message: &InterruptMessage, source: Option<u32>) {
+        let source = match source {
+            Some(id) => Source::Apic(ApicId(id)),
+            None => Source::Device,
+        };
+        self.memory.with_vcpus(|vcpus| {
+            let mut targets = vcpus
+                .iter()
+                .filter(|vcpu| matches(&vcpu.identity(), message, source));
+            if message.is_arbitrated() {
+                let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+                if let Some(vcpu) = lowest_priority(targets, turn) {
+                    post(vcpu, message);
+                }
+                return;
+            }
+            targets.by_ref().for_each(|vcpu| post(vcpu, message));
+        });
+    }
+
+    /// A local APIC broadcasts the end of a level-triggered interrupt.
+    pub(crate) fn end_of_interrupt(&self, vector: Vector) {
+        if let Some(chip) = self.irqchip() {
+            chip.end_of_interrupt(self, vector);
+        }
+    }
+
+    /// Drives a GSI for userspace.
+    ///
+    /// # Errors
+    ///
+    /// `ENXIO` without interrupt controllers in the kernel.
+    pub(crate) fn irq_line(&self, gsi: u32, level: bool) -> Result<i32> {
+        let chip = self.irqchip().ok_or(ENXIO)?;
+        Ok(chip.set_line(self, Gsi(gsi), LineSource::USERSPACE, level))
+    }
+}
+
+/// Leaves a message with a virtual CPU.
+fn post(vcpu: &VcpuShared, message: &InterruptMessage) {
+    match message.delivery_mode {
+        DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
+            vcpu.post(message.vector, message.trigger.is_level());
+        }
+        DeliveryMode::Nmi => vcpu.post_nmi(),
+        DeliveryMode::Init => vcpu.post_init(),
+        DeliveryMode::Startup => vcpu.post_sipi(message.vector),
+        // There is no SMM, and no other mode reaches a CPU by message.
+        DeliveryMode::Smi | DeliveryMode::RemoteRead | DeliveryMode::ExtInt => {}
+    }
+}

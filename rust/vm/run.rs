@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! KVM_RUN: from userspace's call to the guest and back. Read it from top to bottom: `run` is the
+//! call, `run_loop` the part with interrupts on, `run_inner` the part with interrupts off.
+
+use super::{
+    events::is_interruptible,
+    exits::Next,
+    run_page::UserExit,
+    shared::Request,
+    vcpu::{Core, MpState, State, Vcpu},
+};
+use crate::{
+    bindings,
+    host::irq::IrqsOff,
+    vmx::hardware::CurrentVmcs,
+};
+use kernel::{current, prelude::*};
+use rvisor_core::x86::{
+    control::Rflags,
+    vmcs::FieldNatural,
+};
+
+/// What the part with interrupts on has to do next.
+enum Outer {
+    /// Enter again.
+    Again,
+    /// Carry out what needs sleep or guest memory.
+    Slow(super::exits::Slow),
+    /// Return to userspace.
+    User(UserExit),
+}
+
+impl Vcpu {
+    /// Carries out KVM_RUN.
+    ///
+    /// # Errors
+    ///
+    /// `EINTR` for a signal or `immediate_exit`; `EAGAIN` after an application processor that waited
+    /// was started; `EFAULT` where guest memory is backed by nothing; `ENOMEM`.
+    pub(crate) fn run(&self) -> Result<isize> {
+        self.with_state(|state| {
+            let result = self.run_locked(state);
+            self.report_state(state)?;
+            self.run.set_exit(&result?);
+            Ok(0)
+        })
+    }
+
+    fn run_locked(&self, state: &mut State) -> Result<UserExit> {
+        if state.core.mp_state == MpState::Uninitialized {
+            return self.wait_for_startup(state);
+        }
+        // What userspace owes an earlier exit comes first, even where it wants to leave at once.
+        if let Some(exit) = state.complete(&self.run)? {
+            return Ok(exit);
+        }
+        if self.run.immediate_exit() {
+            return Err(EINTR);
+        }
+        if state.core.lapic.is_none() {
+            state.core.cr8 = self.run.cr8() & 0xf;
+        }
+        state.core.wants_window =
+            state.core.lapic.is_none() && self.run.wants_interrupt_window();
+        state.core.events.attention = true;
+        state.core.has_run = true;
+        state.fpu.load();
+        // SAFETY: `state` stays where it is, pinned by `self`, and the notifier is taken back below.
+        unsafe { state.hardware.arm() };
+        {
+            let irqs = IrqsOff::new();
+            state.hardware.get_mut(&irqs).set_running(true, &irqs);
+        }
+        let result = self.run_loop(state);
+        {
+            let irqs = IrqsOff::new();
+            state.hardware.get_mut(&irqs).set_running(false, &irqs);
+        }
+        // SAFETY: Registered above by this thread.
+        unsafe { state.hardware.disarm() };
+        state.fpu.unload();
+        result
+    }
+
+    /// RUN of an application processor that nobody has started: sleeps until INIT or a signal.
+    fn wait_for_startup(&self, state: &mut State) -> Result<UserExit> {
+        if self.run.immediate_exit() {
+            return Err(EINTR);
+        }
+        self.shared.sleep(|| false);
+        let request = self.shared.take_requests();
+        if request.has(Request::INIT_OR_SIPI) {
+            state.with_vmcs(|core, vmcs| core.accept_init_or_sipi(vmcs))?;
+        }
+        if current!().signal_pending() {
+            self.run.set_exit(&UserExit::Signal);
+            return Err(EINTR);
+        }
+        Err(EAGAIN)
+    }
+
+    /// Tells userspace what it is told at every return.
+    fn report_state(&self, state: &mut State) -> Result {
+        let (if_flag, ready) = state.with_vmcs(|core, vmcs| {
+            let if_flag = vmcs.read(FieldNatural::GUEST_RFLAGS) & Rflags::IF != 0;
+            let ready = core.lapic.is_some()
+                || (core.events.interrupt.is_none()
+                    && core.events.reinjection.is_none()
+                    && is_interruptible(vmcs));
+            (if_flag, ready)
+        })?;
+        let (cr8, apic_base) = match &state.core.lapic {
+            Some(lapic) => (lapic.cr8().into(), lapic.base()),
+            None => (state.core.cr8, state.core.apic_base),
+        };
+        self.run.set_state(if_flag, cr8, apic_base, ready);
+        Ok(())
+    }
+
+    fn run_loop(&self, state: &mut State) -> Result<UserExit> {
+        loop {
+            if matches!(state.core.mp_state, MpState::Halted | MpState::InitReceived) {
+                self.sleep(state)?;
+            }
+            self.see_to_thread()?;
+            match self.run_inner(state)? {
+                Outer::Again => {}
+                Outer::Slow(slow) => {
+                    if let Some(exit) = state.handle_slow(slow)? {
+                        return Ok(exit);
+                    }
+                }
+                Outer::User(exit) => return Ok(exit),
+            }
+        }
+    }
+
+    /// Signals, rescheduling and whatever else the kernel wants of a thread before userspace runs.
+    fn see_to_thread(&self) -> Result {
+        // SAFETY: Task context, interrupts and preemption on.
+        if unsafe { bindings::rvisor_guest_mode_work() } != 0
+            && unsafe { bindings::xfer_to_guest_mode_handle_work() } != 0
+        {
+            self.run.set_exit(&UserExit::Signal);
+            return Err(EINTR);
+        }
+        Ok(())
+    }
+
+    /// HLT, or an application processor between INIT and SIPI: sleeps until there is something to do.
+    fn sleep(&self, state: &mut State) -> Result {
+        loop {
+            let request = self.shared.take_requests();
+            let awake = state.with_vmcs(|core, vmcs| {
+                core.handle_requests(vmcs, self, request);
+                core.is_awake(vmcs)
+            })?;
+            if awake {
+                state.core.mp_state = MpState::Runnable;
+                return Ok(());
+            }
+            if current!().signal_pending() {
+                return Ok(());
+            }
+            self.shared.sleep(|| false);
+        }
+    }
+
+    /// Enters the guest and handles its exits for as long as interrupts may stay off.
+    fn run_inner(&self, state: &mut State) -> Result<Outer> {
+        let State {
+            hardware,
+            core,
+            fpu,
+            ..
+        } = state;
+        let irqs = IrqsOff::new();
+        let mut vmcs = CurrentVmcs::new(hardware.get_mut(&irqs), &irqs)?;
+        if vmcs.has_moved() {
+            // This CPU may hold translations from an earlier stay.
+            core.generation = core.vm.memory.generation();
+            vmcs.flush_ept();
+        }
+        loop {
+            // Requests are looked at after the world can see that the guest is entered, so that
+            // whoever leaves one later kicks this CPU.
+            self.shared.set_in_guest(&irqs);
+            if self.shared.has_requests() {
+                self.shared.set_outside();
+                let request = self.shared.take_requests();
+                core.handle_requests(&mut vmcs, self, request);
+                if core.mp_state != MpState::Runnable {
+                    return Ok(Outer::Again);
+                }
+                continue;
+            }
+            // SAFETY: Reads the flags of the current thread.
+            if unsafe { bindings::rvisor_guest_mode_work() } != 0 {
+                self.shared.set_outside();
+                return Ok(Outer::Again);
+            }
+            core.prepare_entry(&mut vmcs);
+            if core.events.triple_fault {
+                self.shared.set_outside();
+                core.events.triple_fault = false;
+                return Ok(Outer::User(UserExit::Shutdown));
+            }
+            fpu.ensure_registers(&irqs);
+            let reason = vmcs.enter(&mut core.registers);
+            self.shared.set_outside();
+            match reason {
+                Ok(reason) => match core.handle_exit(&mut vmcs, reason) {
+                    Next::Enter => {}
+                    Next::OpenInterrupts => return Ok(Outer::Again),
+                    Next::Slow(slow) => return Ok(Outer::Slow(slow)),
+                    Next::User(exit) => return Ok(Outer::User(exit)),
+                },
+                Err(error) => {
+                    return Ok(Outer::User(UserExit::FailedEntry {
+                        reason: error.into(),
+                        cpu: irqs.cpu(),
+                    }))
+                }
+            }
+        }
+    }
+}
+
+impl Core {
+    /// What has to be so before each entry.
+    #[inline]
+    fn prepare_entry(&mut self, vmcs: &mut CurrentVmcs<'_>) {
+        let generation = self.vm.memory.generation();
+        if self.generation != generation {
+            self.generation = generation;
+            vmcs.flush_ept();
+        }
+        if self.flush_guest {
+            self.flush_guest = false;
+            vmcs.flush_vpid();
+        }
+        if self.events.attention {
+            self.inject_events(vmcs);
+        }
+    }
+
+    /// Sees to what others asked of this virtual CPU.
+    fn handle_requests(&mut self, vmcs: &mut CurrentVmcs<'_>, vcpu: &Vcpu, request: Request) {
+        if request.has(Request::INIT_OR_SIPI) {
+            self.accept_init_or_sipi(vmcs);
+        }
+        if request.has(Request::EVENT) || request.has(Request::NMI) {
+            self.take_posted();
+        }
+        if request.has(Request::PIT) {
+            if let Some(chip) = self.vm.irqchip() {
+                chip.pit_due(&self.vm);
+            }
+            self.take_posted();
+        }
+        if request.has(Request::LAPIC_TIMER) {
+            let now = self.now();
+            if let Some(lapic) = &mut self.lapic {
+                if lapic.timer_fired(now) {
+                    self.events.attention = true;
+                }
+            }
+        }
+        if request.has(Request::LAPIC_TIMER) || request.has(Request::ARM_TIMER) {
+            // A timer that is not needed any more only leaves a request that finds nothing.
+            if let Some(deadline) = self.timer_deadline() {
+                vcpu.lapic_timer.start(deadline);
+            }
+        }
+    }
+
+    /// INIT resets the processor and, but for the bootstrap one, makes it wait for SIPI (SDM vol. 3,
+    /// 11.4.2 and 10.4.4.1); SIPI starts it.
+    fn accept_init_or_sipi(&mut self, vmcs: &mut CurrentVmcs<'_>) {
+        use rvisor_core::{irqchip::lapic::ResetKind, x86::vmcs::VmcsSegment};
+        if self.shared.take_init() {
+            self.reset(vmcs);
+            let mut is_bootstrap = true;
+            if let Some(lapic) = &mut self.lapic {
+                lapic.reset(ResetKind::Init);
+                is_bootstrap = lapic.is_bootstrap();
+                self.shared.publish_identity(lapic.identity());
+            }
+            self.mp_state = if is_bootstrap {
+                MpState::Runnable
+            } else {
+                MpState::InitReceived
+            };
+        }
+        if self.mp_state != MpState::InitReceived {
+            return;
+        }
+        if let Some(vector) = self.shared.take_sipi() {
+            let mut cs = vmcs.segment(VmcsSegment::Cs);
+            cs.selector = u16::from(vector.0) << 8;
+            cs.base = u64::from(vector.0) << 12;
+            vmcs.set_segment(VmcsSegment::Cs, &cs);
+            vmcs.write(FieldNatural::GUEST_RIP, 0);
+            self.mp_state = MpState::Runnable;
+        }
+    }
+
+    /// Whether a halted processor has something to do.
+    fn is_awake(&self, vmcs: &CurrentVmcs<'_>) -> bool {
+        match self.mp_state {
+            MpState::Halted => {
+                self.events.nmis > 0
+                    || self.events.exception.is_some()
+                    || (self.has_interrupt()
+                        && vmcs.read(FieldNatural::GUEST_RFLAGS) & Rflags::IF != 0)
+            }
+            MpState::Runnable => true,
+            MpState::Uninitialized | MpState::InitReceived => false,
+        }
+    }
+}
+
+/// The CPU this runs on, for reports to userspace.
+pub(super) fn current_cpu(vmcs: &CurrentVmcs<'_>) -> u32 {
+    vmcs.irqs().cpu()
+}

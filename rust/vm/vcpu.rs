@@ -1,0 +1,449 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A virtual CPU: what it is made of.
+
+use super::{
+    completion::Completion,
+    events::Events,
+    machine::Vm,
+    mmio::Replay,
+    run_page::RunPage,
+    shared::{Request, VcpuShared},
+};
+use crate::{
+    host::{
+        cpu,
+        fpu::GuestFpu,
+        irq::IrqsOff,
+        page::KernelPage,
+        preempt::Preemptible,
+        timer::{self, Timer},
+    },
+    vmx::{
+        enter::Registers,
+        hardware::{CurrentVmcs, Hardware},
+        setup::{self, Pointers},
+    },
+};
+use kernel::{
+    new_mutex,
+    prelude::*,
+    sync::{Arc, Mutex},
+};
+use rvisor_core::{
+    cpu::{
+        cpuid::{self, CpuidEntry, Index},
+        guest::GuestCpu,
+        msr::MsrState,
+    },
+    irqchip::{
+        lapic::{Deadline, Features, LapicEffect, LocalApic},
+        Nanoseconds, Now,
+    },
+    x86::{
+        control::{Cr0, Cr4, Dr6, Efer},
+        controls::entry,
+        msr::{APIC_BASE_BSP, APIC_BASE_ENABLE, APIC_BASE_RESET_ADDRESS},
+        vector::{ApicId, Vector},
+        vmcs::{Field32, Field64, FieldNatural},
+    },
+};
+
+/// What DX holds after reset while the guest's CPUID was not set: family 6.
+const DEFAULT_SIGNATURE: u32 = 0x600;
+
+/// Whether a virtual CPU runs (KVM_GET_MP_STATE).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MpState {
+    Runnable,
+    /// An application processor before its first INIT.
+    Uninitialized,
+    /// INIT has come, SIPI has not.
+    InitReceived,
+    Halted,
+}
+
+/// A virtual CPU's state but for what its VMCS holds.
+pub(crate) struct Core {
+    pub(crate) vm: Arc<Vm>,
+    pub(crate) shared: Arc<VcpuShared>,
+    /// The general registers. RSP's place is a copy that [`Core::sync_rsp`] makes true.
+    pub(crate) registers: Registers,
+    /// CR0 as the guest sees it, but for the bits that it owns, which the VMCS holds.
+    pub(crate) cr0: Cr0,
+    /// CR4, likewise.
+    pub(crate) cr4: Cr4,
+    pub(crate) efer: Efer,
+    /// CR8 and IA32_APIC_BASE where there is no local APIC in the kernel.
+    pub(crate) cr8: u64,
+    pub(crate) apic_base: u64,
+    pub(crate) dr6: u64,
+    pub(crate) lapic: Option<KBox<LocalApic>>,
+    pub(crate) events: Events,
+    pub(crate) unblock_nmi: bool,
+    /// Userspace waits for the moment when the guest can take an interrupt.
+    pub(crate) wants_window: bool,
+    pub(crate) primary_controls: u32,
+    entry_controls: u32,
+    pub(crate) mp_state: MpState,
+    pub(crate) cpuid: KVec<CpuidEntry>,
+    pub(crate) cpuid_index: Index,
+    pub(crate) cpu: GuestCpu,
+    pub(crate) msrs: MsrState,
+    /// What the guest's TSC is ahead of the host's, modulo 2^64.
+    pub(crate) tsc_offset: u64,
+    pub(crate) completion: Option<Completion>,
+    pub(crate) replay: Replay,
+    /// The generation of guest memory whose translations this CPU may hold.
+    pub(crate) generation: u64,
+    /// Guest-virtual translations are to be dropped before the next entry.
+    pub(crate) flush_guest: bool,
+    /// RUN has been called.
+    pub(crate) has_run: bool,
+}
+
+/// All of a virtual CPU that its mutex guards.
+pub(crate) struct State {
+    pub(crate) hardware: Preemptible<Hardware>,
+    pub(crate) core: Core,
+    pub(crate) fpu: GuestFpu,
+    _msr_bitmap: KernelPage,
+}
+
+/// A virtual CPU.
+#[pin_data]
+pub(crate) struct Vcpu {
+    pub(crate) vm: Arc<Vm>,
+    pub(crate) shared: Arc<VcpuShared>,
+    pub(crate) run: RunPage,
+    #[pin]
+    pub(crate) state: Mutex<State>,
+    /// The local APIC's timer. Dropped before `shared`'s reference goes: fields drop in order, and
+    /// `shared` is held by the virtual machine too.
+    #[pin]
+    pub(crate) lapic_timer: Timer<VcpuShared>,
+}
+
+impl Vcpu {
+    /// A virtual CPU as after power-up.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`; `EIO` where VMX fails.
+    pub(crate) fn new(vm: Arc<Vm>, id: u32) -> Result<Arc<Self>> {
+        let shared = Arc::pin_init(VcpuShared::new(id), GFP_KERNEL_ACCOUNT)?;
+        let host = vm.host.clone();
+        let capabilities = &host.capabilities;
+        let msr_bitmap = KernelPage::new()?;
+        super::msr::fill_bitmap(&msr_bitmap);
+        // Unique in the virtual machine, which is enough: translations are tagged with its EPT too.
+        let vpid = u16::try_from(id).map_err(|_| EINVAL)?.checked_add(1).ok_or(EINVAL)?;
+        let pointers = Pointers {
+            msr_bitmap: msr_bitmap.physical(),
+            eptp: vm.memory.eptp(),
+            vpid,
+        };
+        let hardware = Hardware::new(
+            &host.symbols,
+            capabilities.revision,
+            vpid,
+            pointers.eptp,
+            capabilities.has_rdtscp(),
+        )?;
+        let is_bootstrap = vm.is_bootstrap(id);
+        let lapic = match vm.irqchip() {
+            Some(_) => Some(KBox::new(
+                LocalApic::new(ApicId(id), is_bootstrap, Features::default()),
+                GFP_KERNEL_ACCOUNT,
+            )?),
+            None => None,
+        };
+        if let Some(lapic) = &lapic {
+            shared.publish_identity(lapic.identity());
+        }
+        let core = Core {
+            vm: vm.clone(),
+            shared: shared.clone(),
+            registers: [0; 16],
+            cr0: Cr0(Cr0::RESET),
+            cr4: Cr4(0),
+            efer: Efer(0),
+            cr8: 0,
+            apic_base: APIC_BASE_RESET_ADDRESS
+                | APIC_BASE_ENABLE
+                | if is_bootstrap { APIC_BASE_BSP } else { 0 },
+            dr6: Dr6::RESET,
+            mp_state: if lapic.is_none() || is_bootstrap {
+                MpState::Runnable
+            } else {
+                MpState::Uninitialized
+            },
+            lapic,
+            events: Events::default(),
+            unblock_nmi: false,
+            wants_window: false,
+            primary_controls: capabilities.controls.primary,
+            entry_controls: capabilities.controls.entry,
+            cpuid: KVec::new(),
+            cpuid_index: Index::default(),
+            cpu: GuestCpu::new(&[], &host.offered).map_err(|_| EINVAL)?,
+            msrs: MsrState::new(host.offer.guest_arch_capabilities()),
+            // The guest's TSC starts at 0.
+            tsc_offset: cpu::rdtsc().wrapping_neg(),
+            completion: None,
+            replay: Replay::default(),
+            generation: 0,
+            flush_guest: true,
+            has_run: false,
+        };
+        let fpu = GuestFpu::new(&host.symbols)?;
+        let mut state = State {
+            hardware: Preemptible::new(hardware),
+            core,
+            fpu,
+            _msr_bitmap: msr_bitmap,
+        };
+        state.with_vmcs(|core, vmcs| {
+            setup::initialise(vmcs, capabilities, &pointers);
+            core.reset(vmcs);
+            vmcs.write64(Field64::TSC_OFFSET, core.tsc_offset);
+        })?;
+        let target: *const VcpuShared = &*shared;
+        Arc::pin_init(
+            pin_init!(Self {
+                vm,
+                shared,
+                run: RunPage::new()?,
+                state <- new_mutex!(state),
+                // SAFETY: `shared` is a field of the same object, in an `Arc` that it never gives up.
+                lapic_timer <- unsafe { Timer::new(target) },
+            }? Error),
+            GFP_KERNEL_ACCOUNT,
+        )
+    }
+}
+
+impl Vcpu {
+    /// Runs `f` with the state, which no other thread has meanwhile.
+    pub(crate) fn with_state<R>(&self, f: impl FnOnce(&mut State) -> R) -> R {
+        let mut guard = self.state.lock();
+        // SAFETY: The state is not moved out of its place.
+        f(unsafe { guard.as_mut().get_unchecked_mut() })
+    }
+}
+
+impl State {
+    /// Runs `f` with the VMCS current and interrupts off.
+    ///
+    /// # Errors
+    ///
+    /// `EIO` where VMX was switched off under us.
+    pub(crate) fn with_vmcs<R>(
+        &mut self,
+        f: impl FnOnce(&mut Core, &mut CurrentVmcs<'_>) -> R,
+    ) -> Result<R> {
+        let irqs = IrqsOff::new();
+        let mut vmcs = CurrentVmcs::new(self.hardware.get_mut(&irqs), &irqs)?;
+        Ok(f(&mut self.core, &mut vmcs))
+    }
+}
+
+impl Core {
+    /// Puts all registers into their state after power-up or INIT (SDM vol. 3, table 11-1).
+    pub(crate) fn reset(&mut self, vmcs: &mut CurrentVmcs<'_>) {
+        setup::reset_guest(vmcs);
+        self.registers = [0; 16];
+        // DX holds the processor's signature.
+        self.registers[2] = cpuid::find(&self.cpuid, 1, 0)
+            .map_or(DEFAULT_SIGNATURE, |entry| entry.eax)
+            .into();
+        self.dr6 = Dr6::RESET;
+        vmcs.hardware.debug = cpu::DebugRegisters::default();
+        vmcs.hardware.debug_armed = false;
+        vmcs.hardware.cr2 = rvisor_core::x86::address::Gva::new(0);
+        self.events = Events::default();
+        self.cr8 = 0;
+        self.set_cr4(vmcs, Cr4(0));
+        self.set_efer(vmcs, Efer(0));
+        self.set_cr0(vmcs, Cr0(Cr0::RESET));
+        self.flush_guest = true;
+    }
+
+    /// Makes RSP's place in the registers true.
+    #[inline]
+    pub(crate) fn sync_rsp(&mut self, vmcs: &CurrentVmcs<'_>) {
+        self.registers[4] = vmcs.read(FieldNatural::GUEST_RSP);
+    }
+
+    /// A general register by its number, 0 to 15.
+    #[inline]
+    pub(crate) fn gpr(&self, vmcs: &CurrentVmcs<'_>, number: u8) -> u64 {
+        if number == 4 {
+            vmcs.read(FieldNatural::GUEST_RSP)
+        } else {
+            self.registers[usize::from(number & 15)]
+        }
+    }
+
+    /// Sets a general register by its number, 0 to 15.
+    #[inline]
+    pub(crate) fn set_gpr(&mut self, vmcs: &mut CurrentVmcs<'_>, number: u8, value: u64) {
+        if number == 4 {
+            vmcs.write(FieldNatural::GUEST_RSP, value);
+        } else {
+            self.registers[usize::from(number & 15)] = value;
+        }
+    }
+
+    /// CR0 as the guest reads it.
+    pub(crate) fn read_cr0(&self, vmcs: &CurrentVmcs<'_>) -> Cr0 {
+        let mask = setup::CR0_GUEST_OWNED;
+        Cr0((self.cr0.0 & !mask) | (vmcs.read(FieldNatural::GUEST_CR0) & mask))
+    }
+
+    /// CR4 as the guest reads it.
+    pub(crate) fn read_cr4(&self, vmcs: &CurrentVmcs<'_>) -> Cr4 {
+        let mask = setup::CR4_GUEST_OWNED;
+        Cr4((self.cr4.0 & !mask) | (vmcs.read(FieldNatural::GUEST_CR4) & mask))
+    }
+
+    /// Sets CR0 to a legal value. The caller sees to the PDPTEs.
+    pub(crate) fn set_cr0(&mut self, vmcs: &mut CurrentVmcs<'_>, value: Cr0) {
+        let old = self.cr0;
+        self.cr0 = value;
+        if old.changed(value) & Cr0::PG != 0 && self.efer.has(Efer::LME) {
+            let efer = if value.has(Cr0::PG) {
+                self.efer.with(Efer::LMA)
+            } else {
+                self.efer.without(Efer::LMA)
+            };
+            self.set_efer(vmcs, efer);
+        }
+        let (fixed, allowed) = self.vm.host.capabilities.cr0_fixed;
+        // An unrestricted guest may have PE and PG clear whatever the fixed bits say. The guest's
+        // caches are the host's to rule: memory types come from EPT.
+        let fixed = fixed & !(Cr0::PE | Cr0::PG);
+        let real = ((value.0 & !(Cr0::CD | Cr0::NW)) | fixed) & allowed;
+        vmcs.write(FieldNatural::GUEST_CR0, real);
+        vmcs.write(FieldNatural::CR0_READ_SHADOW, value.0);
+    }
+
+    /// Sets CR4 to a legal value. The caller sees to the PDPTEs.
+    pub(crate) fn set_cr4(&mut self, vmcs: &mut CurrentVmcs<'_>, value: Cr4) {
+        self.cr4 = value;
+        let (fixed, allowed) = self.vm.host.capabilities.cr4_fixed;
+        vmcs.write(FieldNatural::GUEST_CR4, (value.0 | fixed) & allowed);
+        vmcs.write(FieldNatural::CR4_READ_SHADOW, value.0);
+    }
+
+    /// Sets EFER to a legal value, LMA included.
+    pub(crate) fn set_efer(&mut self, vmcs: &mut CurrentVmcs<'_>, value: Efer) {
+        self.efer = value;
+        vmcs.write64(Field64::GUEST_EFER, value.0);
+        let controls = if value.has(Efer::LMA) {
+            self.entry_controls | entry::IA32E_MODE_GUEST
+        } else {
+            self.entry_controls & !entry::IA32E_MODE_GUEST
+        };
+        if controls != self.entry_controls {
+            self.entry_controls = controls;
+            vmcs.write32(Field32::ENTRY_CONTROLS, controls);
+        }
+    }
+
+    /// Whether the guest is in protected mode.
+    #[inline]
+    pub(crate) fn is_protected(&self) -> bool {
+        self.cr0.has(Cr0::PE)
+    }
+
+    /// Whether the guest uses PAE paging, whose four root entries the VMCS holds.
+    #[inline]
+    pub(crate) fn uses_pdptes(&self) -> bool {
+        self.cr0.has(Cr0::PG) && self.cr4.has(Cr4::PAE) && !self.efer.has(Efer::LMA)
+    }
+
+    /// The present moment on the clocks of the local APIC's timer.
+    #[inline]
+    pub(crate) fn now(&self) -> Now {
+        Now {
+            nanoseconds: Nanoseconds(timer::monotonic()),
+            tsc: self.guest_tsc(),
+        }
+    }
+
+    /// The guest's TSC.
+    #[inline]
+    pub(crate) fn guest_tsc(&self) -> u64 {
+        cpu::rdtsc().wrapping_add(self.tsc_offset)
+    }
+
+    /// Whether an external interrupt waits that the local APIC's priorities let through.
+    #[inline]
+    pub(crate) fn has_interrupt(&self) -> bool {
+        match (&self.lapic, self.vm.irqchip()) {
+            (Some(lapic), Some(chip)) => {
+                lapic.highest_pending().is_some()
+                    || (chip.pic_output() && lapic.accepts_pic_interrupt())
+            }
+            _ => self.events.interrupt.is_some(),
+        }
+    }
+
+    /// Takes the external interrupt that goes first.
+    pub(crate) fn take_interrupt(&mut self) -> Option<Vector> {
+        let Some(lapic) = &mut self.lapic else {
+            return self.events.interrupt.take();
+        };
+        if let Some(chip) = self.vm.irqchip() {
+            if chip.pic_output() && lapic.accepts_pic_interrupt() {
+                return Some(chip.acknowledge_pic());
+            }
+        }
+        let vector = lapic.highest_pending()?;
+        lapic.acknowledge(vector);
+        Some(vector)
+    }
+
+    /// Moves what other threads posted into the local APIC.
+    pub(crate) fn take_posted(&mut self) {
+        if let Some(lapic) = &mut self.lapic {
+            let (all, level) = self.shared.take_posted();
+            lapic.merge_requests_with_level(&all, &level);
+        }
+        self.events.nmis = (self.events.nmis + self.shared.take_nmis()).min(2);
+        self.events.attention = true;
+    }
+
+    /// Carries out what the local APIC asks for.
+    pub(crate) fn apply(&mut self, effect: LapicEffect) {
+        self.events.attention = true;
+        match effect {
+            LapicEffect::None => {}
+            LapicEffect::SendIpi(message) => self.vm.deliver(&message, Some(self.shared.id)),
+            LapicEffect::Eoi(vector) => self.vm.end_of_interrupt(vector),
+            LapicEffect::TimerChanged => self.shared.request_self(Request::ARM_TIMER),
+            LapicEffect::IdentityChanged => {
+                if let Some(lapic) = &self.lapic {
+                    self.shared.publish_identity(lapic.identity());
+                }
+            }
+        }
+    }
+
+    /// The moment at which the host's timer must fire for the local APIC's.
+    pub(crate) fn timer_deadline(&self) -> Option<u64> {
+        match self.lapic.as_ref()?.deadline()? {
+            Deadline::At(moment) => Some(moment.0),
+            Deadline::Tsc(target) => {
+                let cycles = target.saturating_sub(self.guest_tsc());
+                let khz = self.vm.host.tsc_khz.max(1);
+                // Split, so that nothing overflows: whole milliseconds and the rest.
+                let nanoseconds = (cycles / khz)
+                    .saturating_mul(1_000_000)
+                    .saturating_add((cycles % khz) * 1_000_000 / khz);
+                Some(timer::monotonic().saturating_add(nanoseconds))
+            }
+        }
+    }
+}
