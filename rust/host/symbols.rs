@@ -17,7 +17,6 @@ type FpuReturn = unsafe extern "C" fn();
 type FpuToUser = unsafe extern "C" fn(*mut kb::fpu_guest, *mut u8, u32, u64, u32);
 type FpuFromUser = unsafe extern "C" fn(*mut kb::fpu_guest, *const u8, u64, *mut u32) -> i32;
 type RestoreBreakpoints = unsafe extern "C" fn();
-type EntryFromKvm = unsafe extern "C" fn(u32, u32);
 
 /// The functions, each with its C prototype.
 #[derive(Clone, Copy)]
@@ -31,7 +30,6 @@ pub(crate) struct Symbols {
     pub(super) fpu_copy_guest_fpstate_to_uabi: FpuToUser,
     pub(super) fpu_copy_uabi_to_guest_fpstate: FpuFromUser,
     pub(super) hw_breakpoint_restore: RestoreBreakpoints,
-    pub(super) x86_entry_from_kvm: EntryFromKvm,
 }
 
 /// The address of a kernel function, or `ENOENT` with a message.
@@ -74,7 +72,6 @@ impl Symbols {
             fpu_copy_guest_fpstate_to_uabi: lookup!(c"fpu_copy_guest_fpstate_to_uabi", FpuToUser),
             fpu_copy_uabi_to_guest_fpstate: lookup!(c"fpu_copy_uabi_to_guest_fpstate", FpuFromUser),
             hw_breakpoint_restore: lookup!(c"hw_breakpoint_restore", RestoreBreakpoints),
-            x86_entry_from_kvm: lookup!(c"x86_entry_from_kvm", EntryFromKvm),
         })
     }
 
@@ -87,14 +84,5 @@ impl Symbols {
                 (self.hw_breakpoint_restore)();
             }
         }
-    }
-
-    /// Runs the host's NMI handler for an NMI that made the guest exit.
-    #[inline]
-    pub(crate) fn handle_nmi(&self, _irqs: &super::irq::IrqsOff) {
-        const EVENT_TYPE_NMI: u32 = 2;
-        const NMI_VECTOR: u32 = 2;
-        // SAFETY: Called as KVM calls it: on the kernel stack, interrupts off, NMIs blocked by the exit.
-        unsafe { (self.x86_entry_from_kvm)(EVENT_TYPE_NMI, NMI_VECTOR) };
     }
 }

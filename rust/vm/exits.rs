@@ -239,7 +239,7 @@ impl Core {
     fn exit_exception(&mut self, vmcs: &mut CurrentVmcs<'_>) -> Next {
         let info = InterruptionInfo(vmcs.read32(Field32::EXIT_INTERRUPTION_INFO));
         if info.kind() == InterruptionInfo::NMI {
-            self.vm.host.symbols.handle_nmi(vmcs.irqs());
+            cpu::nmi(vmcs.irqs());
             return Next::Enter;
         }
         if info.vector() == ExceptionVector::MachineCheck.number() {

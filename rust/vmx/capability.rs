@@ -196,6 +196,11 @@ fn check_vmx() -> Result {
         pr_err!("VMX is there but the firmware or the kernel has it switched off: switch on \"Intel Virtualization Technology\" in the firmware's set-up\n");
         return Err(EPERM);
     }
+    // SAFETY: Reads the kernel's own table of features.
+    if unsafe { bindings::rvisor_cpu_has_fred() } {
+        pr_err!("this kernel takes events by FRED, which rvisor can't pass NMIs on to yet: boot with fred=off\n");
+        return Err(ENODEV);
+    }
     let control = read(FEATURE_CONTROL, "IA32_FEATURE_CONTROL")?;
     let needed = FEATURE_CONTROL_LOCKED | FEATURE_CONTROL_VMX_OUTSIDE_SMX;
     if control & needed != needed {

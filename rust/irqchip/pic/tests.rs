@@ -164,6 +164,7 @@ fn rotation_puts_the_ended_line_last() {
     // Set priority: line 5 last, so line 6 first.
     pic.write_port(0x20, 0x20);
     pic.write_port(0x20, 0xc5);
+    raise(&mut pic, 5);
     lower(&mut pic, 6);
     raise(&mut pic, 6);
     assert_eq!(pic.acknowledge(), Vector(0x36));

@@ -174,7 +174,7 @@ fn gate_halts_mode_0() {
 #[test]
 fn gate_triggers_modes_1_and_5() {
     let mut pit = loaded(2, 1, 100);
-    assert!(output(&mut pit, after(1000)), "high until triggered");
+    assert!(output(&mut pit, after(50)), "high until triggered");
     pit.write_port(0x61, 0, after(1000));
     pit.write_port(0x61, 1, after(2000));
     assert!(!output(&mut pit, after(2050)));
@@ -295,4 +295,28 @@ fn conversions_are_inverse_at_the_range_ends() {
     let exact = u128::from(u64::MAX) * 1_193_182 / 1_000_000_000;
     assert_eq!(u128::from(ticks_in(u64::MAX)), exact);
     assert_eq!(nanoseconds_of(u64::MAX), u64::MAX);
+}
+
+#[test]
+fn count_loaded_with_the_gate_low_waits() {
+    let mut pit = loaded(2, 0, 1000);
+    pit.write_port(0x61, 0, after(10));
+    for byte in [0xe8, 0x03] {
+        pit.write_port(0x42, byte, after(20));
+    }
+    assert_eq!(read_count(&mut pit, 2, after(900)), 1000);
+    pit.write_port(0x61, 1, after(5000));
+    assert!(!output(&mut pit, after(5998)));
+    assert!(output(&mut pit, after(6002)));
+}
+
+#[test]
+fn control_word_drops_what_is_latched() {
+    let mut pit = loaded(0, 2, 0x1234);
+    pit.write_port(0x43, 0xc2, after(4));
+    pit.write_port(0x43, 0x34, after(5));
+    for byte in [0xcd, 0xab] {
+        pit.write_port(0x40, byte, after(5));
+    }
+    assert_eq!(read_count(&mut pit, 0, after(5)), 0xabcd);
 }
