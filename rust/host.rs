@@ -11,6 +11,7 @@ pub(crate) mod memory;
 pub(crate) mod notifier;
 pub(crate) mod page;
 pub(crate) mod preempt;
+pub(crate) mod signal;
 pub(crate) mod symbols;
 pub(crate) mod timer;
 pub(crate) mod wait;

@@ -123,7 +123,7 @@ impl Chardev {
                 write_indices(argument, || FEATURE_INDICES.into_iter())
             }
             user::GET_MSRS => self.feature_msrs(argument),
-            _ => Err(ENOTTY),
+            _ => Err(EINVAL),
         }
     }
 

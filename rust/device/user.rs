@@ -142,6 +142,7 @@ ioctls! {
     INTERRUPT = _IOW::<uapi::kvm_interrupt>(KVMIO, 0x86);
     GET_MSRS = _IOWR::<ListHeader>(KVMIO, 0x88);
     SET_MSRS = _IOW::<ListHeader>(KVMIO, 0x89);
+    SET_SIGNAL_MASK = _IOW::<u32>(KVMIO, 0x8b);
     GET_FPU = _IOR::<uapi::kvm_fpu>(KVMIO, 0x8c);
     SET_FPU = _IOW::<uapi::kvm_fpu>(KVMIO, 0x8d);
     GET_LAPIC = _IOR::<uapi::kvm_lapic_state>(KVMIO, 0x8e);

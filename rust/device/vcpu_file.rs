@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     bindings as uapi,
-    host::anon_file::AnonFile,
+    host::{anon_file::AnonFile, signal::SignalMask},
     vm::vcpu::{State, Vcpu},
     RvisorModule,
 };
@@ -68,6 +68,7 @@ fn vcpu_ioctl(vcpu: &Vcpu, command: u32, argument: usize) -> Result<isize> {
             Ok(0)
         }
         user::GET_TSC_KHZ => Ok(vcpu.vm.host.tsc_khz as isize),
+        user::SET_SIGNAL_MASK => set_signal_mask(vcpu, argument),
         user::SET_CPUID2 => set_cpuid(vcpu, argument),
         _ => vcpu.with_state(|state| state_ioctl(state, command, argument)),
     }
@@ -126,8 +127,24 @@ fn state_ioctl(state: &mut State, command: u32, argument: usize) -> Result<isize
             }
             write_cpuid(argument, &table)?;
         }
-        _ => return Err(ENOTTY),
+        _ => return Err(EINVAL),
     }
+    Ok(0)
+}
+
+/// The signals that are blocked during RUN; no argument means those of the thread.
+fn set_signal_mask(vcpu: &Vcpu, argument: usize) -> Result<isize> {
+    let mask = if argument == 0 {
+        None
+    } else {
+        let length: u32 = user::read(argument)?;
+        if length as usize != size_of::<u64>() {
+            return Err(EINVAL);
+        }
+        // The mask follows the length at once.
+        Some(user::read(argument.checked_add(size_of::<u32>()).ok_or(EFAULT)?)?)
+    };
+    vcpu.with_state(|state| state.signal_mask = mask.map(SignalMask::new));
     Ok(0)
 }
 

@@ -27,7 +27,7 @@ use rvisor_core::{
 };
 
 /// Why an access can't be done now.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Halt {
     /// The guest gets a page fault.
     Fault(Exception),
@@ -307,26 +307,7 @@ impl State {
         };
         let progress = execute(&instruction, &mut emulated);
         let (rip, rflags, rsp) = (emulated.rip, emulated.rflags, emulated.rsp);
-        match progress {
-            Ok(progress) => self.commit(&snapshot, progress, rip, rflags, rsp),
-            Err(Stop::Fault(exception)) => self.stop_to_exit(Halt::Fault(exception)),
-            Err(Stop::Machine(Halt::Unsupported)) | Err(Stop::Unsupported) => {
-                Ok(Some(self.emulation_failure(&instruction, bytes)))
-            }
-            Err(Stop::Machine(halt)) => self.stop_to_exit(halt),
-        }
-    }
-
-    /// Makes an emulated instruction's results the guest's, and lets userspace see what it wrote.
-    fn commit(
-        &mut self,
-        snapshot: &Snapshot,
-        progress: Progress,
-        rip: u64,
-        rflags: u64,
-        rsp: u64,
-    ) -> Result<Option<UserExit>> {
-        self.core.replay.forget();
+        // A string instruction that was stopped has committed its earlier elements.
         self.with_vmcs(|core, vmcs| {
             if rflags != snapshot.rflags {
                 vmcs.write(FieldNatural::GUEST_RFLAGS, rflags & !Rflags::RF);
@@ -335,14 +316,21 @@ impl State {
                 core.registers[4] = rsp;
                 vmcs.write(FieldNatural::GUEST_RSP, rsp);
             }
-            if progress == Progress::Retired {
+            if progress == Ok(Progress::Retired) {
                 core.retire(vmcs, rip);
             }
         })?;
-        if self.core.replay.has_writes() {
-            return Ok(self.next_mmio_write());
+        match progress {
+            Ok(_) => {
+                self.core.replay.forget();
+                Ok(self.core.replay.has_writes().then(|| self.next_mmio_write()).flatten())
+            }
+            Err(Stop::Fault(exception)) => self.stop_to_exit(Halt::Fault(exception)),
+            Err(Stop::Machine(Halt::Unsupported)) | Err(Stop::Unsupported) => {
+                Ok(Some(self.emulation_failure(&instruction, bytes)))
+            }
+            Err(Stop::Machine(halt)) => self.stop_to_exit(halt),
         }
-        Ok(None)
     }
 
     /// Fetches instruction bytes up to the end of the page, from where the last fetch ended.
@@ -603,6 +591,8 @@ impl Machine for Emulated<'_> {
 
     fn may_continue(&mut self) -> bool {
         let core = self.core();
+        // What was read for the element that is done now is void.
+        core.replay.forget();
         !core.replay.has_writes() && !core.shared.has_requests()
     }
 }

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     bindings,
-    host::irq::IrqsOff,
+    host::{irq::IrqsOff, signal::SignalMask},
     vmx::hardware::CurrentVmcs,
 };
 use kernel::{current, prelude::*};
@@ -40,7 +40,9 @@ impl Vcpu {
     /// was started; `EFAULT` where guest memory is backed by nothing; `ENOMEM`.
     pub(crate) fn run(&self) -> Result<isize> {
         self.with_state(|state| {
+            let blocked = state.signal_mask.as_ref().map(SignalMask::block);
             let result = self.run_locked(state);
+            drop(blocked);
             self.report_state(state)?;
             self.run.set_exit(&result?);
             Ok(0)

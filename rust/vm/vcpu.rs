@@ -17,6 +17,7 @@ use crate::{
         irq::IrqsOff,
         page::KernelPage,
         preempt::Preemptible,
+        signal::SignalMask,
         timer::{self, Timer},
     },
     vmx::{
@@ -107,6 +108,8 @@ pub(crate) struct State {
     pub(crate) hardware: Preemptible<Hardware>,
     pub(crate) core: Core,
     pub(crate) fpu: GuestFpu,
+    /// KVM_SET_SIGNAL_MASK.
+    pub(crate) signal_mask: Option<SignalMask>,
     _msr_bitmap: KernelPage,
 }
 
@@ -201,6 +204,7 @@ impl Vcpu {
             hardware: Preemptible::new(hardware),
             core,
             fpu,
+            signal_mask: None,
             _msr_bitmap: msr_bitmap,
         };
         state.with_vmcs(|core, vmcs| {
