@@ -345,19 +345,35 @@ pub(crate) fn hlt_wakes(device: &Device) -> Outcome {
     Ok(())
 }
 
-guest_code!(
+apic_guest!(
     halt_masked,
-    code64,
-    ["out {done}, al", "cli", "hlt", "out {done}, al"],
+    [
+        "mov esi, {ioapic}",
+        "mov dword ptr [rsi], 0x25",
+        "mov dword ptr [rsi + 0x10], 0",
+        "mov dword ptr [rsi], 0x24",
+        // Delivery mode NMI.
+        "mov dword ptr [rsi + 0x10], 0x400",
+        "out {done}, al",
+        "cli",
+        "hlt",
+        "out {done}, al",
+    ],
+    ioapic = IOAPIC as i32,
     done = DONE_PORT
 );
 
-/// An NMI ends HLT with interrupts off too.
+/// An NMI, here from the IOAPIC, ends HLT with interrupts off too.
 pub(crate) fn nmi_wakes_hlt(device: &Device) -> Outcome {
     let (machine, cpu) = start(device, Mode::Long, halt_masked(), Acknowledge::None)?;
     cpu.run_until_done()?;
-    cpu.fd.nmi()?;
-    cpu.run_until_done()?;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            machine.vm.set_irq_line(10, true)
+        });
+        cpu.run_until_done()
+    })?;
     check_eq!(count(&machine.memory, 2), 1, "NMIs");
     check_eq!(cpu.regs()?.rsp, STACK, "RSP");
     Ok(())

@@ -4,8 +4,9 @@
 use kvm_bindings as kb;
 use rvisor_tests::guest::{self, Mode};
 use rvisor_tests::handlers::{self, count, Acknowledge};
-use rvisor_tests::layout::{AP_CODE, AP_STACK, COUNTS, DATA, DONE_PORT, LAPIC, RECORD};
-use rvisor_tests::{check_eq, guest_code, Device, Fail, Machine, Outcome};
+use rvisor_tests::layout::{AP_CODE, AP_STACK, COUNTS, DONE_PORT, LAPIC, RECORD};
+use rvisor_tests::raw::Errno;
+use rvisor_tests::{check_eq, guest_code, Context, Cpu, Device, Exit, Fail, Machine, Outcome};
 
 /// What the second processor writes, in the first 64 KiB.
 const FLAG: u64 = RECORD + 0x800;
@@ -45,6 +46,29 @@ guest_code!(
     done = DONE_PORT
 );
 
+/// KVM_RUN of a processor that waits for its INIT gives EAGAIN once that came, and is called again.
+fn run_started(cpu: &Cpu) -> Result<(), Fail> {
+    loop {
+        match cpu.run_raw() {
+            Err(Errno(libc::EAGAIN)) => {}
+            Err(error) => return Err(error.into()),
+            Ok(kb::KVM_EXIT_IO) if cpu.io_port() == DONE_PORT.into() => return Ok(()),
+            Ok(reason) => return Err(cpu.unexpected(&Exit::Other(reason))),
+        }
+    }
+}
+
+/// Runs both until each is done; gives the second back. Where the first fails, nobody waits for the other.
+fn run_both(first: &Cpu, second: Cpu) -> Result<Cpu, Fail> {
+    let thread = std::thread::spawn(move || (run_started(&second), second));
+    first.run_until_done().during("the first processor")?;
+    let (result, second) = thread
+        .join()
+        .map_err(|_| Fail::new("the second processor's thread panicked"))?;
+    result.during("the second processor")?;
+    Ok(second)
+}
+
 /// INIT and two SIPIs start the second processor in real mode at the vector's page.
 pub(crate) fn init_sipi(device: &Device) -> Outcome {
     let machine = Machine::with_irqchip(device)?;
@@ -52,13 +76,7 @@ pub(crate) fn init_sipi(device: &Device) -> Outcome {
     let second = machine.vcpu(1)?;
     guest::load(&machine, &first, Mode::Long, start_other())?;
     machine.memory.write(AP_CODE, other());
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| second.run_until_done());
-        first.run_until_done()?;
-        thread
-            .join()
-            .map_err(|_| Fail::new("the second processor's thread panicked"))?
-    })?;
+    let second = run_both(&first, second)?;
     let sregs = second.sregs()?;
     check_eq!(
         (sregs.cs.selector, sregs.cs.base),
@@ -78,8 +96,8 @@ pub(crate) fn init_sipi(device: &Device) -> Outcome {
     Ok(())
 }
 
-// Each sends vector 0x42 to the other 100 times and waits for the answer; who starts has EDI = 1, and
-// RBP points at what it counts.
+// Each sends vector R8 to the other 100 times and halts for the answer, which it counts at RBP; who starts
+// has EDI = 1.
 guest_code!(
     ping_pong,
     code64,
@@ -87,31 +105,32 @@ guest_code!(
         "mov ebx, {lapic}",
         "mov dword ptr [rbx + 0xf0], 0x1ff",
         "mov [rbx + 0x310], esi",
-        "mov r12d, 100",
-        "sti",
+        // Nothing is sent before both local APICs are on.
+        "lock inc qword ptr [{flag}]",
+        "6: sti",
+        "pause",
+        "cmp qword ptr [{flag}], 2",
+        "jb 6b",
+        "mov r12d, 1",
         "2: test edi, edi",
         "jz 3f",
-        "inc qword ptr [rbp]",
-        "mov dword ptr [rbx + 0x300], 0x42",
-        // The other one answers by its own counter.
-        "3: mov rax, [rbp]",
-        "4: pause",
-        "cmp [r13], rax",
-        "jb 4b",
-        "test edi, edi",
+        "mov [rbx + 0x300], r8d",
+        "3: cli",
+        "cmp [rbp], r12",
+        "jae 4f",
+        "sti",
+        "hlt",
+        "jmp 3b",
+        "4: test edi, edi",
         "jnz 5f",
-        "inc qword ptr [rbp]",
-        "mov dword ptr [rbx + 0x300], 0x42",
-        "5: dec r12d",
-        "jnz 2b",
-        "6: pause",
-        "cmp qword ptr [{count}], 200",
-        "jb 6b",
-        "cli",
+        "mov [rbx + 0x300], r8d",
+        "5: inc r12d",
+        "cmp r12d, 100",
+        "jbe 2b",
         "out {done}, al",
     ],
     lapic = LAPIC as i32,
-    count = COUNTS + 8 * 0x42,
+    flag = FLAG,
     done = DONE_PORT
 );
 
@@ -123,26 +142,25 @@ pub(crate) fn ipi_both_ways(device: &Device) -> Outcome {
     guest::load(&machine, &first, Mode::Long, ping_pong())?;
     guest::enter(&second, Mode::Long, rvisor_tests::layout::CODE, AP_STACK)?;
     handlers::set_acknowledge(&machine.memory, Acknowledge::LocalApic);
-    for (cpu, starts, target, own, others) in [
-        (&first, 1, 0x0100_0000, DATA, DATA + 64),
-        (&second, 0, 0, DATA + 64, DATA),
+    for (cpu, starts, target, sends, receives) in [
+        (&first, 1, 0x0100_0000, 0x42, 0x43),
+        (&second, 0, 0, 0x43, 0x42),
     ] {
         let mut regs = cpu.regs()?;
-        (regs.rdi, regs.rsi, regs.rbp, regs.r13) = (starts, target, own, others);
+        (regs.rdi, regs.rsi, regs.r8) = (starts, target, sends);
+        regs.rbp = COUNTS + 8 * receives;
         cpu.set_regs(&regs)?;
     }
     second.fd.set_mp_state(kb::kvm_mp_state {
         mp_state: kb::KVM_MP_STATE_RUNNABLE,
     })?;
-    // The second waits for the first's counter to be above its own.
-    machine.memory.write_u64(DATA + 64, 0);
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| second.run_until_done());
-        first.run_until_done()?;
-        thread
-            .join()
-            .map_err(|_| Fail::new("the second processor's thread panicked"))?
-    })?;
-    check_eq!(count(&machine.memory, 0x42), 200, "interrupts");
+    run_both(&first, second)?;
+    for vector in [0x42, 0x43] {
+        check_eq!(
+            count(&machine.memory, vector),
+            100,
+            "interrupts with vector {vector:#x}"
+        );
+    }
     Ok(())
 }
