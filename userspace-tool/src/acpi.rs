@@ -70,8 +70,9 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     // Table 5.9: there are legacy devices, and no VGA. The bit for a keyboard controller stays 0: what is
     // at its ports takes a reset only.
     const BOOT_ARCHITECTURE: u16 = (1 << 0) | (1 << 2);
-    // Table 5.10: WBINVD works, no power or sleep button, no wake by the clock, the reset register works.
-    const FLAGS: u32 = (1 << 0) | (1 << 4) | (1 << 5) | (1 << 6) | (1 << 10);
+    // Table 5.10: WBINVD works, no power or sleep button, no wake by the clock, the timer has 32 bits, the
+    // reset register works.
+    const FLAGS: u32 = (1 << 0) | (1 << 4) | (1 << 5) | (1 << 6) | (1 << 8) | (1 << 10);
     const LENGTH: usize = 276;
 
     let mut fadt = vec![0; LENGTH];
@@ -83,6 +84,8 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     put(46, &u16::from(SCI).to_le_bytes());
     put(56, &u32::from(power::PM1A_EVENT).to_le_bytes());
     put(64, &u32::from(power::PM1A_CONTROL).to_le_bytes());
+    put(76, &u32::from(power::PM_TIMER).to_le_bytes());
+    put(91, &[power::PM_TIMER_SIZE as u8]);
     put(
         88,
         &[power::PM1A_EVENT_SIZE as u8, power::PM1A_CONTROL_SIZE as u8],
@@ -102,6 +105,7 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
         172,
         &port(power::PM1A_CONTROL, power::PM1A_CONTROL_SIZE as u8),
     );
+    put(208, &port(power::PM_TIMER, power::PM_TIMER_SIZE as u8));
     table(b"FACP", 6, &fadt[HEADER..])
 }
 

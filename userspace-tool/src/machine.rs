@@ -101,7 +101,7 @@ pub fn run(options: &RunOptions) -> Result<Outcome> {
     let vcpus = (0..options.cpus)
         .map(|id| Vcpu::new(&vm, id, &cpuid, (id == 0).then_some(entry)))
         .collect::<Result<Vec<_>>>()?;
-    run_to_end(&kvm, vm, vcpus)
+    run_to_end(vm, vcpus)
 }
 
 /// Makes a VM with the interrupt controllers and the timer in the hypervisor.
@@ -141,12 +141,11 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd> {
 extern "C" fn kicked(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 /// Runs the CPUs and the console until the guest has ended and all threads are gone.
-fn run_to_end(kvm: &Kvm, vm: Arc<VmFd>, vcpus: Vec<Vcpu>) -> Result<Outcome> {
+fn run_to_end(vm: Arc<VmFd>, vcpus: Vec<Vcpu>) -> Result<Outcome> {
     let (control, outcomes) = Control::new();
     let wake = Wake::new().map_err(failed("making an eventfd"))?;
     let output = Output::new(wake.clone()).map_err(failed("opening the console"))?;
-    let line = Line::new(kvm, vm)?;
-    let serial = Serial::with_events(line, Drained(wake.clone()), output.clone());
+    let serial = Serial::with_events(Line(vm), Drained(wake.clone()), output.clone());
     let ports = Arc::new(Ports::new(control.clone(), serial));
     register_signal_handler(SIGRTMIN(), kicked).map_err(failed("catching a signal"))?;
     // Caught before the terminal changes, so that no signal can leave it changed.

@@ -116,11 +116,11 @@ fn the_fadt_names_the_registers_twice_alike() {
     let fadt = &found(1)["FACP"];
     // Length and revision of ACPI 6.5, table 5.9.
     assert_eq!((fadt.len(), fadt[8], fadt[131]), (276, 6, 5));
-    for (old, new, old_length) in [(56, 148, 88), (64, 172, 89)] {
+    for (old, new, old_length) in [(56, 148, 88), (64, 172, 89), (76, 208, 91)] {
         assert_eq!(u64::from(u32_at(fadt, old)), u64_at(fadt, new + 4));
         assert_eq!((fadt[new], fadt[new + 1]), (1, fadt[old_length] * 8));
     }
-    assert_eq!((fadt[88], fadt[89]), (4, 2));
+    assert_eq!((fadt[88], fadt[89], fadt[91]), (4, 2, 4));
     // No SMI command port: ACPI is on from the start.
     assert_eq!((u32_at(fadt, 48), u16_at(fadt, 46)), (0, 9));
     // A reset register of one byte in I/O space, and the flag that says so.

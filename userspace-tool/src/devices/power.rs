@@ -2,6 +2,8 @@
 
 //! ACPI's fixed registers (ACPI 6.5, 4.8.3) and the reset register (4.8.3.6): switching off and resetting.
 
+use std::time::{Duration, Instant};
+
 use crate::outcome::Outcome;
 
 /// PM1a event block: status, then enable, 2 bytes each. No event ever comes.
@@ -12,6 +14,12 @@ pub const PM1A_EVENT_SIZE: u16 = 4;
 pub const PM1A_CONTROL: u16 = 0x604;
 /// Its size.
 pub const PM1A_CONTROL_SIZE: u16 = 2;
+/// The power management timer (4.8.3.3): 32 bits that count at [`PM_TIMER_HZ`].
+pub const PM_TIMER: u16 = 0x608;
+/// Its size.
+pub const PM_TIMER_SIZE: u16 = 4;
+/// Its frequency in Hz, the same in every PC.
+pub const PM_TIMER_HZ: u64 = 3_579_545;
 /// The sleep type that means "off", as the DSDT's `_S5` says.
 pub const SLEEP_TYPE_OFF: u8 = 5;
 /// The reset control register of a PC's chipset.
@@ -28,11 +36,30 @@ const SLEEP_ENABLE: u16 = 1 << 13;
 const RESET_CPU: u8 = 1 << 2;
 
 /// The registers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Power {
+    started: Instant,
     enable: u16,
     control: u16,
     reset: u8,
+}
+
+impl Default for Power {
+    fn default() -> Self {
+        Self {
+            started: Instant::now(),
+            enable: 0,
+            control: 0,
+            reset: 0,
+        }
+    }
+}
+
+/// The timer's count after `elapsed`.
+fn pm_timer(elapsed: Duration) -> u32 {
+    let ticks = elapsed.as_nanos() * u128::from(PM_TIMER_HZ) / 1_000_000_000;
+    // It wraps around.
+    ticks as u32
 }
 
 impl Power {
@@ -73,6 +100,13 @@ impl Power {
 
     /// A read; leaves the bytes of ports that are not here as they are.
     pub fn read(&self, port: u16, data: &mut [u8]) {
+        if port == PM_TIMER {
+            let count = pm_timer(self.started.elapsed()).to_le_bytes();
+            data.iter_mut()
+                .zip(count)
+                .for_each(|(byte, count)| *byte = count);
+            return;
+        }
         for (port, byte) in (port..).zip(data) {
             let (register, base) = match port {
                 PM1A_EVENT..PM1A_ENABLE => (0, PM1A_EVENT),
@@ -113,6 +147,19 @@ mod tests {
         let mut data = [0xff; 2];
         power.read(PM1A_CONTROL, &mut data);
         assert_eq!(u16::from_le_bytes(data), 0x0401);
+    }
+
+    #[test]
+    fn the_timer_counts_and_wraps() {
+        assert_eq!(pm_timer(Duration::ZERO), 0);
+        assert_eq!(pm_timer(Duration::from_secs(1)), 3_579_545);
+        // 1200 s are 4,295,454,000 ticks, 486,704 more than 32 bits hold.
+        assert_eq!(pm_timer(Duration::from_secs(1200)), 486_704);
+        let (power, mut first, mut second) = (Power::default(), [0; 4], [0; 4]);
+        power.read(PM_TIMER, &mut first);
+        std::thread::sleep(Duration::from_millis(2));
+        power.read(PM_TIMER, &mut second);
+        assert!(u32::from_le_bytes(second) - u32::from_le_bytes(first) >= 7159);
     }
 
     #[test]

@@ -5,13 +5,11 @@
 use std::io;
 use std::sync::Arc;
 
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::VmFd;
 use vm_superio::serial::SerialEvents;
 use vm_superio::Trigger;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::console::{Output, Wake};
-use crate::error::{failed, Result};
 
 /// The first of its ports.
 pub const BASE: u16 = 0x3f8;
@@ -24,41 +22,18 @@ pub const IRQ: u32 = 4;
 pub type Serial = vm_superio::Serial<Line, Drained, Output>;
 
 /// An edge-triggered interrupt line into the in-kernel interrupt controllers.
-pub enum Line {
-    /// By an eventfd that the hypervisor listens to: one system call an interrupt.
-    Irqfd(EventFd),
-    /// By an ioctl, where the hypervisor has no irqfd: two system calls.
-    Ioctl(Arc<VmFd>),
-}
-
-impl Line {
-    /// Connects [`IRQ`] in the way that the hypervisor offers.
-    ///
-    /// # Errors
-    ///
-    /// [`crate::error::Error::Call`] where the hypervisor refuses what it offers.
-    pub fn new(kvm: &Kvm, vm: Arc<VmFd>) -> Result<Self> {
-        if !kvm.check_extension(Cap::Irqfd) {
-            return Ok(Self::Ioctl(vm));
-        }
-        let event = EventFd::new(0).map_err(failed("making an eventfd"))?;
-        vm.register_irqfd(&event, IRQ)
-            .map_err(failed("connecting the serial port's interrupt"))?;
-        Ok(Self::Irqfd(event))
-    }
-}
+///
+/// It is raised by ioctls and not by an irqfd: the thread that raises it is the virtual CPU's own, between
+/// two runs, and so the guest has the interrupt when it runs on. An irqfd would hand it to a worker of the
+/// host's kernel that has to get the CPU first.
+pub struct Line(pub Arc<VmFd>);
 
 impl Trigger for Line {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
-        match self {
-            Self::Irqfd(event) => event.write(1),
-            Self::Ioctl(vm) => {
-                vm.set_irq_line(IRQ, true)?;
-                Ok(vm.set_irq_line(IRQ, false)?)
-            }
-        }
+        self.0.set_irq_line(IRQ, true)?;
+        Ok(self.0.set_irq_line(IRQ, false)?)
     }
 }
 
