@@ -3,7 +3,11 @@
 # writes "VERDICT<tab>NAME<tab>WHY" for each test to the file `results`. VERDICT: pass, fail or skip.
 # Variables: suite (the first part of each name), results.
 
-function now() { srand(); return srand() }
+function now(    seconds) {
+	"date +%s" | getline seconds
+	close("date +%s")
+	return seconds
+}
 
 function record(verdict, name, reason) {
 	printf "%s\t%s\t%s\n", verdict, suite "/" name, reason >>results
