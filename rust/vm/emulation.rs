@@ -7,14 +7,18 @@ use super::{
     run_page::UserExit,
     vcpu::{Core, State},
 };
+use crate::host::memory;
 use kernel::prelude::*;
 use rvisor_core::{
     emulate::{
         decode, execute, CodeSize, DecodeError, Gpr, Instruction, Machine, Mode, Progress,
         Protection, Stop, MAX_LENGTH,
     },
-    mmu::walk::{
-        probe, walk, Access, AccessKind, GuestPhysicalMemory, Paging, Privilege, WalkError,
+    mmu::{
+        slot::Slot,
+        walk::{
+            probe, walk, Access, AccessKind, GuestPhysicalMemory, Paging, Privilege, WalkError,
+        },
     },
     x86::{
         address::{Gpa, Gva, PAGE_SIZE},
@@ -41,19 +45,32 @@ pub(super) enum Halt {
     Error(Error),
 }
 
-/// Guest memory for the page walk.
-struct Tables<'a>(&'a GuestMemory);
+/// Guest memory for the page walk. The slot of the last table is kept, since a walk's tables mostly lie
+/// in one; should it go meanwhile, the process's own memory is still all that can be reached.
+struct Tables<'a> {
+    memory: &'a GuestMemory,
+    last: Option<Slot>,
+}
 
 /// No memory is there, or the process has nothing behind it.
 struct Unreachable(Option<Error>);
 
 impl Tables<'_> {
-    fn read(&self, gpa: Gpa, size: u32) -> core::result::Result<u64, Unreachable> {
-        match self.0.read_word(gpa, size) {
-            Ok(Some(value)) => Ok(value),
-            Ok(None) => Err(Unreachable(None)),
-            Err(error) => Err(Unreachable(Some(error))),
-        }
+    #[inline]
+    fn read(&mut self, gpa: Gpa, size: u32) -> core::result::Result<u64, Unreachable> {
+        let gfn = gpa.frame();
+        let hva = match self.last.as_ref().and_then(|slot| slot.hva_of(gfn)) {
+            Some(hva) => hva,
+            None => {
+                self.last = self.memory.slot(gfn);
+                self.last
+                    .as_ref()
+                    .and_then(|slot| slot.hva_of(gfn))
+                    .ok_or(Unreachable(None))?
+            }
+        };
+        memory::read_word(hva.wrapping_add(gpa.page_offset()), size)
+            .map_err(|error| Unreachable(Some(error)))
     }
 
     fn exchange(
@@ -63,7 +80,7 @@ impl Tables<'_> {
         old: u64,
         new: u64,
     ) -> core::result::Result<bool, Unreachable> {
-        match self.0.compare_exchange(gpa, size, old, new) {
+        match self.memory.compare_exchange(gpa, size, old, new) {
             Ok(Some(done)) => Ok(done),
             // Read-only tables keep their flags.
             Ok(None) => Ok(true),
@@ -75,10 +92,12 @@ impl Tables<'_> {
 impl GuestPhysicalMemory for Tables<'_> {
     type Error = Unreachable;
 
+    #[inline]
     fn read_u32(&mut self, gpa: Gpa) -> core::result::Result<u32, Unreachable> {
         self.read(gpa, 4).map(|value| value as u32)
     }
 
+    #[inline]
     fn read_u64(&mut self, gpa: Gpa) -> core::result::Result<u64, Unreachable> {
         self.read(gpa, 8)
     }
@@ -99,6 +118,36 @@ impl GuestPhysicalMemory for Tables<'_> {
         new: u64,
     ) -> core::result::Result<bool, Unreachable> {
         self.exchange(gpa, 8, old, new)
+    }
+}
+
+/// A decoded instruction with its bytes.
+pub(super) type Kept = (Instruction, [u8; MAX_LENGTH]);
+
+/// What the CPU's own walk before an EPT violation found: the page of one access that was allowed.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Hint {
+    page: Option<(Gva, Gpa)>,
+    writable: bool,
+}
+
+impl Hint {
+    fn of(violation: &EptViolation) -> Self {
+        Self {
+            page: violation
+                .gva
+                .filter(|_| violation.is_translated)
+                .map(|gva| (gva.page_start(), violation.gpa.page_start())),
+            writable: violation.is_write,
+        }
+    }
+
+    #[inline]
+    fn translate(&self, linear: Gva, kind: AccessKind) -> Option<Gpa> {
+        let (gva, gpa) = self.page?;
+        let known = gva == linear.page_start()
+            && (kind == AccessKind::Read || (kind == AccessKind::Write && self.writable));
+        known.then(|| gpa.wrapping_add(linear.page_offset()))
     }
 }
 
@@ -158,7 +207,10 @@ impl State {
             kind,
             privilege: snapshot.privilege,
         };
-        let mut tables = Tables(&self.core.vm.memory);
+        let mut tables = Tables {
+            memory: &self.core.vm.memory,
+            last: None,
+        };
         let mapping = if mark {
             walk(&mut tables, &snapshot.paging, linear, access)
         } else {
@@ -255,9 +307,12 @@ impl State {
         &mut self,
         violation: &EptViolation,
     ) -> Result<Option<UserExit>> {
-        match self.core.vm.memory.fault(violation.gpa, violation.is_write)? {
-            Fault::Resolved => return Ok(None),
-            Fault::Device => {}
+        // The local APIC's registers cover whatever memory is below them.
+        if !self.core.is_lapic(violation.gpa) {
+            match self.core.vm.memory.fault(violation.gpa, violation.is_write)? {
+                Fault::Resolved => return Ok(None),
+                Fault::Device => {}
+            }
         }
         if let Some(cut) = self.core.events.reinjection.take() {
             // Delivering an event touched a device: nothing that can be carried out again.
@@ -270,6 +325,7 @@ impl State {
                 ],
             }));
         }
+        self.core.hint = Hint::of(violation);
         self.emulate()
     }
 
@@ -281,20 +337,45 @@ impl State {
     pub(super) fn emulate(&mut self) -> Result<Option<UserExit>> {
         let snapshot = self.snapshot()?;
         let mode = snapshot.mode();
+        let (instruction, bytes) = match self.core.replay.instruction(snapshot.rip) {
+            Some(kept) => kept,
+            None => match self.fetch_instruction(&snapshot, &mode)? {
+                Ok(fetched) => fetched,
+                Err(exit) => return Ok(exit),
+            },
+        };
+        self.execute_instruction(&snapshot, mode, &instruction, bytes)
+    }
+
+    /// Fetches and decodes the instruction at RIP, or says what follows where that can't be.
+    #[allow(clippy::type_complexity)]
+    fn fetch_instruction(
+        &mut self,
+        snapshot: &Snapshot,
+        mode: &Mode,
+    ) -> Result<core::result::Result<Kept, Option<UserExit>>> {
         let mut bytes = [0u8; MAX_LENGTH];
         let mut fetched = 0;
-        let instruction = loop {
+        loop {
             let wanted = fetched;
-            match self.fetch(&snapshot, &mut bytes, &mut fetched) {
-                Ok(()) => {}
-                Err(halt) => return self.stop_to_exit(halt),
+            if let Err(halt) = self.fetch(snapshot, &mut bytes, &mut fetched) {
+                return self.stop_to_exit(halt).map(Err);
             }
             match decode(&bytes[..fetched], mode.code) {
-                Ok(instruction) => break instruction,
+                Ok(instruction) => return Ok(Ok((instruction, bytes))),
                 Err(DecodeError::Truncated { .. }) if fetched > wanted && fetched < MAX_LENGTH => {}
-                Err(error) => return Ok(self.undecodable(error, &mode, bytes, fetched)),
+                Err(error) => return Ok(Err(self.undecodable(error, mode, bytes, fetched))),
             }
-        };
+        }
+    }
+
+    fn execute_instruction(
+        &mut self,
+        snapshot: &Snapshot,
+        mode: Mode,
+        instruction: &Instruction,
+        bytes: [u8; MAX_LENGTH],
+    ) -> Result<Option<UserExit>> {
         self.core.replay.restart();
         let mut emulated = Emulated {
             rsp: self.core.registers[4],
@@ -302,11 +383,14 @@ impl State {
             segments: [None; 6],
             rip: snapshot.rip,
             rflags: snapshot.rflags,
-            snapshot: &snapshot,
+            snapshot,
             mode,
         };
-        let progress = execute(&instruction, &mut emulated);
+        let progress = execute(instruction, &mut emulated);
         let (rip, rflags, rsp) = (emulated.rip, emulated.rflags, emulated.rsp);
+        if !matches!(progress, Err(Stop::Machine(Halt::UserRead))) {
+            self.core.hint = Hint::default();
+        }
         // A string instruction that was stopped has committed its earlier elements.
         self.with_vmcs(|core, vmcs| {
             if rflags != snapshot.rflags {
@@ -327,7 +411,14 @@ impl State {
             }
             Err(Stop::Fault(exception)) => self.stop_to_exit(Halt::Fault(exception)),
             Err(Stop::Machine(Halt::Unsupported)) | Err(Stop::Unsupported) => {
-                Ok(Some(self.emulation_failure(&instruction, bytes)))
+                Ok(Some(UserExit::Emulation {
+                    bytes,
+                    length: instruction.length,
+                }))
+            }
+            Err(Stop::Machine(Halt::UserRead)) => {
+                self.core.replay.keep(snapshot.rip, (*instruction, bytes));
+                Ok(self.mmio_read_exit())
             }
             Err(Stop::Machine(halt)) => self.stop_to_exit(halt),
         }
@@ -383,17 +474,6 @@ impl State {
             }),
         }
     }
-
-    fn emulation_failure(
-        &mut self,
-        instruction: &Instruction,
-        bytes: [u8; MAX_LENGTH],
-    ) -> UserExit {
-        UserExit::Emulation {
-            bytes,
-            length: instruction.length,
-        }
-    }
 }
 
 impl Snapshot {
@@ -441,10 +521,10 @@ impl Emulated<'_> {
         kind: AccessKind,
     ) -> core::result::Result<(), Halt> {
         for (address, part) in split_mut(linear, data) {
-            let gpa = self.state.translate(self.snapshot, address, kind, true)?;
+            let gpa = self.translate(address, kind)?;
             let core = &mut self.state.core;
-            if core.vm.memory.read(gpa, part).map_err(Halt::Error)?.is_some()
-                || core.read_device(gpa, part)
+            if core.read_device(gpa, part)
+                || core.vm.memory.read(gpa, part).map_err(Halt::Error)?.is_some()
                 || core.replay.read(gpa, part)
             {
                 continue;
@@ -454,8 +534,22 @@ impl Emulated<'_> {
         Ok(())
     }
 
+    #[inline]
     fn core(&mut self) -> &mut Core {
         &mut self.state.core
+    }
+
+    /// Where a linear address leads; without a walk where the CPU has just made it.
+    #[inline]
+    fn translate(
+        &mut self,
+        linear: Gva,
+        kind: AccessKind,
+    ) -> core::result::Result<Gpa, Halt> {
+        if let Some(gpa) = self.state.core.hint.translate(linear, kind) {
+            return Ok(gpa);
+        }
+        self.state.translate(self.snapshot, linear, kind, true)
     }
 }
 
@@ -526,8 +620,7 @@ impl Machine for Emulated<'_> {
     fn prepare_write(&mut self, linear: Gva, length: usize) -> core::result::Result<(), Halt> {
         let bytes = [0u8; 16];
         for (address, _) in split(linear, &bytes[..length.min(bytes.len())]) {
-            self.state
-                .translate(self.snapshot, address, AccessKind::Write, true)?;
+            self.translate(address, AccessKind::Write)?;
         }
         Ok(())
     }
@@ -545,14 +638,12 @@ impl Machine for Emulated<'_> {
         // All pages are translated before the first is written.
         let mut targets = [Gpa::new(0); 2];
         for (target, (address, _)) in targets.iter_mut().zip(split(linear, data)) {
-            *target = self
-                .state
-                .translate(self.snapshot, address, AccessKind::Write, true)?;
+            *target = self.translate(address, AccessKind::Write)?;
         }
         for (gpa, (_, part)) in targets.into_iter().zip(split(linear, data)) {
             let core = &mut self.state.core;
-            if core.vm.memory.write(gpa, part).map_err(Halt::Error)?.is_some()
-                || core.write_device(gpa, part)
+            if core.write_device(gpa, part)
+                || core.vm.memory.write(gpa, part).map_err(Halt::Error)?.is_some()
                 || core.replay.write(gpa, part)
             {
                 continue;
@@ -571,9 +662,7 @@ impl Machine for Emulated<'_> {
         let size = new.len();
         let is_word = matches!(size, 1 | 2 | 4 | 8) && linear.raw() % size as u64 == 0;
         if is_word {
-            let gpa = self
-                .state
-                .translate(self.snapshot, linear, AccessKind::Write, true)?;
+            let gpa = self.translate(linear, AccessKind::Write)?;
             let done = self
                 .core()
                 .vm

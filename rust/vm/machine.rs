@@ -124,7 +124,7 @@ impl Host {
 }
 
 /// A virtual machine. Its descriptor and those of its virtual CPUs each hold it.
-#[pin_data]
+#[pin_data(PinnedDrop)]
 pub(crate) struct Vm {
     pub(crate) host: Arc<Host>,
     pub(crate) memory: Arc<GuestMemory>,
@@ -291,6 +291,14 @@ impl Vm {
     pub(crate) fn irq_line(&self, gsi: u32, level: bool) -> Result<i32> {
         let chip = self.irqchip().ok_or(ENXIO)?;
         Ok(chip.set_line(self, Gsi(gsi), LineSource::USERSPACE, level))
+    }
+}
+
+#[pinned_drop]
+impl PinnedDrop for Vm {
+    fn drop(self: Pin<&mut Self>) {
+        // The memory's own end waits until no notification is under way; its tables need not.
+        self.memory.destroy();
     }
 }
 

@@ -281,6 +281,12 @@ impl GuestMemory {
         Some(slot.hva_of(gpa.frame())?.wrapping_add(gpa.page_offset()))
     }
 
+    /// The slot that holds a frame.
+    #[inline]
+    pub(crate) fn slot(&self, gfn: Gfn) -> Option<Slot> {
+        self.mmu.lock().find(gfn)
+    }
+
     /// Whether memory is at `gpa`, which may be written if `write` is asked for.
     pub(crate) fn is_memory(&self, gpa: Gpa, write: bool) -> bool {
         self.hva(gpa, write).is_some()
@@ -316,18 +322,6 @@ impl GuestMemory {
             .writer()
             .write_slice(data)?;
         Ok(Some(()))
-    }
-
-    /// Reads an aligned word of 4 or 8 bytes in one load. `None` where no memory is there.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::read`].
-    pub(crate) fn read_word(&self, gpa: Gpa, size: u32) -> Result<Option<u64>> {
-        match self.hva(gpa, false) {
-            Some(hva) => memory::read_word(hva, size).map(Some),
-            None => Ok(None),
-        }
     }
 
     /// Replaces an aligned word of 1, 2, 4 or 8 bytes if it is still `old`. `None` where no memory is

@@ -5,6 +5,7 @@
 
 use super::{
     completion::Completion,
+    emulation::Kept,
     irqchip::IrqChip,
     run_page::UserExit,
     vcpu::{Core, State},
@@ -32,12 +33,25 @@ pub(crate) struct Replay {
     /// The access that userspace was asked to read.
     pending: Option<Access>,
     writes: [Option<Access>; MAX_ACCESSES],
+    /// The instruction at this RIP that waits for userspace, so that it is not fetched again.
+    instruction: Option<(u64, Kept)>,
 }
 
 impl Replay {
     /// Begins an instruction, from its first read on.
     pub(super) fn restart(&mut self) {
         self.cursor = 0;
+    }
+
+    /// Keeps the instruction at `rip` until userspace comes back.
+    pub(super) fn keep(&mut self, rip: u64, instruction: Kept) {
+        self.instruction = Some((rip, instruction));
+    }
+
+    /// The instruction that was kept, where it is the one at `rip`.
+    pub(super) fn instruction(&mut self, rip: u64) -> Option<Kept> {
+        let (at, instruction) = self.instruction.take()?;
+        (at == rip).then_some(instruction)
     }
 
     /// The instruction is over: what was read for it is void.
@@ -138,10 +152,17 @@ impl State {
 
 impl Core {
     /// The offset of `gpa` in the local APIC's registers, where they lie in memory there.
+    #[inline]
     fn lapic_offset(&self, gpa: Gpa) -> Option<u16> {
         let base = self.lapic.as_ref()?.mmio_base()?;
         let offset = gpa.raw().wrapping_sub(base);
         (offset < PAGE_SIZE).then_some(offset as u16)
+    }
+
+    /// Whether the local APIC's registers are at `gpa`.
+    #[inline]
+    pub(super) fn is_lapic(&self, gpa: Gpa) -> bool {
+        self.lapic_offset(gpa).is_some()
     }
 
     /// Reads device memory in the kernel. `false` where it is userspace's.

@@ -43,22 +43,26 @@ impl Vcpu {
             let blocked = state.signal_mask.as_ref().map(SignalMask::block);
             let result = self.run_locked(state);
             drop(blocked);
-            self.report_state(state)?;
             self.run.set_exit(&result?);
             Ok(0)
         })
     }
 
     fn run_locked(&self, state: &mut State) -> Result<UserExit> {
-        if state.core.mp_state == MpState::Uninitialized {
-            return self.wait_for_startup(state);
-        }
-        // What userspace owes an earlier exit comes first, even where it wants to leave at once.
-        if let Some(exit) = state.complete(&self.run)? {
-            return Ok(exit);
-        }
-        if self.run.immediate_exit() {
-            return Err(EINTR);
+        let early = if state.core.mp_state == MpState::Uninitialized {
+            Some(self.wait_for_startup(state))
+        } else {
+            // What userspace owes an earlier exit comes first, even where it wants to leave at once.
+            match state.complete(&self.run) {
+                Ok(None) if self.run.immediate_exit() => Some(Err(EINTR)),
+                Ok(None) => None,
+                Ok(Some(exit)) => Some(Ok(exit)),
+                Err(error) => Some(Err(error)),
+            }
+        };
+        if let Some(result) = early {
+            self.report_state(state)?;
+            return result;
         }
         if state.core.lapic.is_none() {
             state.core.cr8 = self.run.cr8() & 0xf;
@@ -75,6 +79,8 @@ impl Vcpu {
             state.hardware.get_mut(&irqs).set_running(true, &irqs);
         }
         let result = self.run_loop(state);
+        // While the VMCS is active still.
+        let reported = self.report_state(state);
         {
             let irqs = IrqsOff::new();
             state.hardware.get_mut(&irqs).set_running(false, &irqs);
@@ -82,6 +88,7 @@ impl Vcpu {
         // SAFETY: Registered above by this thread.
         unsafe { state.hardware.disarm() };
         state.fpu.unload();
+        reported?;
         result
     }
 

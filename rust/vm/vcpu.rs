@@ -4,6 +4,7 @@
 
 use super::{
     completion::Completion,
+    emulation::Hint,
     events::Events,
     machine::Vm,
     mmio::Replay,
@@ -95,6 +96,7 @@ pub(crate) struct Core {
     pub(crate) tsc_offset: u64,
     pub(crate) completion: Option<Completion>,
     pub(crate) replay: Replay,
+    pub(crate) hint: Hint,
     /// The generation of guest memory whose translations this CPU may hold.
     pub(crate) generation: u64,
     /// Guest-virtual translations are to be dropped before the next entry.
@@ -195,6 +197,7 @@ impl Vcpu {
             tsc_offset: cpu::rdtsc().wrapping_neg(),
             completion: None,
             replay: Replay::default(),
+            hint: Hint::default(),
             generation: 0,
             flush_guest: true,
             has_run: false,
