@@ -11,7 +11,7 @@ pub const STATUS_INPUT: u8 = 2;
 
 /// Why no guest ran, or why it could not go on for a reason outside the guest.
 ///
-/// Its text is one line: what is the matter, and the next step where there is one.
+/// Its text is one line: what is the matter, and the next step where the input is wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The user's input is wrong, or the host is not prepared for it.
@@ -23,7 +23,7 @@ pub enum Error {
         next: String,
     },
     /// A call into the hypervisor or the host's kernel failed.
-    #[error("{what}: {source}; 'rvisor check' tells what this host lacks")]
+    #[error("{what}: {source}")]
     Call {
         /// What was to be done.
         what: String,

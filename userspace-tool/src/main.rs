@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 
 use rvisor::arguments::{self, Command};
+use rvisor::error::Error;
 use rvisor::{check, machine};
 
 fn main() -> ExitCode {
@@ -19,7 +20,11 @@ fn main() -> ExitCode {
                 outcome.status()
             }
             Err(error) => {
-                eprintln!("rvisor: {error}");
+                let next = match error {
+                    Error::Input { .. } => "",
+                    Error::Call { .. } => "; 'rvisor check' tells what this host lacks",
+                };
+                eprintln!("rvisor: {error}{next}");
                 error.status()
             }
         },

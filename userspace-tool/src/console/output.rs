@@ -54,7 +54,7 @@ impl Output {
     ///
     /// # Errors
     ///
-    /// What standard output answers; then what waited is lost.
+    /// What standard output answers, a closed pipe for one; then what waited is lost.
     pub fn write_waiting(&self) -> io::Result<bool> {
         self.write_locked(&mut lock(&self.0.waiting))
     }
