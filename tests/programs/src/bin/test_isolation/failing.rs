@@ -59,8 +59,8 @@ fn killed(device: &Device, run: fn(&Device, &mut dyn FnMut()) -> Outcome) -> Out
         unsafe { libc::_exit(if result.is_ok() { 0 } else { 1 }) };
     }
     drop(writer);
-    let mut nothing = [0];
-    reader.read(&mut nothing)?;
+    // The pipe ends when the child is ready, or dead.
+    reader.read_to_end(&mut Vec::new())?;
     std::thread::sleep(std::time::Duration::from_millis(30));
     let mut status = 0;
     // SAFETY: `pid` is our child; `status` is a place for its end.
