@@ -7,6 +7,7 @@
 pub mod fixture;
 pub mod guest;
 pub mod handlers;
+pub mod host;
 pub mod ktap;
 pub mod layout;
 pub mod mapping;

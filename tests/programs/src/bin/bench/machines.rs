@@ -3,6 +3,7 @@
 
 use core::arch::x86_64::_rdtsc;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use rvisor_tests::host::free_kib;
 use rvisor_tests::{Context, Device, Fail};
 
 /// Machines that a time is the mean of.
@@ -38,29 +39,20 @@ pub(crate) fn make_and_end(device: &Device) -> Result<(u64, u64), Fail> {
     Ok((making / ROUNDS, ending / ROUNDS))
 }
 
-/// KiB of free memory.
-fn free_memory() -> Result<u64, Fail> {
-    let text = std::fs::read_to_string("/proc/meminfo").during("/proc/meminfo")?;
-    text.lines()
-        .find_map(|line| line.strip_prefix("MemFree:"))
-        .and_then(|rest| rest.split_whitespace().next())
-        .and_then(|number| number.parse().ok())
-        .ok_or_else(|| Fail::new("/proc/meminfo has no MemFree"))
-}
-
 /// KiB of kernel memory that one machine holds.
 pub(crate) fn kernel_memory(device: &Device) -> Result<u64, Fail> {
     let kvm = device.kvm()?;
-    // Some that stay, so that caches which all of them share are there already.
-    let mut kept = Vec::new();
-    for _ in 0..4 {
-        kept.push(make(&kvm)?);
-    }
-    kept.reserve(MACHINES as usize);
-    let before = free_memory()?;
+    // What ended before is gone for good.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    // As many that stay: they take what was free in the caches that machines before this left behind.
+    let mut kept = Vec::with_capacity(2 * MACHINES as usize);
     for _ in 0..MACHINES {
         kept.push(make(&kvm)?);
     }
-    let after = free_memory()?;
+    let before = free_kib()?;
+    for _ in 0..MACHINES {
+        kept.push(make(&kvm)?);
+    }
+    let after = free_kib()?;
     Ok(before.saturating_sub(after) / MACHINES)
 }

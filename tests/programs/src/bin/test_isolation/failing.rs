@@ -3,7 +3,8 @@
 
 use crate::{counting, start, Bystander};
 use rvisor_tests::guest::{self, Mode};
-use rvisor_tests::{check, check_eq, guest_code, Device, Exit, Fail, Machine, Outcome};
+use rvisor_tests::host::free_kib;
+use rvisor_tests::{check, check_eq, guest_code, Device, Exit, Machine, Outcome};
 use std::io::Read;
 
 guest_code!(undefined, code64, ["ud2"]);
@@ -151,14 +152,4 @@ pub(crate) fn many_rounds(device: &Device) -> Outcome {
         "free memory went from {before} to {after} KiB in {ROUNDS} machines"
     );
     Ok(())
-}
-
-/// KiB of free memory.
-fn free_kib() -> Result<u64, Fail> {
-    let text = std::fs::read_to_string("/proc/meminfo")?;
-    text.lines()
-        .find_map(|line| line.strip_prefix("MemFree:"))
-        .and_then(|rest| rest.split_whitespace().next())
-        .and_then(|number| number.parse().ok())
-        .ok_or_else(|| Fail::new("/proc/meminfo has no MemFree"))
 }
