@@ -13,6 +13,7 @@
     unsafe_op_in_unsafe_fn,
     improper_ctypes,
     clippy::cast_lossless,
+    clippy::ref_as_ptr,
     clippy::ptr_as_ptr,
     clippy::undocumented_unsafe_blocks
 )]

@@ -116,9 +116,7 @@ impl Chardev {
             user::GET_VCPU_MMAP_SIZE if argument != 0 => Err(EINVAL),
             user::GET_VCPU_MMAP_SIZE => Ok(MMAP_SIZE as isize),
             user::GET_SUPPORTED_CPUID => self.supported_cpuid(argument),
-            user::GET_MSR_INDEX_LIST => {
-                write_indices(argument, || indices(&self.host.offered))
-            }
+            user::GET_MSR_INDEX_LIST => write_indices(argument, || indices(&self.host.offered)),
             user::GET_MSR_FEATURE_INDEX_LIST => {
                 write_indices(argument, || FEATURE_INDICES.into_iter())
             }

@@ -18,7 +18,7 @@ macro_rules! copy {
     ($from:expr => $to:ty { $($field:ident),* $(,)? }) => {
         {
             type To = $to;
-            To { $($field: $from.$field,)* ..Default::default() }
+            To { $($field: $from.$field,)* }
         }
     };
 }

@@ -62,7 +62,10 @@ pub(crate) fn read<T: Plain>(address: usize) -> Result<T> {
     let mut value = T::default();
     // SAFETY: `value` is that many bytes, and any bytes make a valid one.
     let bytes = unsafe {
-        core::slice::from_raw_parts_mut(core::ptr::from_mut(&mut value).cast::<u8>(), size_of::<T>())
+        core::slice::from_raw_parts_mut(
+            core::ptr::from_mut(&mut value).cast::<u8>(),
+            size_of::<T>(),
+        )
     };
     UserSlice::new(UserPtr::from_addr(address), bytes.len())
         .reader()

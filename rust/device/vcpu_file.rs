@@ -90,13 +90,13 @@ fn state_ioctl(state: &mut State, command: u32, argument: usize) -> Result<isize
         user::GET_LAPIC => {
             let mut lapic = uapi::kvm_lapic_state::default();
             for (to, from) in lapic.regs.iter_mut().zip(state.lapic_page()?) {
-                *to = from as _;
+                *to = from;
             }
             user::write(argument, &lapic)?;
         }
         user::SET_LAPIC => {
             let lapic: uapi::kvm_lapic_state = user::read(argument)?;
-            state.set_lapic_page(&lapic.regs.map(|byte| byte as u8))?;
+            state.set_lapic_page(&lapic.regs)?;
         }
         user::INTERRUPT => {
             let interrupt: uapi::kvm_interrupt = user::read(argument)?;
@@ -142,7 +142,9 @@ fn set_signal_mask(vcpu: &Vcpu, argument: usize) -> Result<isize> {
             return Err(EINVAL);
         }
         // The mask follows the length at once.
-        Some(user::read(argument.checked_add(size_of::<u32>()).ok_or(EFAULT)?)?)
+        Some(user::read(
+            argument.checked_add(size_of::<u32>()).ok_or(EFAULT)?,
+        )?)
     };
     vcpu.with_state(|state| state.signal_mask = mask.map(SignalMask::new));
     Ok(0)

@@ -46,26 +46,35 @@ impl<T: AnonFile> Operations<T> {
         ..pin_init::zeroed()
     };
 
-    unsafe extern "C" fn ioctl(
-        file: *mut kb::file,
-        command: c_uint,
-        argument: c_ulong,
-    ) -> c_long {
+    /// # Safety
+    ///
+    /// `file` was opened by [`open`] for a `T`.
+    unsafe extern "C" fn ioctl(file: *mut kb::file, command: c_uint, argument: c_ulong) -> c_long {
         // SAFETY: The file was made by `open` with an `Arc<T>`, which lives until `release`.
         let this = unsafe { Arc::<T>::borrow((*file).private_data) };
-        match T::ioctl(this, command, argument as usize) {
-            Ok(value) => value as c_long,
+        match T::ioctl(this, command, argument) {
+            Ok(value) => value,
             Err(error) => error.to_errno() as c_long,
         }
     }
 
+    /// # Safety
+    ///
+    /// As for `ioctl`; `vma` is being set up.
     unsafe extern "C" fn mmap(file: *mut kb::file, vma: *mut kb::vm_area_struct) -> c_int {
         // SAFETY: As for `ioctl`; the VMA is being set up.
-        let (this, vma) =
-            unsafe { (Arc::<T>::borrow((*file).private_data), VmaNew::from_raw(vma)) };
+        let (this, vma) = unsafe {
+            (
+                Arc::<T>::borrow((*file).private_data),
+                VmaNew::from_raw(vma),
+            )
+        };
         from_result(|| T::mmap(this, vma).map(|()| 0))
     }
 
+    /// # Safety
+    ///
+    /// As for `ioctl`; called once, last.
     unsafe extern "C" fn release(_inode: *mut kb::inode, file: *mut kb::file) -> c_int {
         // SAFETY: As for `ioctl`; the kernel calls this once, last.
         let this = unsafe { Arc::<T>::from_foreign((*file).private_data) };
@@ -85,7 +94,7 @@ pub(crate) fn open<T: AnonFile>(data: Arc<T>) -> Result<isize> {
     // SAFETY: The name and the table live for ever; the table is that of `data`'s type.
     let file = from_err_ptr(unsafe {
         bindings::anon_inode_getfile(
-            T::NAME.as_ptr().cast(),
+            T::NAME.as_char_ptr(),
             &Operations::<T>::TABLE,
             data,
             kb::O_RDWR as c_int,

@@ -13,6 +13,9 @@ const X86_FEATURE_VMX: i32 = 4 * 32 + 5;
 /// Written once before the callbacks are registered; the host's CPUs are no VM's property.
 static CALLS: kernel::sync::SetOnce<Symbols> = kernel::sync::SetOnce::new();
 
+/// # Safety
+///
+/// Called by the kernel on the CPU that has come up.
 unsafe extern "C" fn cpu_up(_cpu: u32) -> i32 {
     match CALLS.as_ref() {
         // SAFETY: Called on the CPU concerned, in task context with preemption on, as KVM does.
@@ -21,6 +24,9 @@ unsafe extern "C" fn cpu_up(_cpu: u32) -> i32 {
     }
 }
 
+/// # Safety
+///
+/// Called by the kernel on the CPU that goes down, after `cpu_up`.
 unsafe extern "C" fn cpu_down(_cpu: u32) -> i32 {
     if let Some(symbols) = CALLS.as_ref() {
         // SAFETY: Balances the reference that `cpu_up` took on this CPU. No VMCS of ours is active
@@ -51,7 +57,7 @@ impl VmxOn {
         let state = unsafe {
             kb::__cpuhp_setup_state(
                 kb::cpuhp_state_CPUHP_AP_ONLINE_DYN,
-                c"virt/rvisor:online".as_ptr().cast(),
+                c"virt/rvisor:online".as_char_ptr(),
                 true,
                 Some(cpu_up),
                 Some(cpu_down),
@@ -67,6 +73,6 @@ impl VmxOn {
 impl Drop for VmxOn {
     fn drop(&mut self) {
         // SAFETY: The state is ours by the invariant; the teardown callback runs on each CPU.
-        unsafe { kb::__cpuhp_remove_state(self.state as _, true) };
+        unsafe { kb::__cpuhp_remove_state(self.state as kb::cpuhp_state, true) };
     }
 }

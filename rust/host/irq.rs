@@ -21,7 +21,7 @@ impl IrqsOff {
         // SAFETY: May be called in any context.
         let flags = unsafe { bindings::rvisor_irq_save() };
         Self {
-            flags: flags as usize,
+            flags,
             _not_send: NotThreadSafe,
         }
     }
@@ -38,7 +38,7 @@ impl Drop for IrqsOff {
     fn drop(&mut self) {
         // SAFETY: The flags come from the matching save, on the same CPU, since a task can't move
         // while interrupts are off.
-        unsafe { bindings::rvisor_irq_restore(self.flags as _) };
+        unsafe { bindings::rvisor_irq_restore(self.flags) };
     }
 }
 

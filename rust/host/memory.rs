@@ -89,10 +89,7 @@ impl TableMemory for Tables {
     fn free(&mut self, table: Hpa) {
         // SAFETY: `table` came from `allocate`. Its contents stay: a CPU may still walk it.
         unsafe {
-            bindings::rvisor_page_set_link(
-                bindings::rvisor_phys_to_virt(table.raw()),
-                self.retired,
-            )
+            bindings::rvisor_page_set_link(bindings::rvisor_phys_to_virt(table.raw()), self.retired)
         };
         self.retired = table.raw();
     }
@@ -188,7 +185,7 @@ impl Drop for UserPage {
 pub(crate) fn host_mapping(hva: Hva) -> PageSize {
     // SAFETY: The current thread has an address space, since it came from userspace.
     let shift = unsafe {
-        bindings::rvisor_host_mapping_shift(bindings::rvisor_current_mm(), hva.raw() as _)
+        bindings::rvisor_host_mapping_shift(bindings::rvisor_current_mm(), hva.raw() as usize)
     };
     match shift {
         30.. => PageSize::Size1G,
@@ -200,7 +197,7 @@ pub(crate) fn host_mapping(hva: Hva) -> PageSize {
 /// Whether the range lies in the part of the address space that userspace has.
 pub(crate) fn is_user_range(hva: Hva, bytes: u64) -> bool {
     // SAFETY: Compares numbers.
-    unsafe { bindings::rvisor_user_range_ok(hva.raw() as _, bytes as _) }
+    unsafe { bindings::rvisor_user_range_ok(hva.raw() as usize, bytes as usize) }
 }
 
 /// The current thread's address space.
@@ -218,7 +215,7 @@ pub(crate) fn read_word(hva: Hva, size: u32) -> Result<u64> {
     let mut value = 0;
     // SAFETY: The kernel's accessor checks the address.
     kernel::error::to_result(unsafe {
-        bindings::rvisor_read_user(hva.raw() as _, size, &mut value)
+        bindings::rvisor_read_user(hva.raw() as usize, size, &mut value)
     })?;
     Ok(value)
 }
@@ -231,7 +228,7 @@ pub(crate) fn read_word(hva: Hva, size: u32) -> Result<u64> {
 /// `EFAULT`.
 pub(crate) fn compare_exchange(hva: Hva, size: u32, old: u64, new: u64) -> Result<bool> {
     // SAFETY: As for `read_word`.
-    match unsafe { bindings::rvisor_cmpxchg_user(hva.raw() as _, size, old, new) } {
+    match unsafe { bindings::rvisor_cmpxchg_user(hva.raw() as usize, size, old, new) } {
         0 => Ok(true),
         1 => Ok(false),
         _ => Err(EFAULT),

@@ -80,10 +80,10 @@ impl<T: Invalidate> Notifier<T> {
             drop(unsafe { KBox::from_raw(raw) });
             return Err(error);
         }
-        // INVARIANT: Registered just above. SAFETY: A box's address is not null.
-        Ok(Self {
-            inner: unsafe { NonNull::new_unchecked(raw) },
-        })
+        // SAFETY: A box's address is not null.
+        let inner = unsafe { NonNull::new_unchecked(raw) };
+        // INVARIANT: Registered just above.
+        Ok(Self { inner })
     }
 
     /// # Safety
@@ -95,11 +95,17 @@ impl<T: Invalidate> Notifier<T> {
         unsafe { &(*notifier.cast::<Inner<T>>()).target }
     }
 
+    /// # Safety
+    ///
+    /// Called by the kernel with a notifier that [`Self::register`] registered.
     unsafe extern "C" fn release(notifier: *mut kb::mmu_notifier, _mm: *mut kb::mm_struct) {
         // SAFETY: Called by the kernel with our registered notifier.
         unsafe { Self::target(notifier) }.release();
     }
 
+    /// # Safety
+    ///
+    /// Called by the kernel with a notifier that [`Self::register`] registered.
     unsafe extern "C" fn start(
         notifier: *mut kb::mmu_notifier,
         range: *const kb::mmu_notifier_range,
@@ -110,6 +116,9 @@ impl<T: Invalidate> Notifier<T> {
         0
     }
 
+    /// # Safety
+    ///
+    /// Called by the kernel with a notifier that [`Self::register`] registered.
     unsafe extern "C" fn end(
         notifier: *mut kb::mmu_notifier,
         _range: *const kb::mmu_notifier_range,
@@ -118,6 +127,9 @@ impl<T: Invalidate> Notifier<T> {
         unsafe { Self::target(notifier) }.end();
     }
 
+    /// # Safety
+    ///
+    /// Called by the kernel with a notifier that [`Self::register`] registered.
     unsafe extern "C" fn clear_flush_young(
         notifier: *mut kb::mmu_notifier,
         _mm: *mut kb::mm_struct,
@@ -132,6 +144,9 @@ impl<T: Invalidate> Notifier<T> {
         )
     }
 
+    /// # Safety
+    ///
+    /// Called by the kernel with a notifier that [`Self::register`] registered.
     unsafe extern "C" fn test_young(
         notifier: *mut kb::mmu_notifier,
         _mm: *mut kb::mm_struct,
@@ -142,6 +157,9 @@ impl<T: Invalidate> Notifier<T> {
         unsafe { Self::target(notifier) }.was_used(start, start.wrapping_add(1), false)
     }
 
+    /// # Safety
+    ///
+    /// Called by the kernel once, after all other callbacks.
     unsafe extern "C" fn free(notifier: *mut kb::mmu_notifier) {
         // SAFETY: The kernel calls this once, when no callback can run any more; `notifier` is the
         // first field of the box that `register` gave up.

@@ -42,8 +42,14 @@ impl<T: SwitchOut> Preemptible<T> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Called by the scheduler.
     unsafe extern "C" fn sched_in(_notifier: *mut kb::preempt_notifier, _cpu: i32) {}
 
+    /// # Safety
+    ///
+    /// Called by the scheduler with a notifier that [`Self::arm`] registered.
     unsafe extern "C" fn sched_out(
         notifier: *mut kb::preempt_notifier,
         _next: *mut kb::task_struct,

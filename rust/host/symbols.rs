@@ -6,7 +6,7 @@
 //! loaded, and it refuses to load where one is missing.
 
 use crate::bindings;
-use kernel::{bindings as kb, ffi::c_char, prelude::*};
+use kernel::{bindings as kb, prelude::*};
 
 type GetRef = unsafe extern "C" fn(i32) -> i32;
 type PutRef = unsafe extern "C" fn(i32);
@@ -35,7 +35,7 @@ pub(crate) struct Symbols {
 /// The address of a kernel function, or `ENOENT` with a message.
 fn find(name: &'static CStr) -> Result<usize> {
     // SAFETY: `name` is a NUL-terminated string that lives for ever.
-    let address = unsafe { bindings::rvisor_kernel_symbol(name.as_ptr().cast::<c_char>()) };
+    let address = unsafe { bindings::rvisor_kernel_symbol(name.as_char_ptr()) };
     if address == 0 {
         pr_err!(
             "this kernel has no function {}: it is older or newer than rvisor knows, or built without KVM or kprobes\n",

@@ -49,6 +49,9 @@ impl<T: Expire> Timer<T> {
         })
     }
 
+    /// # Safety
+    ///
+    /// Called by the kernel with a timer that [`Self::new`] set up.
     unsafe extern "C" fn callback(timer: *mut kb::hrtimer) -> kb::hrtimer_restart {
         // SAFETY: The kernel calls this with the timer that `new` set up, the `timer` field of a
         // `Self`. `target` is valid until the timer is cancelled, which drop does and waits for.

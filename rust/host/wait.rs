@@ -26,7 +26,7 @@ impl WaitQueue {
             head <- Opaque::ffi_init(|slot: *mut kb::wait_queue_head| {
                 // SAFETY: `slot` is memory for the head; the name and the key live for ever.
                 unsafe {
-                    kb::__init_waitqueue_head(slot, c"rvisor_vcpu".as_ptr().cast(), key.as_ptr())
+                    kb::__init_waitqueue_head(slot, c"rvisor_vcpu".as_char_ptr(), key.as_ptr())
                 }
             }),
         })
@@ -40,8 +40,9 @@ impl WaitQueue {
         unsafe { kb::init_wait_entry(&mut entry, 0) };
         loop {
             // SAFETY: The head is initialised and the entry is ours.
-            let signal =
-                unsafe { kb::prepare_to_wait_event(self.head.get(), &mut entry, TASK_INTERRUPTIBLE) };
+            let signal = unsafe {
+                kb::prepare_to_wait_event(self.head.get(), &mut entry, TASK_INTERRUPTIBLE)
+            };
             if ready() || signal != 0 {
                 break;
             }
@@ -55,13 +56,6 @@ impl WaitQueue {
     /// Wakes the sleeper, if there is one. What it waits for must be visible before the call.
     pub(crate) fn wake(&self) {
         // SAFETY: The head is initialised.
-        unsafe {
-            kb::__wake_up(
-                self.head.get(),
-                kb::TASK_NORMAL,
-                1,
-                core::ptr::null_mut(),
-            )
-        };
+        unsafe { kb::__wake_up(self.head.get(), kb::TASK_NORMAL, 1, core::ptr::null_mut()) };
     }
 }

@@ -2,7 +2,10 @@
 
 //! Accesses to CR0, CR3, CR4 and the debug registers.
 
-use super::{run_page::UserExit, vcpu::{Core, State}};
+use super::{
+    run_page::UserExit,
+    vcpu::{Core, State},
+};
 use crate::vmx::hardware::CurrentVmcs;
 use kernel::prelude::*;
 use rvisor_core::x86::{

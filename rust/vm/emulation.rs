@@ -243,11 +243,7 @@ impl State {
     }
 
     /// Whether memory at a linear address can be written, for INS.
-    pub(super) fn probe_linear(
-        &mut self,
-        linear: Gva,
-        size: u8,
-    ) -> core::result::Result<(), Halt> {
+    pub(super) fn probe_linear(&mut self, linear: Gva, size: u8) -> core::result::Result<(), Halt> {
         let snapshot = self.snapshot().map_err(Halt::Error)?;
         let bytes = [0u8; 8];
         for (address, _) in split(linear, &bytes[..usize::from(size & 7)]) {
@@ -309,7 +305,12 @@ impl State {
     ) -> Result<Option<UserExit>> {
         // The local APIC's registers cover whatever memory is below them.
         if !self.core.is_lapic(violation.gpa) {
-            match self.core.vm.memory.fault(violation.gpa, violation.is_write)? {
+            match self
+                .core
+                .vm
+                .memory
+                .fault(violation.gpa, violation.is_write)?
+            {
                 Fault::Resolved => return Ok(None),
                 Fault::Device => {}
             }
@@ -407,7 +408,12 @@ impl State {
         match progress {
             Ok(_) => {
                 self.core.replay.forget();
-                Ok(self.core.replay.has_writes().then(|| self.next_mmio_write()).flatten())
+                Ok(self
+                    .core
+                    .replay
+                    .has_writes()
+                    .then(|| self.next_mmio_write())
+                    .flatten())
             }
             Err(Stop::Fault(exception)) => self.stop_to_exit(Halt::Fault(exception)),
             Err(Stop::Machine(Halt::Unsupported)) | Err(Stop::Unsupported) => {
@@ -497,7 +503,11 @@ impl Snapshot {
         Mode {
             code,
             protection,
-            linear_bits: if self.paging.cr4.has(Cr4::LA57) { 57 } else { 48 },
+            linear_bits: if self.paging.cr4.has(Cr4::LA57) {
+                57
+            } else {
+                48
+            },
         }
     }
 }
@@ -524,7 +534,12 @@ impl Emulated<'_> {
             let gpa = self.translate(address, kind)?;
             let core = &mut self.state.core;
             if core.read_device(gpa, part)
-                || core.vm.memory.read(gpa, part).map_err(Halt::Error)?.is_some()
+                || core
+                    .vm
+                    .memory
+                    .read(gpa, part)
+                    .map_err(Halt::Error)?
+                    .is_some()
                 || core.replay.read(gpa, part)
             {
                 continue;
@@ -541,11 +556,7 @@ impl Emulated<'_> {
 
     /// Where a linear address leads; without a walk where the CPU has just made it.
     #[inline]
-    fn translate(
-        &mut self,
-        linear: Gva,
-        kind: AccessKind,
-    ) -> core::result::Result<Gpa, Halt> {
+    fn translate(&mut self, linear: Gva, kind: AccessKind) -> core::result::Result<Gpa, Halt> {
         if let Some(gpa) = self.state.core.hint.translate(linear, kind) {
             return Ok(gpa);
         }
@@ -643,7 +654,12 @@ impl Machine for Emulated<'_> {
         for (gpa, (_, part)) in targets.into_iter().zip(split(linear, data)) {
             let core = &mut self.state.core;
             if core.write_device(gpa, part)
-                || core.vm.memory.write(gpa, part).map_err(Halt::Error)?.is_some()
+                || core
+                    .vm
+                    .memory
+                    .write(gpa, part)
+                    .map_err(Halt::Error)?
+                    .is_some()
                 || core.replay.write(gpa, part)
             {
                 continue;

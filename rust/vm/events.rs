@@ -120,7 +120,10 @@ impl Core {
         if self.unblock_nmi {
             self.unblock_nmi = false;
             let state = vmcs.read32(Field32::GUEST_INTERRUPTIBILITY);
-            vmcs.write32(Field32::GUEST_INTERRUPTIBILITY, state & !interruptibility::NMI);
+            vmcs.write32(
+                Field32::GUEST_INTERRUPTIBILITY,
+                state & !interruptibility::NMI,
+            );
         }
         let mut injected = true;
         if let Some(cut) = self.events.reinjection.take() {
@@ -135,7 +138,12 @@ impl Core {
             let blocked = interruptibility::NMI | interruptibility::STI | interruptibility::MOV_SS;
             if !injected && vmcs.read32(Field32::GUEST_INTERRUPTIBILITY) & blocked == 0 {
                 self.events.nmis -= 1;
-                inject(vmcs, InterruptionInfo::new(InterruptionInfo::NMI, 2, false), 0, 0);
+                inject(
+                    vmcs,
+                    InterruptionInfo::new(InterruptionInfo::NMI, 2, false),
+                    0,
+                    0,
+                );
                 injected = true;
             }
             if self.events.nmis > 0 {
@@ -147,7 +155,11 @@ impl Core {
                 if let Some(vector) = self.take_interrupt() {
                     inject(
                         vmcs,
-                        InterruptionInfo::new(InterruptionInfo::EXTERNAL_INTERRUPT, vector.0, false),
+                        InterruptionInfo::new(
+                            InterruptionInfo::EXTERNAL_INTERRUPT,
+                            vector.0,
+                            false,
+                        ),
                         0,
                         0,
                     );

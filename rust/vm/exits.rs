@@ -3,7 +3,11 @@
 //! VM exits, by reason. What can be answered with interrupts off is answered here; the rest is named
 //! and left to `State::handle_slow`.
 
-use super::{run::current_cpu, run_page::UserExit, vcpu::{Core, MpState, State}};
+use super::{
+    run::current_cpu,
+    run_page::UserExit,
+    vcpu::{Core, MpState, State},
+};
 use crate::{host::cpu, vmx::hardware::CurrentVmcs};
 use kernel::prelude::*;
 use rvisor_core::{
@@ -11,12 +15,10 @@ use rvisor_core::{
     x86::{
         address::{Gpa, Gva},
         control::{check_xcr0, Dr6, Dr7, Rflags, Xcr0},
-        exit::{DrAccess, CrAccess, EptViolation, ExitReason, ExitReasonField, IoAccess},
+        exit::{CrAccess, DrAccess, EptViolation, ExitReason, ExitReasonField, IoAccess},
         segment::AccessRights,
         vector::{Exception, ExceptionVector},
-        vmcs::{
-            interruptibility, Field32, Field64, FieldNatural, InterruptionInfo, VmcsSegment,
-        },
+        vmcs::{interruptibility, Field32, Field64, FieldNatural, InterruptionInfo, VmcsSegment},
     },
 };
 
@@ -231,7 +233,10 @@ impl Core {
             && !InterruptionInfo(vmcs.read32(Field32::IDT_VECTORING_INFO)).is_valid()
         {
             let state = vmcs.read32(Field32::GUEST_INTERRUPTIBILITY);
-            vmcs.write32(Field32::GUEST_INTERRUPTIBILITY, state | interruptibility::NMI);
+            vmcs.write32(
+                Field32::GUEST_INTERRUPTIBILITY,
+                state | interruptibility::NMI,
+            );
         }
         violation
     }

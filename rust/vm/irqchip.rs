@@ -342,13 +342,7 @@ impl IrqChip {
 
 impl Chips {
     /// Drives what a GSI is routed to. The status is as [`IrqChip::set_line`]'s.
-    fn drive(
-        &mut self,
-        gsi: Gsi,
-        source: LineSource,
-        level: bool,
-        messages: &mut Messages,
-    ) -> i32 {
+    fn drive(&mut self, gsi: Gsi, source: LineSource, level: bool, messages: &mut Messages) -> i32 {
         let Self {
             pic,
             ioapic,

@@ -2,20 +2,9 @@
 
 //! A virtual machine.
 
-use super::{
-    irqchip::IrqChip,
-    memory::GuestMemory,
-    shared::VcpuShared,
-    vcpu::Vcpu,
-};
+use super::{irqchip::IrqChip, memory::GuestMemory, shared::VcpuShared, vcpu::Vcpu};
 use crate::{
-    host::{
-        hotplug::VmxOn,
-        memory,
-        notifier::Notifier,
-        preempt::NotifiersOn,
-        symbols::Symbols,
-    },
+    host::{hotplug::VmxOn, memory, notifier::Notifier, preempt::NotifiersOn, symbols::Symbols},
     vmx::capability::Capabilities,
 };
 use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};

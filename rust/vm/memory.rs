@@ -177,7 +177,10 @@ impl GuestMemory {
         }
         // Only this function changes the slots, under `update`, so that a copy stays true.
         let (mut slots, change) = {
-            let mut slots = KVec::with_capacity(usize::from(SLOTS).min(self.mmu.lock().slots.len() + 1), GFP_KERNEL_ACCOUNT)?;
+            let mut slots = KVec::with_capacity(
+                usize::from(SLOTS).min(self.mmu.lock().slots.len() + 1),
+                GFP_KERNEL_ACCOUNT,
+            )?;
             let mmu = self.mmu.lock();
             let change = slot::check_change(&mmu.slots, request, &limits).map_err(SlotErrno)?;
             for slot in &mmu.slots {
@@ -194,7 +197,9 @@ impl GuestMemory {
         };
         if let Some(new) = added {
             let place = slot::insertion_point(&slots, new.base);
-            slots.insert_within_capacity(place, new).map_err(|_| ENOMEM)?;
+            slots
+                .insert_within_capacity(place, new)
+                .map_err(|_| ENOMEM)?;
         }
         let retired = {
             let mut mmu = self.mmu.lock();
@@ -239,7 +244,11 @@ impl GuestMemory {
         let size = slot
             .largest_page(gfn)
             .min(self.large_pages)
-            .min(if slot.pages > 1 { memory::host_mapping(hva) } else { PageSize::Size4K });
+            .min(if slot.pages > 1 {
+                memory::host_mapping(hva)
+            } else {
+                PageSize::Size4K
+            });
         let permissions = if page.writable && !slot.is_read_only() {
             Permissions::ALL
         } else {

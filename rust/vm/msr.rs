@@ -215,8 +215,7 @@ impl Core {
         } else {
             Cr0(0)
         };
-        let new =
-            check_efer_change(self.efer, Efer(value), reserved, cr0).map_err(|_| MsrFault)?;
+        let new = check_efer_change(self.efer, Efer(value), reserved, cr0).map_err(|_| MsrFault)?;
         self.set_efer(vmcs, new);
         self.flush_guest = true;
         Ok(())

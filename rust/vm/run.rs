@@ -16,10 +16,7 @@ use crate::{
     vmx::hardware::CurrentVmcs,
 };
 use kernel::{current, prelude::*};
-use rvisor_core::x86::{
-    control::Rflags,
-    vmcs::FieldNatural,
-};
+use rvisor_core::x86::{control::Rflags, vmcs::FieldNatural};
 
 /// What the part with interrupts on has to do next.
 enum Outer {
@@ -67,8 +64,7 @@ impl Vcpu {
         if state.core.lapic.is_none() {
             state.core.cr8 = self.run.cr8() & 0xf;
         }
-        state.core.wants_window =
-            state.core.lapic.is_none() && self.run.wants_interrupt_window();
+        state.core.wants_window = state.core.lapic.is_none() && self.run.wants_interrupt_window();
         state.core.events.attention = true;
         state.core.has_run = true;
         state.fpu.load();
@@ -148,9 +144,11 @@ impl Vcpu {
     /// Signals, rescheduling and whatever else the kernel wants of a thread before userspace runs.
     fn see_to_thread(&self) -> Result {
         // SAFETY: Task context, interrupts and preemption on.
-        if unsafe { bindings::rvisor_guest_mode_work() } != 0
-            && unsafe { bindings::xfer_to_guest_mode_handle_work() } != 0
-        {
+        let signal = unsafe {
+            bindings::rvisor_guest_mode_work() != 0
+                && bindings::xfer_to_guest_mode_handle_work() != 0
+        };
+        if signal {
             self.run.set_exit(&UserExit::Signal);
             return Err(EINTR);
         }

@@ -95,14 +95,19 @@ impl RunPage {
     /// `EINVAL` where the range lies outside.
     pub(crate) fn map(&self, vma: &VmaNew) -> Result {
         // SAFETY: The VMA is being set up.
-        let first = unsafe { (*vma.as_ptr()).vm_pgoff as usize };
+        let first = unsafe { (*vma.as_ptr()).vm_pgoff };
         let count = (vma.end() - vma.start()) / PAGE_SIZE as usize;
         if first.checked_add(count).is_none_or(|end| end > PAGES) {
             return Err(EINVAL);
         }
         vma.set_dontexpand();
         let mixed = vma.set_mixedmap();
-        for (place, page) in [&self.run, &self.pio].into_iter().skip(first).take(count).enumerate() {
+        for (place, page) in [&self.run, &self.pio]
+            .into_iter()
+            .skip(first)
+            .take(count)
+            .enumerate()
+        {
             let address = vma.start() + place * PAGE_SIZE as usize;
             // SAFETY: The VMA is being set up with VM_MIXEDMAP; the mapping takes its own reference
             // to the page, which therefore outlives this.
@@ -209,7 +214,14 @@ impl RunPage {
 
     fn set_io(&self, is_in: bool, size: u8, port: u16, data: u32) {
         self.set_reason(uapi::KVM_EXIT_IO);
-        self.write(0, if is_in { uapi::KVM_EXIT_IO_IN } else { uapi::KVM_EXIT_IO_OUT } as u8);
+        self.write(
+            0,
+            if is_in {
+                uapi::KVM_EXIT_IO_IN
+            } else {
+                uapi::KVM_EXIT_IO_OUT
+            } as u8,
+        );
         self.write(1, size);
         self.write(2, port);
         self.write(4, 1u32);

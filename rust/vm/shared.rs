@@ -2,11 +2,7 @@
 
 //! What other threads and interrupt handlers may do to a virtual CPU: leave a request, wake or kick it.
 
-use crate::host::{
-    irq,
-    timer::Expire,
-    wait::WaitQueue,
-};
+use crate::host::{irq, timer::Expire, wait::WaitQueue};
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use kernel::{bindings as kb, prelude::*, static_lock_class};
 use rvisor_core::{
@@ -135,6 +131,9 @@ impl VcpuShared {
 
     /// Makes the virtual CPU leave the guest, and returns when it has.
     pub(crate) fn leave_guest_and_wait(&self) {
+        /// # Safety
+        ///
+        /// None: it touches nothing.
         unsafe extern "C" fn nothing(_: *mut kernel::ffi::c_void) {}
         let cpu = self.in_guest_on.load(Ordering::SeqCst);
         if cpu != OUTSIDE {
@@ -183,7 +182,9 @@ impl VcpuShared {
         // One may be in service and one wait behind it (SDM vol. 3, 7.7.1).
         let _ = self
             .nmis
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| (n < 2).then_some(n + 1));
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| {
+                (n < 2).then_some(n + 1)
+            });
         self.request(Request::NMI);
     }
 

@@ -23,9 +23,7 @@ use rvisor_core::{
         },
         segment::{AccessRights, Segment},
         vector::{Exception, ExceptionVector, Vector},
-        vmcs::{
-            interruptibility, Field32, FieldNatural, InterruptionInfo, VmcsSegment,
-        },
+        vmcs::{interruptibility, Field32, FieldNatural, InterruptionInfo, VmcsSegment},
     },
 };
 
@@ -353,8 +351,7 @@ impl State {
             }
             events.nmi.pending = (core.events.nmis > 0).into();
             events.nmi.masked = (state & interruptibility::NMI != 0).into();
-            events.flags =
-                uapi::KVM_VCPUEVENT_VALID_NMI_PENDING | uapi::KVM_VCPUEVENT_VALID_SHADOW;
+            events.flags = uapi::KVM_VCPUEVENT_VALID_NMI_PENDING | uapi::KVM_VCPUEVENT_VALID_SHADOW;
             events
         })
     }
@@ -400,7 +397,10 @@ impl State {
             };
             if events.flags & uapi::KVM_VCPUEVENT_VALID_SHADOW != 0 {
                 let shadow = u32::from(events.interrupt.shadow);
-                put(interruptibility::STI, shadow & uapi::KVM_X86_SHADOW_INT_STI != 0);
+                put(
+                    interruptibility::STI,
+                    shadow & uapi::KVM_X86_SHADOW_INT_STI != 0,
+                );
                 put(
                     interruptibility::MOV_SS,
                     shadow & uapi::KVM_X86_SHADOW_INT_MOV_SS != 0,
@@ -545,7 +545,10 @@ impl Core {
 
     /// Older userspace wakes the bootstrap processor by putting it at the reset vector.
     fn start_bootstrap_at_reset(&mut self, vmcs: &CurrentVmcs<'_>) {
-        let is_bootstrap = self.lapic.as_ref().is_some_and(|lapic| lapic.is_bootstrap());
+        let is_bootstrap = self
+            .lapic
+            .as_ref()
+            .is_some_and(|lapic| lapic.is_bootstrap());
         if is_bootstrap
             && vmcs.read(FieldNatural::GUEST_RIP) == 0xfff0
             && vmcs.read16(VmcsSegment::Cs.selector()) == 0xf000

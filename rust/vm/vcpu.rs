@@ -142,7 +142,10 @@ impl Vcpu {
         let msr_bitmap = KernelPage::new()?;
         super::msr::fill_bitmap(&msr_bitmap);
         // Unique in the virtual machine, which is enough: translations are tagged with its EPT too.
-        let vpid = u16::try_from(id).map_err(|_| EINVAL)?.checked_add(1).ok_or(EINVAL)?;
+        let vpid = u16::try_from(id)
+            .map_err(|_| EINVAL)?
+            .checked_add(1)
+            .ok_or(EINVAL)?;
         let pointers = Pointers {
             msr_bitmap: msr_bitmap.physical(),
             eptp: vm.memory.eptp(),

@@ -87,7 +87,10 @@ const ENTRY_REQUIRED: u32 = entry::LOAD_DEBUG_CONTROLS | entry::LOAD_PAT | entry
 
 fn read(index: MsrIndex, name: &str) -> Result<u64> {
     cpu::rdmsr_safe(index).ok_or_else(|| {
-        pr_err!("this CPU does not have the MSR {} that describes its VMX\n", name);
+        pr_err!(
+            "this CPU does not have the MSR {} that describes its VMX\n",
+            name
+        );
         ENODEV
     })
 }
@@ -97,7 +100,11 @@ fn choose(index: u32, name: &str, required: u32, optional: u32) -> Result<u32> {
     AllowedControls(read(MsrIndex(index), name)?)
         .choose(required, optional)
         .map_err(|missing| {
-            pr_err!("this CPU's VMX lacks {} controls {:#x}, which rvisor needs\n", name, missing.0);
+            pr_err!(
+                "this CPU's VMX lacks {} controls {:#x}, which rvisor needs\n",
+                name,
+                missing.0
+            );
             ENODEV
         })
 }
@@ -161,12 +168,24 @@ impl Capabilities {
             revision: (basic & 0x7fff_ffff) as u32,
             controls,
             cr0_fixed: (
-                read(MsrIndex(bindings::MSR_IA32_VMX_CR0_FIXED0), "IA32_VMX_CR0_FIXED0")?,
-                read(MsrIndex(bindings::MSR_IA32_VMX_CR0_FIXED1), "IA32_VMX_CR0_FIXED1")?,
+                read(
+                    MsrIndex(bindings::MSR_IA32_VMX_CR0_FIXED0),
+                    "IA32_VMX_CR0_FIXED0",
+                )?,
+                read(
+                    MsrIndex(bindings::MSR_IA32_VMX_CR0_FIXED1),
+                    "IA32_VMX_CR0_FIXED1",
+                )?,
             ),
             cr4_fixed: (
-                read(MsrIndex(bindings::MSR_IA32_VMX_CR4_FIXED0), "IA32_VMX_CR4_FIXED0")?,
-                read(MsrIndex(bindings::MSR_IA32_VMX_CR4_FIXED1), "IA32_VMX_CR4_FIXED1")?,
+                read(
+                    MsrIndex(bindings::MSR_IA32_VMX_CR4_FIXED0),
+                    "IA32_VMX_CR4_FIXED0",
+                )?,
+                read(
+                    MsrIndex(bindings::MSR_IA32_VMX_CR4_FIXED1),
+                    "IA32_VMX_CR4_FIXED1",
+                )?,
             ),
             ept_2m: ept & ept_cap::PAGE_2M != 0,
             ept_1g: ept & ept_cap::PAGE_1G != 0,
@@ -218,7 +237,10 @@ fn check_secondary() -> Result {
     for (bit, name) in [
         (secondary::ENABLE_EPT, "extended page tables (EPT)"),
         (secondary::UNRESTRICTED_GUEST, "unrestricted guests"),
-        (secondary::ENABLE_VPID, "virtual-processor identifiers (VPID)"),
+        (
+            secondary::ENABLE_VPID,
+            "virtual-processor identifiers (VPID)",
+        ),
     ] {
         if allowed.may_be_one() & bit == 0 {
             pr_err!("this CPU's VMX has no {}: rvisor needs them\n", name);
@@ -233,8 +255,14 @@ fn check_ept() -> Result<u64> {
     for (bit, name) in [
         (ept_cap::WALK_4, "a 4-level EPT walk"),
         (ept_cap::WRITE_BACK, "write-back EPT structures"),
-        (ept_cap::INVEPT | ept_cap::INVEPT_SINGLE, "single-context INVEPT"),
-        (ept_cap::INVVPID | ept_cap::INVVPID_SINGLE, "single-context INVVPID"),
+        (
+            ept_cap::INVEPT | ept_cap::INVEPT_SINGLE,
+            "single-context INVEPT",
+        ),
+        (
+            ept_cap::INVVPID | ept_cap::INVVPID_SINGLE,
+            "single-context INVVPID",
+        ),
     ] {
         if capabilities & bit != bit {
             pr_err!("this CPU's VMX lacks {}: rvisor needs it\n", name);

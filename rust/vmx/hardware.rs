@@ -454,8 +454,7 @@ impl<'a> CurrentVmcs<'a> {
             unsafe { cpu::xsetbv(hardware.xcr0) };
         }
         // SAFETY: Interrupts are off by `irqs`, and the VMCS is current and set up.
-        let outcome =
-            unsafe { enter::enter(registers, &mut hardware.host.rsp, hardware.launched) };
+        let outcome = unsafe { enter::enter(registers, &mut hardware.host.rsp, hardware.launched) };
         if switch_xcr0 {
             // SAFETY: The host's own value.
             unsafe { cpu::xsetbv(hardware.host_xcr0) };

@@ -22,7 +22,11 @@ pub(super) unsafe fn vmclear(vmcs: Hpa) -> core::result::Result<(), VmFail> {
     unsafe {
         asm!("vmclear [{0}]", "setbe {1}", in(reg) &address, out(reg_byte) failed, options(nostack))
     };
-    if failed == 0 { Ok(()) } else { Err(VmFail) }
+    if failed == 0 {
+        Ok(())
+    } else {
+        Err(VmFail)
+    }
 }
 
 /// VMPTRLD.
@@ -38,7 +42,11 @@ pub(super) unsafe fn vmptrld(vmcs: Hpa) -> core::result::Result<(), VmFail> {
     unsafe {
         asm!("vmptrld [{0}]", "setbe {1}", in(reg) &address, out(reg_byte) failed, options(nostack))
     };
-    if failed == 0 { Ok(()) } else { Err(VmFail) }
+    if failed == 0 {
+        Ok(())
+    } else {
+        Err(VmFail)
+    }
 }
 
 /// VMPTRST: the current VMCS, or `None`.

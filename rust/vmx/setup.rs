@@ -23,7 +23,8 @@ const EXCEPTION_BITMAP: u32 = 1 << ExceptionVector::Debug as u32
 pub(crate) const CR0_GUEST_OWNED: u64 = Cr0::TS;
 /// CR4 bits that the guest may change without an exit: those that mean nothing to rvisor's own page
 /// walk and mode tracking.
-pub(crate) const CR4_GUEST_OWNED: u64 = Cr4::PVI | Cr4::DE | Cr4::PCE | Cr4::OSFXSR | Cr4::OSXMMEXCPT | Cr4::TSD;
+pub(crate) const CR4_GUEST_OWNED: u64 =
+    Cr4::PVI | Cr4::DE | Cr4::PCE | Cr4::OSFXSR | Cr4::OSXMMEXCPT | Cr4::TSD;
 
 /// What a virtual CPU's VMCS points at.
 pub(crate) struct Pointers {
@@ -75,7 +76,10 @@ fn write_host_state(vmcs: &mut CurrentVmcs<'_>) {
     // SAFETY: Every CPU with VMX has these MSRs.
     unsafe {
         vmcs.write64(Field64::HOST_EFER, cpu::rdmsr(MsrIndex(bindings::MSR_EFER)));
-        vmcs.write64(Field64::HOST_PAT, cpu::rdmsr(MsrIndex(bindings::MSR_IA32_CR_PAT)));
+        vmcs.write64(
+            Field64::HOST_PAT,
+            cpu::rdmsr(MsrIndex(bindings::MSR_IA32_CR_PAT)),
+        );
         vmcs.write32(
             Field32::HOST_SYSENTER_CS,
             cpu::rdmsr(MsrIndex(bindings::MSR_IA32_SYSENTER_CS)) as u32,
@@ -91,9 +95,18 @@ fn write_host_state(vmcs: &mut CurrentVmcs<'_>) {
 pub(super) fn write_per_cpu_host_state(vmcs: &mut CurrentVmcs<'_>) {
     // SAFETY: Interrupts are off, so that this CPU's tables and MSRs are read on this CPU.
     unsafe {
-        vmcs.write(FieldNatural::HOST_TR_BASE, bindings::rvisor_host_tss() as u64);
-        vmcs.write(FieldNatural::HOST_GDTR_BASE, bindings::rvisor_host_gdt() as u64);
-        vmcs.write(FieldNatural::HOST_IDTR_BASE, bindings::rvisor_host_idt() as u64);
+        vmcs.write(
+            FieldNatural::HOST_TR_BASE,
+            bindings::rvisor_host_tss() as u64,
+        );
+        vmcs.write(
+            FieldNatural::HOST_GDTR_BASE,
+            bindings::rvisor_host_gdt() as u64,
+        );
+        vmcs.write(
+            FieldNatural::HOST_IDTR_BASE,
+            bindings::rvisor_host_idt() as u64,
+        );
         vmcs.write(
             FieldNatural::HOST_GS_BASE,
             cpu::rdmsr(MsrIndex(bindings::MSR_GS_BASE)),
