@@ -76,7 +76,8 @@ const SECONDARY_REQUIRED: u32 = secondary::ENABLE_EPT
     | secondary::ENABLE_VPID
     | secondary::UNRESTRICTED_GUEST
     | secondary::WBINVD_EXITING;
-const SECONDARY_OPTIONAL: u32 = secondary::ENABLE_RDTSCP | secondary::ENABLE_INVPCID;
+const SECONDARY_OPTIONAL: u32 =
+    secondary::ENABLE_RDTSCP | secondary::ENABLE_INVPCID | secondary::PAUSE_LOOP_EXITING;
 const EXIT_REQUIRED: u32 = exit::HOST_ADDRESS_SPACE_SIZE
     | exit::SAVE_DEBUG_CONTROLS
     | exit::SAVE_PAT
@@ -191,6 +192,11 @@ impl Capabilities {
             ept_1g: ept & ept_cap::PAGE_1G != 0,
             ept_accessed_dirty: ept & ept_cap::ACCESSED_DIRTY != 0,
         })
+    }
+
+    /// A virtual CPU that spins for another one can be made to exit.
+    pub(crate) fn has_pause_loop_exiting(&self) -> bool {
+        self.controls.secondary & secondary::PAUSE_LOOP_EXITING != 0
     }
 
     /// RDTSCP and RDPID can be given to a guest.

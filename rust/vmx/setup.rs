@@ -26,6 +26,11 @@ pub(crate) const CR0_GUEST_OWNED: u64 = Cr0::TS;
 pub(crate) const CR4_GUEST_OWNED: u64 =
     Cr4::PVI | Cr4::DE | Cr4::PCE | Cr4::OSFXSR | Cr4::OSXMMEXCPT | Cr4::TSD;
 
+/// Longer than any spin loop's body, shorter than what separates two uses of PAUSE.
+const PLE_GAP: u32 = 128;
+/// A lock's holder that runs gives it back within this; one that does not run should get this CPU.
+const PLE_WINDOW: u32 = 4096;
+
 /// What a virtual CPU's VMCS points at.
 pub(crate) struct Pointers {
     /// The MSR bitmap.
@@ -51,6 +56,10 @@ pub(crate) fn initialise(vmcs: &mut CurrentVmcs<'_>, capabilities: &Capabilities
     vmcs.write32(Field32::EXIT_MSR_STORE_COUNT, 0);
     vmcs.write32(Field32::EXIT_MSR_LOAD_COUNT, 0);
     vmcs.write32(Field32::ENTRY_MSR_LOAD_COUNT, 0);
+    if capabilities.has_pause_loop_exiting() {
+        vmcs.write32(Field32::PLE_GAP, PLE_GAP);
+        vmcs.write32(Field32::PLE_WINDOW, PLE_WINDOW);
+    }
     vmcs.write64(Field64::MSR_BITMAP, to.msr_bitmap.raw());
     vmcs.write64(Field64::EPT_POINTER, to.eptp);
     vmcs.write16(Field16::VPID, to.vpid);

@@ -64,6 +64,8 @@ pub mod secondary {
     pub const WBINVD_EXITING: u32 = 1 << 6;
     /// The guest may run without paging and in real mode.
     pub const UNRESTRICTED_GUEST: u32 = 1 << 7;
+    /// A loop of PAUSEs at CPL 0 exits.
+    pub const PAUSE_LOOP_EXITING: u32 = 1 << 10;
     /// INVPCID does not raise #UD.
     pub const ENABLE_INVPCID: u32 = 1 << 12;
     /// XSAVES and XRSTORS do not raise #UD.

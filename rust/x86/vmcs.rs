@@ -84,6 +84,10 @@ fields! {
         TPR_THRESHOLD = 0x401c,
         /// Secondary processor-based VM-execution controls.
         SECONDARY_CONTROLS = 0x401e,
+        /// PLE_Gap: PAUSEs no further apart than this, in TSC cycles, are one loop.
+        PLE_GAP = 0x4020,
+        /// PLE_Window: a loop that lasts longer than this, in TSC cycles, exits.
+        PLE_WINDOW = 0x4022,
         /// VM-instruction error.
         INSTRUCTION_ERROR = 0x4400,
         /// Exit reason.

@@ -6,7 +6,7 @@ use kvm_bindings as kb;
 use rvisor_tests::guest::Mode;
 use rvisor_tests::handlers::{count, Acknowledge, Record};
 use rvisor_tests::layout::{COUNTS, DONE_PORT, IOAPIC, LAPIC, STACK};
-use rvisor_tests::{check, check_eq, guest_code, Device, Outcome};
+use rvisor_tests::{check, check_eq, guest_code, Device, Fail, Outcome};
 
 /// Long-mode code with RBX at the local APIC, which it turns on first.
 macro_rules! apic_guest {
@@ -103,7 +103,8 @@ apic_guest!(
     done = DONE_PORT
 );
 
-/// A level-triggered line interrupts again after each EOI for as long as it is high.
+/// A level-triggered line interrupts again after each EOI for as long as it is high. The guest may come
+/// no further meanwhile, so another thread lowers the line.
 pub(crate) fn ioapic_level(device: &Device) -> Outcome {
     let (machine, cpu) = start(
         device,
@@ -113,9 +114,21 @@ pub(crate) fn ioapic_level(device: &Device) -> Outcome {
     )?;
     cpu.run_until_done()?;
     machine.vm.set_irq_line(10, true)?;
-    cpu.run_until_done()?;
+    let lowered = std::thread::scope(|scope| {
+        let device = scope.spawn(|| {
+            while count(&machine.memory, 0x50) < 3 {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            machine.vm.set_irq_line(10, false)
+        });
+        cpu.run_until_done()?;
+        device
+            .join()
+            .map_err(|_| Fail::new("the thread"))?
+            .map_err(Fail::from)
+    });
+    lowered?;
     let high = count(&machine.memory, 0x50);
-    machine.vm.set_irq_line(10, false)?;
     cpu.run_until_done()?;
     let regs = cpu.regs()?;
     check!(
