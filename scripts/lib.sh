@@ -105,7 +105,7 @@ with_lock() {
 # The path of the build root, keyed by the package list. The number is the recipe's in scripts/build-root:
 # a change there that must reach existing roots counts it up.
 build_root_path() {
-	printf '%s/root-%s\n' "$RVISOR_CACHE" "$({ printf 'recipe 1\n'; cat "$RVISOR_SRC/scripts/packages"; } | key_of)"
+	printf '%s/root-%s\n' "$RVISOR_CACHE" "$({ printf 'recipe 1\n'; grep -v '^#' "$RVISOR_SRC/scripts/packages"; } | key_of)"
 }
 
 # cargo_in_root NAME COMMAND...: cargo in the build root with a target folder of that name in the cache.
