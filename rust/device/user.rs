@@ -155,6 +155,8 @@ ioctls! {
     GET_MP_STATE = _IOR::<uapi::kvm_mp_state>(KVMIO, 0x98);
     SET_MP_STATE = _IOW::<uapi::kvm_mp_state>(KVMIO, 0x99);
     NMI = _IO(KVMIO, 0x9a);
+    // The structure is 104 bytes long.
+    ENABLE_CAP = _IOW::<[u64; 13]>(KVMIO, 0xa3);
     GET_PIT2 = _IOR::<uapi::kvm_pit_state2>(KVMIO, 0x9f);
     GET_VCPU_EVENTS = _IOR::<uapi::kvm_vcpu_events>(KVMIO, 0x9f);
     SET_PIT2 = _IOW::<uapi::kvm_pit_state2>(KVMIO, 0xa0);

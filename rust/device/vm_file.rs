@@ -88,6 +88,8 @@ fn vm_ioctl(vm: &Arc<Vm>, command: u32, argument: usize) -> Result<isize> {
             }
             create_pit(vm)
         }
+        // None can be enabled yet.
+        user::ENABLE_CAP => Err(EINVAL),
         user::GET_PIT2 => chip_state::get_pit(vm, argument),
         user::SET_PIT2 => chip_state::set_pit(vm, argument),
         _ => Err(ENOTTY),

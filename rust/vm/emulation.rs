@@ -246,7 +246,7 @@ impl State {
     pub(super) fn probe_linear(&mut self, linear: Gva, size: u8) -> core::result::Result<(), Halt> {
         let snapshot = self.snapshot().map_err(Halt::Error)?;
         let bytes = [0u8; 8];
-        for (address, _) in split(linear, &bytes[..usize::from(size & 7)]) {
+        for (address, _) in split(linear, bytes.get(..usize::from(size)).unwrap_or(&bytes)) {
             let gpa = self.translate(&snapshot, address, AccessKind::Write, false)?;
             if !self.core.vm.memory.is_memory(gpa, true) {
                 return Err(Halt::Unsupported);
@@ -362,7 +362,7 @@ impl State {
             if let Err(halt) = self.fetch(snapshot, &mut bytes, &mut fetched) {
                 return self.stop_to_exit(halt).map(Err);
             }
-            match decode(&bytes[..fetched], mode.code) {
+            match decode(bytes.get(..fetched).unwrap_or(&bytes), mode.code) {
                 Ok(instruction) => return Ok(Ok((instruction, bytes))),
                 Err(DecodeError::Truncated { .. }) if fetched > wanted && fetched < MAX_LENGTH => {}
                 Err(error) => return Ok(Err(self.undecodable(error, mode, bytes, fetched))),
@@ -452,7 +452,9 @@ impl State {
         let in_page = (PAGE_SIZE - linear.page_offset()) as usize;
         let count = in_page.min(MAX_LENGTH - *fetched);
         let gpa = self.translate(snapshot, linear, AccessKind::Execute, true)?;
-        let part = &mut bytes[*fetched..*fetched + count];
+        let part = bytes
+            .get_mut(*fetched..*fetched + count)
+            .ok_or(Halt::Unsupported)?;
         match self.core.vm.memory.read(gpa, part).map_err(Halt::Error)? {
             Some(()) => {
                 *fetched += count;
@@ -630,7 +632,7 @@ impl Machine for Emulated<'_> {
 
     fn prepare_write(&mut self, linear: Gva, length: usize) -> core::result::Result<(), Halt> {
         let bytes = [0u8; 16];
-        for (address, _) in split(linear, &bytes[..length.min(bytes.len())]) {
+        for (address, _) in split(linear, bytes.get(..length).unwrap_or(&bytes)) {
             self.translate(address, AccessKind::Write)?;
         }
         Ok(())

@@ -68,7 +68,9 @@ impl Replay {
         }
         if let Some(Some(access)) = self.reads.get(self.cursor) {
             if access.gpa == gpa && usize::from(access.length) == data.len() {
-                data.copy_from_slice(&access.data[..data.len()]);
+                for (to, from) in data.iter_mut().zip(access.data) {
+                    *to = from;
+                }
                 self.cursor += 1;
                 return true;
             }

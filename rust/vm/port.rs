@@ -128,7 +128,7 @@ impl State {
             return Ok(None);
         }
         let mut bytes = [0u8; 4];
-        let data = &mut bytes[..usize::from(access.size)];
+        let data = bytes.get_mut(..usize::from(access.size)).ok_or(EIO)?;
         if access.is_in {
             // The destination must be writable before the device is read.
             if let Err(stop) = self.probe_linear(linear, access.size) {
@@ -186,7 +186,7 @@ impl State {
         };
         if is_in {
             let bytes = value.to_le_bytes();
-            if let Err(stop) = self.write_linear(linear, &bytes[..usize::from(size)]) {
+            if let Err(stop) = self.write_linear(linear, bytes.get(..usize::from(size)).unwrap_or(&bytes)) {
                 self.stop_to_exit(stop)?;
                 return Ok(());
             }

@@ -125,6 +125,8 @@ impl Capabilities {
         } else {
             0
         };
+        check_primary(offset)?;
+        check_secondary()?;
         let primary = choose(
             bindings::MSR_IA32_VMX_PROCBASED_CTLS + offset,
             "primary processor-based",
@@ -135,7 +137,6 @@ impl Capabilities {
             pr_err!("this CPU's VMX makes every CR3 access exit, which rvisor does not handle\n");
             return Err(ENODEV);
         }
-        check_secondary()?;
         let ept = check_ept()?;
         let controls = Controls {
             pin: choose(
@@ -235,25 +236,39 @@ fn check_vmx() -> Result {
     Ok(())
 }
 
-fn check_secondary() -> Result {
-    let allowed = AllowedControls(read(
-        MsrIndex(bindings::MSR_IA32_VMX_PROCBASED_CTLS2),
-        "IA32_VMX_PROCBASED_CTLS2",
-    )?);
-    for (bit, name) in [
-        (secondary::ENABLE_EPT, "extended page tables (EPT)"),
-        (secondary::UNRESTRICTED_GUEST, "unrestricted guests"),
-        (
-            secondary::ENABLE_VPID,
-            "virtual-processor identifiers (VPID)",
-        ),
-    ] {
+/// Fails with a message of its own for the first of `features` that a capability MSR does not allow.
+fn check_features(index: u32, name: &str, features: &[(u32, &str)]) -> Result {
+    let allowed = AllowedControls(read(MsrIndex(index), name)?);
+    for (bit, feature) in features {
         if allowed.may_be_one() & bit == 0 {
-            pr_err!("this CPU's VMX has no {}: rvisor needs them\n", name);
+            pr_err!("this CPU's VMX has no {}: rvisor needs them\n", feature);
             return Err(ENODEV);
         }
     }
     Ok(())
+}
+
+fn check_primary(offset: u32) -> Result {
+    check_features(
+        bindings::MSR_IA32_VMX_PROCBASED_CTLS + offset,
+        "IA32_VMX_PROCBASED_CTLS",
+        &[
+            (primary::USE_MSR_BITMAPS, "MSR bitmaps"),
+            (primary::ACTIVATE_SECONDARY, "secondary controls"),
+        ],
+    )
+}
+
+fn check_secondary() -> Result {
+    check_features(
+        bindings::MSR_IA32_VMX_PROCBASED_CTLS2,
+        "IA32_VMX_PROCBASED_CTLS2",
+        &[
+            (secondary::ENABLE_EPT, "extended page tables (EPT)"),
+            (secondary::UNRESTRICTED_GUEST, "unrestricted guests"),
+            (secondary::ENABLE_VPID, "virtual-processor identifiers (VPID)"),
+        ],
+    )
 }
 
 fn check_ept() -> Result<u64> {
