@@ -110,7 +110,8 @@ impl GuestCpu {
         let asked = Self::read(entries)?;
         Ok(Self {
             physical_bits: asked.physical_bits,
-            linear_bits: asked.linear_bits,
+            // The CPU itself faults on an address that is canonical for the guest alone.
+            linear_bits: asked.linear_bits.min(offered.linear_bits),
             cr4_reserved: asked.cr4_reserved | offered.cr4_reserved,
             efer_reserved: asked.efer_reserved | offered.efer_reserved,
             xcr0: asked.xcr0 & offered.xcr0,

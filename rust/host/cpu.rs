@@ -128,27 +128,10 @@ selector!(
 ///
 /// # Safety
 ///
-/// The selectors were read on this thread, and FS's base is written afterwards.
+/// FS's base, and then GS's inactive one, are written afterwards.
 pub(crate) unsafe fn load_selectors(es: u16, ds: u16, fs: u16, gs: u16, ldtr: u16) {
-    // SAFETY: The descriptors were valid when the selectors were read, and the thread's LDT and TLS
-    // entries can't have changed, since only the thread itself does that.
-    unsafe {
-        if es != 0 {
-            asm!("mov es, {0:x}", in(reg) es, options(nostack, preserves_flags));
-        }
-        if ds != 0 {
-            asm!("mov ds, {0:x}", in(reg) ds, options(nostack, preserves_flags));
-        }
-        if fs != 0 {
-            asm!("mov fs, {0:x}", in(reg) fs, options(nostack, preserves_flags));
-        }
-        if gs != 0 {
-            bindings::rvisor_load_gs_selector(gs);
-        }
-        if ldtr != 0 {
-            asm!("lldt {0:x}", in(reg) ldtr, options(nostack, preserves_flags));
-        }
-    }
+    // SAFETY: A selector that has become invalid is caught and replaced by the null one.
+    unsafe { bindings::rvisor_load_selectors(es, ds, fs, gs, ldtr) };
 }
 
 /// Sets XCR0.

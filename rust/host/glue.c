@@ -141,9 +141,18 @@ void rvisor_restore_descriptor_limits(void)
 	load_fixmap_gdt(raw_smp_processor_id());
 }
 
-void rvisor_load_gs_selector(u16 selector)
+/*
+ * Gives the thread its selectors back. Another thread may have changed the LDT meanwhile, so a fault
+ * must be survived: the null selector is loaded then. The LDT itself is the address space's.
+ */
+void rvisor_load_selectors(u16 es, u16 ds, u16 fs, u16 gs, u16 ldtr)
 {
-	load_gs_index(selector);
+	if (ldtr)
+		load_ldt(ldtr);
+	loadsegment(ds, ds);
+	loadsegment(es, es);
+	loadsegment(fs, fs);
+	load_gs_index(gs);
 }
 
 bool rvisor_hw_breakpoints_active(void)

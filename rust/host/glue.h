@@ -32,7 +32,7 @@ unsigned long rvisor_host_gdt(void);
 unsigned long rvisor_host_tss(void);
 unsigned long rvisor_host_idt(void);
 void rvisor_restore_descriptor_limits(void);
-void rvisor_load_gs_selector(u16 selector);
+void rvisor_load_selectors(u16 es, u16 ds, u16 fs, u16 gs, u16 ldtr);
 bool rvisor_hw_breakpoints_active(void);
 
 void rvisor_kick_cpu(unsigned int cpu);

@@ -16,7 +16,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::{
     new_mutex, new_spinlock,
     prelude::*,
-    sync::{Arc, Mutex, SpinLock},
+    sync::{lock::spinlock::SpinLockGuard, Arc, Mutex, SpinLock},
     uaccess::{UserPtr, UserSlice},
 };
 use rvisor_core::{
@@ -49,12 +49,15 @@ struct Mmu {
     changing: u32,
     /// Advanced by each such change and by each change of the slots.
     sequence: u64,
+    /// Translations were taken away whose flush is not over.
+    flushing: u32,
 }
 
 /// The memory of one virtual machine.
 #[pin_data]
 pub(crate) struct GuestMemory {
     eptp: u64,
+    accessed_dirty: bool,
     large_pages: PageSize,
     end_of_memory: Gfn,
     #[pin]
@@ -89,10 +92,12 @@ impl GuestMemory {
             tables,
             changing: 0,
             sequence: 0,
+            flushing: 0,
         };
         Arc::pin_init(
             pin_init!(Self {
                 eptp,
+                accessed_dirty,
                 large_pages,
                 end_of_memory: Gfn::new(1 << physical_bits.min(48).saturating_sub(PAGE_SHIFT)),
                 update <- new_mutex!(()),
@@ -107,6 +112,11 @@ impl GuestMemory {
     /// The EPT pointer for the VMCS.
     pub(crate) fn eptp(&self) -> u64 {
         self.eptp
+    }
+
+    /// Forgets a virtual CPU that never ran.
+    pub(crate) fn remove_vcpu(&self, id: u32) {
+        self.vcpus.lock().retain(|vcpu| vcpu.id != id);
     }
 
     /// Makes a virtual CPU known, so that flushes reach it.
@@ -146,6 +156,19 @@ impl GuestMemory {
         self.generation.load(Ordering::SeqCst)
     }
 
+    /// Drops the lock after translations were taken away, and returns when no CPU uses them. Whoever
+    /// finds them gone meanwhile must not go on as if they were: `flushing` says so.
+    fn unlock_and_flush(&self, mut mmu: SpinLockGuard<'_, Mmu>) {
+        mmu.flushing = mmu.flushing.saturating_add(1);
+        let retired = mmu.tables.take_retired();
+        drop(mmu);
+        self.flush();
+        let mut mmu = self.mmu.lock();
+        mmu.flushing = mmu.flushing.saturating_sub(1);
+        drop(mmu);
+        drop(retired);
+    }
+
     /// Returns when no CPU uses a translation that was taken away before the call.
     fn flush(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);
@@ -176,17 +199,14 @@ impl GuestMemory {
             return Err(EINVAL);
         }
         // Only this function changes the slots, under `update`, so that a copy stays true.
-        let (mut slots, change) = {
-            let mut slots = KVec::with_capacity(
-                usize::from(SLOTS).min(self.mmu.lock().slots.len() + 1),
-                GFP_KERNEL_ACCOUNT,
-            )?;
+        let room = self.mmu.lock().slots.len() + 1;
+        let mut slots = KVec::with_capacity(room, GFP_KERNEL_ACCOUNT)?;
+        let change = {
             let mmu = self.mmu.lock();
-            let change = slot::check_change(&mmu.slots, request, &limits).map_err(SlotErrno)?;
             for slot in &mmu.slots {
                 slots.push_within_capacity(*slot)?;
             }
-            (slots, change)
+            slot::check_change(&mmu.slots, request, &limits).map_err(SlotErrno)?
         };
         let (removed, added) = match change {
             Change::Nothing => return Ok(()),
@@ -201,18 +221,15 @@ impl GuestMemory {
                 .insert_within_capacity(place, new)
                 .map_err(|_| ENOMEM)?;
         }
-        let retired = {
-            let mut mmu = self.mmu.lock();
-            core::mem::swap(&mut mmu.slots, &mut slots);
-            mmu.sequence = mmu.sequence.wrapping_add(1);
-            match removed {
-                Some(old) => mmu.unmap(old.base, old.end()),
-                None => false,
-            }
-            .then(|| mmu.tables.take_retired())
+        let mut mmu = self.mmu.lock();
+        core::mem::swap(&mut mmu.slots, &mut slots);
+        mmu.sequence = mmu.sequence.wrapping_add(1);
+        let flush = match removed {
+            Some(old) => mmu.unmap(old.base, old.end()),
+            None => false,
         };
-        if retired.is_some() {
-            self.flush();
+        if flush || mmu.flushing != 0 {
+            self.unlock_and_flush(mmu);
         }
         Ok(())
     }
@@ -273,10 +290,7 @@ impl GuestMemory {
             }
         };
         if flush {
-            let retired = mmu.tables.take_retired();
-            drop(mmu);
-            self.flush();
-            drop(retired);
+            self.unlock_and_flush(mmu);
         }
         Ok(Fault::Resolved)
     }
@@ -359,10 +373,7 @@ impl GuestMemory {
         if let Some(ept) = ept.take() {
             ept.destroy(tables);
         }
-        let retired = tables.take_retired();
-        drop(mmu);
-        self.flush();
-        drop(retired);
+        self.unlock_and_flush(mmu);
     }
 
     /// The slots that back a range of the process, as guest frames.
@@ -386,6 +397,14 @@ impl Mmu {
         slot::find_hinted(&self.slots, gfn, &mut self.hint).copied()
     }
 
+    fn was_accessed(&mut self, first: Gfn, end: Gfn, clear: bool) -> bool {
+        match &self.ept {
+            Some(ept) if clear => ept.test_and_clear_accessed(&mut self.tables, first, end),
+            Some(ept) => ept.is_accessed(&mut self.tables, first, end),
+            None => false,
+        }
+    }
+
     fn unmap(&mut self, first: Gfn, end: Gfn) -> bool {
         match &self.ept {
             Some(ept) => ept.unmap(&mut self.tables, first, end),
@@ -396,24 +415,21 @@ impl Mmu {
 
 impl Invalidate for GuestMemory {
     fn start(&self, start: Hva, end: Hva) {
-        let retired = {
-            let mut mmu = self.mmu.lock();
-            mmu.changing += 1;
-            let mut flush = false;
-            for place in 0..mmu.slots.len() {
-                let Some((first, last)) = mmu
-                    .slots
-                    .get(place)
-                    .and_then(|slot| Self::frames_of(slot, start, end))
-                else {
-                    continue;
-                };
-                flush |= mmu.unmap(first, last);
-            }
-            flush.then(|| mmu.tables.take_retired())
-        };
-        if retired.is_some() {
-            self.flush();
+        let mut mmu = self.mmu.lock();
+        mmu.changing += 1;
+        let mut flush = mmu.flushing != 0;
+        for place in 0..mmu.slots.len() {
+            let Some((first, last)) = mmu
+                .slots
+                .get(place)
+                .and_then(|slot| Self::frames_of(slot, start, end))
+            else {
+                continue;
+            };
+            flush |= mmu.unmap(first, last);
+        }
+        if flush {
+            self.unlock_and_flush(mmu);
         }
     }
 
@@ -430,20 +446,25 @@ impl Invalidate for GuestMemory {
     fn was_used(&self, start: Hva, end: Hva, clear: bool) -> bool {
         let mut used = false;
         let mut mmu = self.mmu.lock();
+        // Where the CPU sets no accessed flag, an entry that is taken away says by its return that the
+        // page is used.
+        let unmap = clear && !self.accessed_dirty;
         for place in 0..mmu.slots.len() {
-            let Mmu {
-                slots, ept, tables, ..
-            } = &mut *mmu;
-            let (Some(slot), Some(ept)) = (slots.get(place), ept.as_ref()) else {
+            let Some((first, last)) = mmu
+                .slots
+                .get(place)
+                .and_then(|slot| Self::frames_of(slot, start, end))
+            else {
                 continue;
             };
-            if let Some((first, last)) = Self::frames_of(slot, start, end) {
-                used |= if clear {
-                    ept.test_and_clear_accessed(tables, first, last)
-                } else {
-                    ept.is_accessed(tables, first, last)
-                };
-            }
+            used |= if unmap {
+                mmu.unmap(first, last)
+            } else {
+                mmu.was_accessed(first, last, clear)
+            };
+        }
+        if unmap && used {
+            self.unlock_and_flush(mmu);
         }
         used
     }

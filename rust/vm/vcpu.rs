@@ -118,15 +118,14 @@ pub(crate) struct State {
 /// A virtual CPU.
 #[pin_data]
 pub(crate) struct Vcpu {
+    /// The local APIC's timer. First, since fields drop in order and its callback uses `shared`.
+    #[pin]
+    pub(crate) lapic_timer: Timer<VcpuShared>,
     pub(crate) vm: Arc<Vm>,
     pub(crate) shared: Arc<VcpuShared>,
     pub(crate) run: RunPage,
     #[pin]
     pub(crate) state: Mutex<State>,
-    /// The local APIC's timer. Dropped before `shared`'s reference goes: fields drop in order, and
-    /// `shared` is held by the virtual machine too.
-    #[pin]
-    pub(crate) lapic_timer: Timer<VcpuShared>,
 }
 
 impl Vcpu {

@@ -38,6 +38,7 @@ pub(crate) const SWITCHED_MSRS: [MsrIndex; 4] = [
 ];
 /// How many of them every CPU has; the last comes with RDTSCP.
 const ALWAYS_SWITCHED: usize = 3;
+const DEBUGCTL: MsrIndex = MsrIndex(bindings::MSR_IA32_DEBUGCTLMSR);
 const KERNEL_GS_BASE: MsrIndex = MsrIndex(bindings::MSR_KERNEL_GS_BASE);
 
 /// The host's values of what the VMCS's host-state area holds and what can change under a thread.
@@ -89,6 +90,8 @@ pub(crate) struct Hardware {
     /// The guest's XCR0, in effect while it runs, and the host's.
     pub(crate) xcr0: u64,
     host_xcr0: u64,
+    /// The host's IA32_DEBUGCTL, which VM exit clears.
+    host_debugctl: u64,
     /// The guest's DR0 to DR3, loaded where its DR7 arms one.
     pub(crate) debug: DebugRegisters,
     /// Whether to load them.
@@ -137,8 +140,9 @@ impl Hardware {
             msrs: [0; SWITCHED_MSRS.len()],
             kernel_gs_base: 0,
             xcr0: 1,
-            // SAFETY: Reads a register of the host's.
+            // SAFETY: Reads a register of the host's, where it has it.
             host_xcr0: unsafe { bindings::rvisor_host_xcr0() },
+            host_debugctl: 0,
             debug: DebugRegisters::default(),
             debug_armed: false,
             cr2: Gva::new(0),
@@ -215,6 +219,8 @@ impl Hardware {
         self.displaced.ldtr = cpu::ldtr();
         // SAFETY: Interrupts are off, and current's FS base is in the CPU.
         self.displaced.fs_base = unsafe { bindings::rvisor_user_fs_base() } as u64;
+        // SAFETY: Every CPU with VMX has the MSR.
+        self.host_debugctl = unsafe { cpu::rdmsr(DEBUGCTL) };
         let switched = self.switched();
         for ((index, guest), host) in SWITCHED_MSRS
             .iter()
@@ -448,7 +454,8 @@ impl<'a> CurrentVmcs<'a> {
         if cpu::cr2() != hardware.cr2.raw() {
             cpu::set_cr2(hardware.cr2, self.irqs);
         }
-        let switch_xcr0 = hardware.xcr0 != hardware.host_xcr0;
+        // A host that does not use XSAVE has no XCR0.
+        let switch_xcr0 = hardware.host_xcr0 != 0 && hardware.xcr0 != hardware.host_xcr0;
         if switch_xcr0 {
             // SAFETY: The guest's XCR0 was checked when it was set; the host's follows below.
             unsafe { cpu::xsetbv(hardware.xcr0) };
@@ -461,6 +468,10 @@ impl<'a> CurrentVmcs<'a> {
         }
         hardware.cr2 = Gva::new(cpu::cr2());
         hardware.symbols.restore_breakpoints(self.irqs);
+        if hardware.host_debugctl != 0 {
+            // SAFETY: The host's own value.
+            unsafe { cpu::wrmsr(DEBUGCTL, hardware.host_debugctl) };
+        }
         match outcome {
             Outcome::Exit => {
                 let reason = ExitReasonField(self.read32(Field32::EXIT_REASON));
