@@ -5,7 +5,7 @@
 use super::user::{self, element, LIST_HEADER};
 use crate::{
     bindings as uapi,
-    host::anon_file,
+    host::anon_file::{self, Reservation},
     vm::{
         machine::{supported_cpuid, Host, Vm, MAX_VCPUS},
         memory::SLOTS,
@@ -111,7 +111,7 @@ impl Chardev {
             user::GET_API_VERSION => Ok(uapi::KVM_API_VERSION as isize),
             // The one type of machine is 0.
             user::CREATE_VM if argument != 0 => Err(EINVAL),
-            user::CREATE_VM => anon_file::open(Vm::new(self.host.clone())?),
+            user::CREATE_VM => anon_file::open(Reservation::new()?, Vm::new(self.host.clone())?),
             user::CHECK_EXTENSION => Ok(check_extension(&self.host, argument)),
             user::GET_VCPU_MMAP_SIZE if argument != 0 => Err(EINVAL),
             user::GET_VCPU_MMAP_SIZE => Ok(MMAP_SIZE as isize),

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     bindings as uapi,
-    host::anon_file::{self, AnonFile},
+    host::anon_file::{self, AnonFile, Reservation},
     vm::machine::Vm,
     RvisorModule,
 };
@@ -47,7 +47,9 @@ fn vm_ioctl(vm: &Arc<Vm>, command: u32, argument: usize) -> Result<isize> {
         user::CHECK_EXTENSION => Ok(check_extension(&vm.host, argument)),
         user::CREATE_VCPU => {
             let id = u32::try_from(argument).map_err(|_| EINVAL)?;
-            anon_file::open(vm.create_vcpu(id)?)
+            let reservation = Reservation::new()?;
+            let vcpu = vm.create_vcpu(id)?;
+            anon_file::open(reservation, vcpu).inspect_err(|_| vm.remove_vcpu(id))
         }
         user::SET_USER_MEMORY_REGION => set_memory(vm, argument),
         // An unrestricted guest needs neither the TSS nor the identity map of older CPUs.

@@ -83,13 +83,29 @@ impl<T: AnonFile> Operations<T> {
     }
 }
 
+/// A descriptor for a file that is not made yet.
+pub(crate) struct Reservation(FileDescriptorReservation);
+
+impl Reservation {
+    /// Takes a free descriptor of the current process.
+    ///
+    /// # Errors
+    ///
+    /// `EMFILE`, `ENOMEM`.
+    pub(crate) fn new() -> Result<Self> {
+        FileDescriptorReservation::get_unused_fd_flags(kb::O_CLOEXEC).map(Self)
+    }
+}
+
 /// Opens a file for `data` and gives its descriptor.
 ///
 /// # Errors
 ///
-/// `EMFILE`, `ENFILE`, `ENOMEM`.
-pub(crate) fn open<T: AnonFile>(data: Arc<T>) -> Result<isize> {
-    let reservation = FileDescriptorReservation::get_unused_fd_flags(kb::O_CLOEXEC)?;
+/// `ENFILE`, `ENOMEM`.
+pub(crate) fn open<T: AnonFile>(
+    Reservation(reservation): Reservation,
+    data: Arc<T>,
+) -> Result<isize> {
     let data: *mut c_void = data.into_foreign();
     // SAFETY: The name and the table live for ever; the table is that of `data`'s type.
     let file = from_err_ptr(unsafe {

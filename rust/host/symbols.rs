@@ -16,6 +16,7 @@ type SwapFpu = unsafe extern "C" fn(*mut kb::fpu_guest, bool) -> i32;
 type FpuReturn = unsafe extern "C" fn();
 type FpuToUser = unsafe extern "C" fn(*mut kb::fpu_guest, *mut u8, u32, u64, u32);
 type FpuFromUser = unsafe extern "C" fn(*mut kb::fpu_guest, *const u8, u64, *mut u32) -> i32;
+type SplitLock = unsafe extern "C" fn(usize) -> bool;
 type RestoreBreakpoints = unsafe extern "C" fn();
 
 /// The functions, each with its C prototype.
@@ -29,6 +30,7 @@ pub(crate) struct Symbols {
     pub(super) switch_fpu_return: FpuReturn,
     pub(super) fpu_copy_guest_fpstate_to_uabi: FpuToUser,
     pub(super) fpu_copy_uabi_to_guest_fpstate: FpuFromUser,
+    pub(super) handle_guest_split_lock: Option<SplitLock>,
     pub(super) hw_breakpoint_restore: RestoreBreakpoints,
 }
 
@@ -44,6 +46,18 @@ fn find(name: &'static CStr) -> Result<usize> {
         return Err(ENOENT);
     }
     Ok(address as usize)
+}
+
+/// The host's handling of split locks, which kernels for CPUs without their detection lack.
+fn find_split_lock() -> Option<SplitLock> {
+    let name = c"handle_guest_split_lock";
+    // SAFETY: The string lives for ever.
+    let address = unsafe { bindings::rvisor_kernel_symbol(name.as_char_ptr()) };
+    if address == 0 {
+        return None;
+    }
+    // SAFETY: As in `lookup!`.
+    Some(unsafe { core::mem::transmute::<usize, SplitLock>(address as usize) })
 }
 
 macro_rules! lookup {
@@ -71,8 +85,19 @@ impl Symbols {
             switch_fpu_return: lookup!(c"switch_fpu_return", FpuReturn),
             fpu_copy_guest_fpstate_to_uabi: lookup!(c"fpu_copy_guest_fpstate_to_uabi", FpuToUser),
             fpu_copy_uabi_to_guest_fpstate: lookup!(c"fpu_copy_uabi_to_guest_fpstate", FpuFromUser),
+            handle_guest_split_lock: find_split_lock(),
             hw_breakpoint_restore: lookup!(c"hw_breakpoint_restore", RestoreBreakpoints),
         })
+    }
+
+    /// Lets the host deal with a split lock of the guest at `rip`. `false` where the guest is to get
+    /// #AC: the host detects none, or does not allow them.
+    pub(crate) fn handle_split_lock(&self, rip: u64) -> bool {
+        match self.handle_guest_split_lock {
+            // SAFETY: Task context, interrupts on, as KVM calls it.
+            Some(handle) => unsafe { handle(rip as usize) },
+            None => false,
+        }
     }
 
     /// Arms the host's breakpoints again where it has any: VM exit disarms them.

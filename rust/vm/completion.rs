@@ -67,6 +67,12 @@ impl State {
             }
             Completion::MmioRead => {
                 self.core.completion = None;
+                let rip = self.with_vmcs(|_, vmcs| vmcs.read(FieldNatural::GUEST_RIP))?;
+                if !self.core.replay.is_kept_for(rip) {
+                    // Userspace has sent the guest elsewhere.
+                    self.core.abandon_emulation();
+                    return Ok(None);
+                }
                 self.core.replay.supply(run.mmio_data());
                 self.emulate()
             }

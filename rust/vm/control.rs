@@ -110,7 +110,7 @@ impl State {
     pub(super) fn handle_cr(&mut self, access: CrAccess) -> Result<Option<UserExit>> {
         let done = match access {
             CrAccess::MovTo { register, source } => {
-                let value = self.with_vmcs(|core, vmcs| core.gpr(vmcs, source))?;
+                let value = self.with_vmcs(|core, vmcs| core.operand(vmcs, source))?;
                 match register {
                     0 => self.write_cr0(value)?,
                     3 => self.write_cr3(value)?,

@@ -4,6 +4,7 @@
 
 use super::{
     memory::{Fault, GuestMemory},
+    mmio::Replay,
     run_page::UserExit,
     vcpu::{Core, State},
 };
@@ -481,6 +482,14 @@ impl State {
                 length: fetched as u8,
             }),
         }
+    }
+}
+
+impl Core {
+    /// Gives up the instruction that waits for userspace.
+    pub(super) fn abandon_emulation(&mut self) {
+        self.replay = Replay::default();
+        self.hint = Hint::default();
     }
 }
 

@@ -6,7 +6,7 @@ use super::vcpu::Core;
 use crate::vmx::hardware::CurrentVmcs;
 use rvisor_core::x86::{
     address::Gva,
-    control::Rflags,
+    control::{Dr7, Rflags},
     controls::primary,
     vector::{Exception, ExceptionVector, Vector},
     vmcs::{interruptibility, Field32, FieldNatural, InterruptionInfo},
@@ -172,12 +172,17 @@ impl Core {
             window |= primary::INTERRUPT_WINDOW_EXITING;
         }
         self.set_windows(vmcs, window);
-        self.events.attention = false;
+        self.events.attention = self.events.exception.is_some();
     }
 
     fn inject_exception(&mut self, vmcs: &mut CurrentVmcs<'_>, exception: &Exception) {
         if let Some(address) = exception.address {
             vmcs.hardware.cr2 = Gva::new(address.raw());
+        }
+        if exception.vector == ExceptionVector::Debug {
+            // Delivery switches general detect off (SDM vol. 3, 19.2.4).
+            let dr7 = vmcs.read(FieldNatural::GUEST_DR7);
+            vmcs.write(FieldNatural::GUEST_DR7, dr7 & !Dr7::GD);
         }
         // In real mode no exception pushes an error code.
         let code = exception.error_code.filter(|_| self.is_protected());

@@ -14,7 +14,7 @@ use rvisor_core::{
     cpu::cpuid::{self, Runtime},
     x86::{
         address::{Gpa, Gva},
-        control::{check_xcr0, Dr6, Dr7, Rflags, Xcr0},
+        control::{check_xcr0, Cr0, Dr6, Dr7, Efer, Rflags, Xcr0},
         exit::{CrAccess, DrAccess, EptViolation, ExitReason, ExitReasonField, IoAccess},
         segment::AccessRights,
         vector::{Exception, ExceptionVector},
@@ -43,6 +43,8 @@ pub(crate) enum Slow {
     StringIo(IoAccess),
     /// An access to CR0, CR3 or CR4 whose consequences may reach into guest memory.
     Cr(CrAccess),
+    /// #AC that the host's detection of split locks caused.
+    SplitLock { rip: u64 },
     /// HLT: the thread sleeps.
     Halt,
     /// PAUSE: let another thread run.
@@ -153,7 +155,7 @@ impl Core {
     /// Ends an instruction: RIP, the shadow of STI and MOV SS, and the trap flag.
     #[inline]
     pub(super) fn retire(&mut self, vmcs: &mut CurrentVmcs<'_>, rip: u64) {
-        let rip = if self.efer.has(rvisor_core::x86::control::Efer::LMA) {
+        let rip = if self.is_64_bit(vmcs) {
             rip
         } else {
             rip & 0xffff_ffff
@@ -167,6 +169,24 @@ impl Core {
         if vmcs.read(FieldNatural::GUEST_RFLAGS) & Rflags::TF != 0 {
             self.dr6 |= Dr6::BS;
             self.events.raise(Exception::plain(ExceptionVector::Debug));
+        }
+    }
+
+    /// Whether the guest executes 64-bit code.
+    #[inline]
+    pub(super) fn is_64_bit(&self, vmcs: &CurrentVmcs<'_>) -> bool {
+        self.efer.has(Efer::LMA)
+            && AccessRights(vmcs.read32(VmcsSegment::Cs.access_rights())).is_long()
+    }
+
+    /// A general register as an operand of the mode's own width: 64 bits or 32.
+    #[inline]
+    pub(super) fn operand(&self, vmcs: &CurrentVmcs<'_>, number: u8) -> u64 {
+        let value = self.gpr(vmcs, number);
+        if self.is_64_bit(vmcs) {
+            value
+        } else {
+            value & 0xffff_ffff
         }
     }
 
@@ -208,9 +228,11 @@ impl Core {
         } else {
             HYPERCALL_NOT_PERMITTED
         };
-        let long = self.efer.has(rvisor_core::x86::control::Efer::LMA)
-            && AccessRights(vmcs.read32(VmcsSegment::Cs.access_rights())).is_long();
-        self.registers[0] = if long { answer } else { answer & 0xffff_ffff };
+        self.registers[0] = if self.is_64_bit(vmcs) {
+            answer
+        } else {
+            answer & 0xffff_ffff
+        };
         self.skip(vmcs)
     }
 
@@ -252,11 +274,40 @@ impl Core {
             return Next::Enter;
         }
         self.save_interrupted_delivery(vmcs);
+        // An IRET that faulted had already unblocked NMIs (SDM vol. 3, 29.2.3).
+        if info.0 & InterruptionInfo::NMI_UNBLOCKING != 0
+            && !InterruptionInfo(vmcs.read32(Field32::IDT_VECTORING_INFO)).is_valid()
+        {
+            let state = vmcs.read32(Field32::GUEST_INTERRUPTIBILITY);
+            vmcs.write32(
+                Field32::GUEST_INTERRUPTIBILITY,
+                state | interruptibility::NMI,
+            );
+        }
         match info.vector() {
             1 => {
                 let qualification = vmcs.read(FieldNatural::EXIT_QUALIFICATION);
                 self.dr6 = (self.dr6 & !0xf) | (qualification & (0xf | Dr6::BD | Dr6::BS));
+                if info.kind() == InterruptionInfo::PRIVILEGED_SOFTWARE_EXCEPTION {
+                    // INT1 is a trap: its handler returns behind it.
+                    let length = vmcs.read32(Field32::EXIT_INSTRUCTION_LENGTH);
+                    let rip = vmcs.read(FieldNatural::GUEST_RIP);
+                    vmcs.write(FieldNatural::GUEST_RIP, rip.wrapping_add(length.into()));
+                }
+                // VM entry wants a pending single step where TF meets a shadow (SDM vol. 3, 28.3.1.5).
+                let shadow = interruptibility::STI | interruptibility::MOV_SS;
+                if vmcs.read(FieldNatural::GUEST_RFLAGS) & Rflags::TF != 0
+                    && vmcs.read32(Field32::GUEST_INTERRUPTIBILITY) & shadow != 0
+                {
+                    let pending = vmcs.read(FieldNatural::GUEST_PENDING_DEBUG);
+                    vmcs.write(FieldNatural::GUEST_PENDING_DEBUG, pending | Dr6::BS);
+                }
                 self.raise(Exception::plain(ExceptionVector::Debug))
+            }
+            17 if !self.may_raise_alignment_check(vmcs) => {
+                // The host's detection of split locks: it warns, and lets the guest go on or not.
+                let rip = vmcs.read(FieldNatural::GUEST_RIP);
+                Next::Slow(Slow::SplitLock { rip })
             }
             17 => {
                 let code = vmcs.read32(Field32::EXIT_INTERRUPTION_ERROR_CODE);
@@ -267,6 +318,13 @@ impl Core {
                 cpu: current_cpu(vmcs),
             }),
         }
+    }
+
+    /// Whether #AC is the guest's own: alignment checks are on, at CPL 3 (SDM vol. 3, 7.15).
+    fn may_raise_alignment_check(&self, vmcs: &CurrentVmcs<'_>) -> bool {
+        self.cpl(vmcs) == 3
+            && self.cr0.has(Cr0::AM)
+            && vmcs.read(FieldNatural::GUEST_RFLAGS) & Rflags::AC != 0
     }
 
     fn exit_xsetbv(&mut self, vmcs: &mut CurrentVmcs<'_>) -> Next {
@@ -305,7 +363,7 @@ impl Core {
             let value = self.debug_register(vmcs, register);
             self.set_gpr(vmcs, access.general, value);
         } else {
-            let value = self.gpr(vmcs, access.general);
+            let value = self.operand(vmcs, access.general);
             if self.set_debug_register(vmcs, register, value).is_err() {
                 return self.raise(Exception::GENERAL_PROTECTION);
             }
@@ -330,7 +388,7 @@ impl Core {
                 register: 8,
                 source,
             } => {
-                let value = self.gpr(vmcs, source);
+                let value = self.operand(vmcs, source);
                 if value > 0xf {
                     return self.raise(Exception::GENERAL_PROTECTION);
                 }
@@ -369,6 +427,13 @@ impl State {
             Slow::Ept(violation) => self.handle_ept_violation(&violation),
             Slow::StringIo(access) => self.handle_string_io(&access),
             Slow::Cr(access) => self.handle_cr(access),
+            Slow::SplitLock { rip } => {
+                if !self.core.vm.host.symbols.handle_split_lock(rip) {
+                    let exception = Exception::with_code(ExceptionVector::AlignmentCheck, 0);
+                    self.core.events.raise(exception);
+                }
+                Ok(None)
+            }
             Slow::Halt => Ok(None),
             Slow::Yield => {
                 // SAFETY: Task context, no lock held but the vCPU's own.

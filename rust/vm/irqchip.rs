@@ -154,6 +154,15 @@ impl IrqChip {
         }
     }
 
+    /// Forgets the bootstrap processor.
+    pub(crate) fn clear_bootstrap(&self) {
+        let null = core::ptr::null_mut();
+        self.pit_target.bootstrap.store(null, Ordering::Release);
+        // A callback that has the old pointer still is over after this.
+        self.pit_timer.cancel();
+        let _old = self.bootstrap.lock().take();
+    }
+
     /// Makes the PIT.
     ///
     /// # Errors

@@ -4,10 +4,12 @@
 
 use super::{irqchip::IrqChip, memory::GuestMemory, shared::VcpuShared, vcpu::Vcpu};
 use crate::{
-    host::{hotplug::VmxOn, memory, notifier::Notifier, preempt::NotifiersOn, symbols::Symbols},
+    host::{
+        cpu, hotplug::VmxOn, memory, notifier::Notifier, preempt::NotifiersOn, symbols::Symbols,
+    },
     vmx::capability::Capabilities,
 };
-use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use kernel::{
     new_mutex,
     prelude::*,
@@ -123,6 +125,8 @@ pub(crate) struct Vm {
     /// KVM_SET_BOOT_CPU_ID.
     bootstrap: AtomicU32,
     irqchip: SetOnce<Pin<KBox<IrqChip>>>,
+    /// What the machine's TSC is ahead of the host's, modulo 2^64.
+    tsc_offset: AtomicU64,
     /// Counts the messages of lowest priority, so that they go round.
     turn: AtomicUsize,
     /// The virtual CPUs; also serialises what must come before the first of them.
@@ -158,6 +162,8 @@ impl Vm {
                 mm: mm.as_ptr() as usize,
                 bootstrap: AtomicU32::new(0),
                 irqchip: SetOnce::new(),
+                // The TSC starts at 0.
+                tsc_offset: AtomicU64::new(cpu::rdtsc().wrapping_neg()),
                 turn: AtomicUsize::new(0),
                 vcpus <- new_mutex!(KVec::new()),
             }),
@@ -241,6 +247,36 @@ impl Vm {
             }
         }
         Ok(vcpu)
+    }
+
+    /// Forgets a virtual CPU whose descriptor could not be opened.
+    pub(crate) fn remove_vcpu(&self, id: u32) {
+        let mut vcpus = self.vcpus.lock();
+        self.memory.remove_vcpu(id);
+        if let (Some(chip), true) = (self.irqchip(), self.is_bootstrap(id)) {
+            chip.clear_bootstrap();
+        }
+        vcpus.retain(|vcpu| vcpu.id != id);
+    }
+
+    /// The TSC offset with which a virtual CPU begins: that of the machine.
+    pub(crate) fn tsc_offset(&self) -> u64 {
+        self.tsc_offset.load(Ordering::Relaxed)
+    }
+
+    /// The TSC offset for a virtual CPU whose TSC userspace sets to `value`. Userspace sets those of all
+    /// CPUs one after the other and means them to be equal: a value within a second of the machine's
+    /// TSC, and 0, are taken as that.
+    pub(crate) fn offset_for_tsc(&self, value: u64) -> u64 {
+        let offset = value.wrapping_sub(cpu::rdtsc());
+        let machine = self.tsc_offset();
+        let second = self.host.tsc_khz.saturating_mul(1000);
+        let apart = offset.wrapping_sub(machine);
+        if value == 0 || apart < second || apart.wrapping_neg() < second {
+            return machine;
+        }
+        self.tsc_offset.store(offset, Ordering::Relaxed);
+        offset
     }
 
     /// Delivers a message to the local APICs that it is for. `source` is the sending virtual CPU's

@@ -41,11 +41,17 @@ impl Replay {
     /// Begins an instruction, from its first read on.
     pub(super) fn restart(&mut self) {
         self.cursor = 0;
+        self.writes = [None; MAX_ACCESSES];
     }
 
     /// Keeps the instruction at `rip` until userspace comes back.
     pub(super) fn keep(&mut self, rip: u64, instruction: Kept) {
         self.instruction = Some((rip, instruction));
+    }
+
+    /// Whether the instruction at `rip` waits for userspace.
+    pub(super) fn is_kept_for(&self, rip: u64) -> bool {
+        self.instruction.as_ref().is_some_and(|(at, _)| *at == rip)
     }
 
     /// The instruction that was kept, where it is the one at `rip`.

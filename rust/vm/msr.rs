@@ -146,10 +146,13 @@ impl Core {
             MsrEffect::Hardware(msr, value) => write_hardware(vmcs, msr, value),
             MsrEffect::Loaded(msr, value) => write_loaded(vmcs, msr, value),
             MsrEffect::SetTsc(value) => {
-                let offset = value.wrapping_sub(cpu::rdtsc());
-                if origin == Origin::Guest {
+                let offset = if origin == Origin::Guest {
+                    let offset = value.wrapping_sub(cpu::rdtsc());
                     self.msrs.tsc_moved(offset.wrapping_sub(self.tsc_offset));
-                }
+                    offset
+                } else {
+                    self.vm.offset_for_tsc(value)
+                };
                 self.set_tsc_offset(vmcs, offset);
             }
             MsrEffect::MoveTsc(delta) => {

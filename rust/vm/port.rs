@@ -186,7 +186,9 @@ impl State {
         };
         if is_in {
             let bytes = value.to_le_bytes();
-            if let Err(stop) = self.write_linear(linear, bytes.get(..usize::from(size)).unwrap_or(&bytes)) {
+            if let Err(stop) =
+                self.write_linear(linear, bytes.get(..usize::from(size)).unwrap_or(&bytes))
+            {
                 self.stop_to_exit(stop)?;
                 return Ok(());
             }

@@ -16,7 +16,10 @@ use crate::{
     vmx::hardware::CurrentVmcs,
 };
 use kernel::{current, prelude::*};
-use rvisor_core::x86::{control::Rflags, vmcs::FieldNatural};
+use rvisor_core::x86::{
+    control::Rflags,
+    vmcs::{interruptibility, Field32, FieldNatural},
+};
 
 /// What the part with interrupts on has to do next.
 enum Outer {
@@ -95,9 +98,7 @@ impl Vcpu {
         }
         self.shared.sleep(|| false);
         let request = self.shared.take_requests();
-        if request.has(Request::INIT_OR_SIPI) {
-            state.with_vmcs(|core, vmcs| core.accept_init_or_sipi(vmcs))?;
-        }
+        state.with_vmcs(|core, vmcs| core.handle_requests(vmcs, self, request))?;
         if current!().signal_pending() {
             self.run.set_exit(&UserExit::Signal);
             return Err(EINTR);
@@ -189,6 +190,7 @@ impl Vcpu {
             core.generation = core.vm.memory.generation();
             vmcs.flush_ept();
         }
+        let mut busy = false;
         loop {
             // Requests are looked at after the world can see that the guest is entered, so that
             // whoever leaves one later kicks this CPU.
@@ -197,17 +199,22 @@ impl Vcpu {
                 self.shared.set_outside();
                 let request = self.shared.take_requests();
                 core.handle_requests(&mut vmcs, self, request);
-                if core.mp_state != MpState::Runnable {
+                // Requests may come without end, but not with interrupts off.
+                if core.mp_state != MpState::Runnable || busy {
                     return Ok(Outer::Again);
                 }
+                busy = true;
                 continue;
             }
+            busy = false;
             // SAFETY: Reads the flags of the current thread.
             if unsafe { bindings::rvisor_guest_mode_work() } != 0 {
                 self.shared.set_outside();
                 return Ok(Outer::Again);
             }
-            core.prepare_entry(&mut vmcs);
+            if !core.events.triple_fault {
+                core.prepare_entry(&mut vmcs);
+            }
             if core.events.triple_fault {
                 self.shared.set_outside();
                 core.events.triple_fault = false;
@@ -287,6 +294,9 @@ impl Core {
     fn accept_init_or_sipi(&mut self, vmcs: &mut CurrentVmcs<'_>) {
         use rvisor_core::{irqchip::lapic::ResetKind, x86::vmcs::VmcsSegment};
         if self.shared.take_init() {
+            // What was on its way is lost with the state that it was for.
+            let _ = self.shared.take_posted();
+            let _ = self.shared.take_nmis();
             self.reset(vmcs);
             let mut is_bootstrap = true;
             if let Some(lapic) = &mut self.lapic {
@@ -317,7 +327,8 @@ impl Core {
     fn is_awake(&self, vmcs: &CurrentVmcs<'_>) -> bool {
         match self.mp_state {
             MpState::Halted => {
-                self.events.nmis > 0
+                (self.events.nmis > 0
+                    && vmcs.read32(Field32::GUEST_INTERRUPTIBILITY) & interruptibility::NMI == 0)
                     || self.events.exception.is_some()
                     || (self.has_interrupt()
                         && vmcs.read(FieldNatural::GUEST_RFLAGS) & Rflags::IF != 0)

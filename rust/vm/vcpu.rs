@@ -195,8 +195,7 @@ impl Vcpu {
             cpuid_index: Index::default(),
             cpu: GuestCpu::new(&[], &host.offered).map_err(|_| EINVAL)?,
             msrs: MsrState::new(host.offer.guest_arch_capabilities()),
-            // The guest's TSC starts at 0.
-            tsc_offset: cpu::rdtsc().wrapping_neg(),
+            tsc_offset: vm.tsc_offset(),
             completion: None,
             replay: Replay::default(),
             hint: Hint::default(),

@@ -266,7 +266,10 @@ fn check_secondary() -> Result {
         &[
             (secondary::ENABLE_EPT, "extended page tables (EPT)"),
             (secondary::UNRESTRICTED_GUEST, "unrestricted guests"),
-            (secondary::ENABLE_VPID, "virtual-processor identifiers (VPID)"),
+            (
+                secondary::ENABLE_VPID,
+                "virtual-processor identifiers (VPID)",
+            ),
         ],
     )
 }
