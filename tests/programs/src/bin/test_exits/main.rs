@@ -33,6 +33,7 @@ fn main() -> std::process::ExitCode {
         mmio::string_moves,
         mmio::page_crossing,
         mmio::protected_mode,
+        mmio::unknown_form,
         running::immediate_exit,
         running::immediate_exit_completes,
         running::signal,

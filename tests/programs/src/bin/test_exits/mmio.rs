@@ -4,7 +4,7 @@
 use crate::start;
 use rvisor_tests::guest::{self, Mode};
 use rvisor_tests::layout::{DATA, DONE_PORT, HOLE, MEMORY};
-use rvisor_tests::{check_eq, guest_code, Cpu, Device, Exit, Machine, Outcome};
+use rvisor_tests::{check, check_eq, guest_code, Cpu, Device, Exit, Machine, Outcome};
 
 guest_code!(
     write_all,
@@ -308,5 +308,28 @@ pub(crate) fn protected_mode(device: &Device) -> Outcome {
         cpu.run_until_done()?;
         check_eq!(cpu.regs()?.rcx & 0xffff, 0xabcd, "CX");
     }
+    Ok(())
+}
+
+guest_code!(
+    unknown,
+    code64,
+    ["mov rbx, {hole}", "fld qword ptr [rbx]", "out {done}, al",],
+    hole = HOLE,
+    done = DONE_PORT
+);
+
+/// An instruction on device memory that is not emulated ends in KVM_EXIT_INTERNAL_ERROR with its bytes.
+pub(crate) fn unknown_form(device: &Device) -> Outcome {
+    const EMULATION: u32 = kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
+    let (_machine, cpu) = start(device, unknown())?;
+    let exit = cpu.run()?;
+    check!(exit == Exit::Internal(EMULATION), "{exit:x?}");
+    let data = cpu.internal_data();
+    check!(data.len() >= 3, "{} words of data", data.len());
+    check_eq!(data[0] & 1, 1, "the flag that says that there are bytes");
+    let bytes = data[1].to_le_bytes();
+    check!(bytes[0] >= 2, "{} bytes", bytes[0]);
+    check_eq!(bytes[1..3], [0xdd, 0x03], "the instruction's bytes");
     Ok(())
 }
