@@ -260,7 +260,10 @@ mod tests {
         assert_eq!((io.size, io.is_in, io.port), (2, false, 0x3f8));
         assert_eq!(
             CrAccess::from_qualification(0x0000_0304),
-            CrAccess::MovTo { register: 4, source: 3 }
+            CrAccess::MovTo {
+                register: 4,
+                source: 3
+            }
         );
         assert_eq!(
             CrAccess::from_qualification(0x0012_0030),

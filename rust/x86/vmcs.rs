@@ -340,7 +340,11 @@ impl InterruptionInfo {
     /// A valid event of `kind` (bits 10:8) at `vector`.
     #[inline]
     pub const fn new(kind: u32, vector: u8, has_error_code: bool) -> Self {
-        let code = if has_error_code { Self::HAS_ERROR_CODE } else { 0 };
+        let code = if has_error_code {
+            Self::HAS_ERROR_CODE
+        } else {
+            0
+        };
         Self(Self::VALID | code | ((kind & 7) << 8) | vector as u32)
     }
 
