@@ -4,6 +4,7 @@
 
 pub(crate) mod completion;
 pub(crate) mod control;
+mod emulated;
 pub(crate) mod emulation;
 pub(crate) mod events;
 pub(crate) mod exits;

@@ -3,6 +3,7 @@
 //! Instructions that touch device memory: the pure emulator's view of a virtual CPU.
 
 use super::{
+    emulated::Emulated,
     memory::{Fault, GuestMemory},
     mmio::Replay,
     run_page::UserExit,
@@ -12,8 +13,8 @@ use crate::host::memory;
 use kernel::prelude::*;
 use rvisor_core::{
     emulate::{
-        decode, execute, CodeSize, DecodeError, Gpr, Instruction, Machine, Mode, Progress,
-        Protection, Stop, MAX_LENGTH,
+        decode, execute, CodeSize, DecodeError, Instruction, Mode, Progress, Protection, Stop,
+        MAX_LENGTH,
     },
     mmu::{
         slot::Slot,
@@ -25,7 +26,7 @@ use rvisor_core::{
         address::{Gpa, Gva, PAGE_SIZE},
         control::{Cr3, Cr4, Efer, Rflags},
         exit::EptViolation,
-        segment::{Segment, SegmentRegister},
+        segment::Segment,
         vector::Exception,
         vmcs::{Field64, FieldNatural, VmcsSegment},
     },
@@ -144,7 +145,7 @@ impl Hint {
     }
 
     #[inline]
-    fn translate(&self, linear: Gva, kind: AccessKind) -> Option<Gpa> {
+    pub(super) fn translate(&self, linear: Gva, kind: AccessKind) -> Option<Gpa> {
         let (gva, gpa) = self.page?;
         let known = gva == linear.page_start()
             && (kind == AccessKind::Read || (kind == AccessKind::Write && self.writable));
@@ -154,12 +155,12 @@ impl Hint {
 
 /// The registers that an instruction depends on, as they were at the exit.
 #[derive(Clone, Copy)]
-struct Snapshot {
+pub(super) struct Snapshot {
     paging: Paging,
     privilege: Privilege,
     rip: u64,
     rflags: u64,
-    cs: Segment,
+    pub(super) cs: Segment,
 }
 
 impl State {
@@ -197,7 +198,7 @@ impl State {
         })
     }
 
-    fn translate(
+    pub(super) fn translate(
         &self,
         snapshot: &Snapshot,
         linear: Gva,
@@ -523,211 +524,13 @@ impl Snapshot {
     }
 }
 
-/// A virtual CPU as the emulator sees it.
-struct Emulated<'a> {
-    state: &'a mut State,
-    snapshot: &'a Snapshot,
-    mode: Mode,
-    segments: [Option<Segment>; 6],
-    rip: u64,
-    rflags: u64,
-    rsp: u64,
-}
-
-impl Emulated<'_> {
-    fn access(
-        &mut self,
-        linear: Gva,
-        data: &mut [u8],
-        kind: AccessKind,
-    ) -> core::result::Result<(), Halt> {
-        for (address, part) in split_mut(linear, data) {
-            let gpa = self.translate(address, kind)?;
-            let core = &mut self.state.core;
-            if core.read_device(gpa, part)
-                || core
-                    .vm
-                    .memory
-                    .read(gpa, part)
-                    .map_err(Halt::Error)?
-                    .is_some()
-                || core.replay.read(gpa, part)
-            {
-                continue;
-            }
-            return Err(Halt::UserRead);
-        }
-        Ok(())
-    }
-
-    #[inline]
-    fn core(&mut self) -> &mut Core {
-        &mut self.state.core
-    }
-
-    /// Where a linear address leads; without a walk where the CPU has just made it.
-    #[inline]
-    fn translate(&mut self, linear: Gva, kind: AccessKind) -> core::result::Result<Gpa, Halt> {
-        if let Some(gpa) = self.state.core.hint.translate(linear, kind) {
-            return Ok(gpa);
-        }
-        self.state.translate(self.snapshot, linear, kind, true)
-    }
-}
-
-impl Machine for Emulated<'_> {
-    type Stop = Halt;
-
-    fn gpr(&mut self, register: Gpr) -> u64 {
-        match register {
-            Gpr::Rsp => self.rsp,
-            register => self.core().registers[register as usize & 15],
-        }
-    }
-
-    fn set_gpr(&mut self, register: Gpr, value: u64) {
-        match register {
-            Gpr::Rsp => self.rsp = value,
-            register => self.core().registers[register as usize & 15] = value,
-        }
-    }
-
-    fn rip(&mut self) -> u64 {
-        self.rip
-    }
-
-    fn set_rip(&mut self, value: u64) {
-        self.rip = value;
-    }
-
-    fn rflags(&mut self) -> u64 {
-        self.rflags
-    }
-
-    fn set_rflags(&mut self, value: u64) {
-        self.rflags = value;
-    }
-
-    fn segment(&mut self, register: SegmentRegister) -> Segment {
-        if register == SegmentRegister::Cs {
-            return self.snapshot.cs;
-        }
-        let place = register as usize;
-        if let Some(Some(segment)) = self.segments.get(place) {
-            return *segment;
-        }
-        // The VMCS is lost only with VMX itself, and then the next entry fails.
-        let segment = self
-            .state
-            .with_vmcs(|_, vmcs| vmcs.segment(register.into()))
-            .unwrap_or_default();
-        if let Some(slot) = self.segments.get_mut(place) {
-            *slot = Some(segment);
-        }
-        segment
-    }
-
-    fn mode(&mut self) -> Mode {
-        self.mode
-    }
-
-    fn read(&mut self, linear: Gva, data: &mut [u8]) -> core::result::Result<(), Halt> {
-        self.access(linear, data, AccessKind::Read)
-    }
-
-    fn read_for_write(&mut self, linear: Gva, data: &mut [u8]) -> core::result::Result<(), Halt> {
-        self.access(linear, data, AccessKind::Write)
-    }
-
-    fn prepare_write(&mut self, linear: Gva, length: usize) -> core::result::Result<(), Halt> {
-        let bytes = [0u8; 16];
-        for (address, _) in split(linear, bytes.get(..length).unwrap_or(&bytes)) {
-            self.translate(address, AccessKind::Write)?;
-        }
-        Ok(())
-    }
-
-    // INS and OUTS exit as I/O instructions, before they touch memory.
-    fn input(&mut self, _port: u16, _data: &mut [u8]) -> core::result::Result<(), Halt> {
-        Err(Halt::Unsupported)
-    }
-
-    fn output(&mut self, _port: u16, _data: &[u8]) -> core::result::Result<(), Halt> {
-        Err(Halt::Unsupported)
-    }
-
-    fn write(&mut self, linear: Gva, data: &[u8]) -> core::result::Result<(), Halt> {
-        // All pages are translated before the first is written.
-        let mut targets = [Gpa::new(0); 2];
-        for (target, (address, _)) in targets.iter_mut().zip(split(linear, data)) {
-            *target = self.translate(address, AccessKind::Write)?;
-        }
-        for (gpa, (_, part)) in targets.into_iter().zip(split(linear, data)) {
-            let core = &mut self.state.core;
-            if core.write_device(gpa, part)
-                || core
-                    .vm
-                    .memory
-                    .write(gpa, part)
-                    .map_err(Halt::Error)?
-                    .is_some()
-                || core.replay.write(gpa, part)
-            {
-                continue;
-            }
-            return Err(Halt::Unsupported);
-        }
-        Ok(())
-    }
-
-    fn compare_exchange(
-        &mut self,
-        linear: Gva,
-        old: &[u8],
-        new: &[u8],
-    ) -> core::result::Result<bool, Halt> {
-        let size = new.len();
-        let is_word = matches!(size, 1 | 2 | 4 | 8) && linear.raw() % size as u64 == 0;
-        if is_word {
-            let gpa = self.translate(linear, AccessKind::Write)?;
-            let done = self
-                .core()
-                .vm
-                .memory
-                .compare_exchange(gpa, size as u32, word(old), word(new))
-                .map_err(Halt::Error)?;
-            if let Some(done) = done {
-                return Ok(done);
-            }
-        }
-        // A device, or a locked access across a boundary, which is not atomic here.
-        self.write(linear, new)?;
-        Ok(true)
-    }
-
-    fn may_continue(&mut self) -> bool {
-        let core = self.core();
-        // What was read for the element that is done now is void.
-        core.replay.forget();
-        !core.replay.has_writes() && !core.shared.has_requests()
-    }
-}
-
-/// Up to 8 bytes, the lowest first.
-fn word(bytes: &[u8]) -> u64 {
-    bytes
-        .iter()
-        .rev()
-        .fold(0, |word, byte| (word << 8) | u64::from(*byte))
-}
-
 /// The bytes in the first page of an access of at most a page.
 fn in_first_page(linear: Gva, length: usize) -> usize {
     length.min((PAGE_SIZE - linear.page_offset()) as usize)
 }
 
 /// An access, split where it crosses a page.
-fn split(linear: Gva, data: &[u8]) -> impl Iterator<Item = (Gva, &[u8])> {
+pub(super) fn split(linear: Gva, data: &[u8]) -> impl Iterator<Item = (Gva, &[u8])> {
     let (first, second) = data.split_at(in_first_page(linear, data.len()));
     let next = linear.wrapping_add(first.len() as u64);
     [(linear, first), (next, second)]
@@ -736,7 +539,7 @@ fn split(linear: Gva, data: &[u8]) -> impl Iterator<Item = (Gva, &[u8])> {
 }
 
 /// Likewise, to be filled.
-fn split_mut(linear: Gva, data: &mut [u8]) -> impl Iterator<Item = (Gva, &mut [u8])> {
+pub(super) fn split_mut(linear: Gva, data: &mut [u8]) -> impl Iterator<Item = (Gva, &mut [u8])> {
     let (first, second) = data.split_at_mut(in_first_page(linear, data.len()));
     let next = linear.wrapping_add(first.len() as u64);
     [(linear, first), (next, second)]
