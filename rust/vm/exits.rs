@@ -155,10 +155,11 @@ impl Core {
     /// Ends an instruction: RIP, the shadow of STI and MOV SS, and the trap flag.
     #[inline]
     pub(super) fn retire(&mut self, vmcs: &mut CurrentVmcs<'_>, rip: u64) {
-        let rip = if self.is_64_bit(vmcs) {
-            rip
-        } else {
+        // EIP wraps: outside 64-bit code only the end of the address space leads past 32 bits.
+        let rip = if rip >> 32 == 1 && !self.is_64_bit(vmcs) {
             rip & 0xffff_ffff
+        } else {
+            rip
         };
         vmcs.write(FieldNatural::GUEST_RIP, rip);
         let state = vmcs.read32(Field32::GUEST_INTERRUPTIBILITY);

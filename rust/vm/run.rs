@@ -49,18 +49,8 @@ impl Vcpu {
     }
 
     fn run_locked(&self, state: &mut State) -> Result<UserExit> {
-        let early = if state.core.mp_state == MpState::Uninitialized {
-            Some(self.wait_for_startup(state))
-        } else {
-            // What userspace owes an earlier exit comes first, even where it wants to leave at once.
-            match state.complete(&self.run) {
-                Ok(None) if self.run.immediate_exit() => Some(Err(EINTR)),
-                Ok(None) => None,
-                Ok(Some(exit)) => Some(Ok(exit)),
-                Err(error) => Some(Err(error)),
-            }
-        };
-        if let Some(result) = early {
+        if state.core.mp_state == MpState::Uninitialized {
+            let result = self.wait_for_startup(state);
             self.report_state(state)?;
             return result;
         }
@@ -69,7 +59,6 @@ impl Vcpu {
         }
         state.core.wants_window = state.core.lapic.is_none() && self.run.wants_interrupt_window();
         state.core.events.attention = true;
-        state.core.has_run = true;
         state.fpu.load();
         // SAFETY: `state` stays where it is, pinned by `self`, and the notifier is taken back below.
         unsafe { state.hardware.arm() };
@@ -77,7 +66,13 @@ impl Vcpu {
             let irqs = IrqsOff::new();
             state.hardware.get_mut(&irqs).set_running(true, &irqs);
         }
-        let result = self.run_loop(state);
+        // What userspace owes an earlier exit comes first, even where it wants to leave at once.
+        let result = match state.complete(&self.run) {
+            Ok(None) if self.run.immediate_exit() => Err(EINTR),
+            Ok(None) => self.run_loop(state),
+            Ok(Some(exit)) => Ok(exit),
+            Err(error) => Err(error),
+        };
         // While the VMCS is active still.
         let reported = self.report_state(state);
         {
@@ -125,6 +120,7 @@ impl Vcpu {
     }
 
     fn run_loop(&self, state: &mut State) -> Result<UserExit> {
+        state.core.has_run = true;
         loop {
             if matches!(state.core.mp_state, MpState::Halted | MpState::InitReceived) {
                 self.sleep(state)?;
