@@ -36,7 +36,8 @@ const MAX_MESSAGES: usize = ioapic::PINS;
 
 /// Messages on their way from under the lock to the local APICs.
 struct Messages {
-    list: [Option<InterruptMessage>; MAX_MESSAGES],
+    /// Each with the IOAPIC's pin that it comes from, where it comes from there.
+    list: [Option<(Option<u8>, InterruptMessage)>; MAX_MESSAGES],
     count: usize,
 }
 
@@ -48,16 +49,20 @@ impl Messages {
         }
     }
 
-    fn push(&mut self, message: InterruptMessage) {
+    fn push(&mut self, pin: Option<u8>, message: InterruptMessage) {
         if let Some(place) = self.list.get_mut(self.count) {
-            *place = Some(message);
+            *place = Some((pin, message));
             self.count += 1;
         }
     }
 
     fn deliver(&self, vm: &Vm) {
-        for message in self.list.iter().take(self.count).flatten() {
-            vm.deliver(message, None);
+        for (pin, message) in self.list.iter().take(self.count).flatten() {
+            let taken = vm.deliver(message, None);
+            if let (false, Some(pin), Some(chip)) = (taken, *pin, vm.irqchip()) {
+                // No APIC will ever end it: the pin's next change sends another.
+                chip.chips.lock().ioapic.undelivered(pin);
+            }
         }
     }
 }
@@ -220,7 +225,7 @@ impl IrqChip {
         self.chips
             .lock()
             .ioapic
-            .eoi(vector, |_, message| messages.push(message));
+            .eoi(vector, |pin, message| messages.push(Some(pin), message));
         messages.deliver(vm);
     }
 
@@ -324,7 +329,7 @@ impl IrqChip {
             let mut chips = self.chips.lock();
             let effect = chips.ioapic.write(offset, value);
             if let Some(message) = effect.message {
-                messages.push(message);
+                messages.push(effect.changed, message);
             }
         }
         messages.deliver(vm);
@@ -339,7 +344,7 @@ impl IrqChip {
         let mut messages = Messages::new();
         let result = {
             let mut chips = self.chips.lock();
-            let result = f(&mut chips, &mut |message| messages.push(message));
+            let result = f(&mut chips, &mut |message| messages.push(None, message));
             self.publish(&chips);
             self.arm_pit(&chips);
             result
@@ -378,7 +383,11 @@ impl Chips {
                 LineOutcome::Coalesced => 0,
                 LineOutcome::Taken => 1,
                 LineOutcome::Send(message) => {
-                    messages.push(message);
+                    let pin = match target {
+                        Target::IoApic(pin) => Some(pin),
+                        _ => None,
+                    };
+                    messages.push(pin, message);
                     1
                 }
             });

@@ -279,26 +279,32 @@ impl Vm {
         offset
     }
 
-    /// Delivers a message to the local APICs that it is for. `source` is the sending virtual CPU's
-    /// number.
-    pub(crate) fn deliver(&self, message: &InterruptMessage, source: Option<u32>) {
+    /// Delivers a message to the local APICs that it is for, and says whether there was one. `source` is
+    /// the sending virtual CPU's number.
+    pub(crate) fn deliver(&self, message: &InterruptMessage, source: Option<u32>) -> bool {
         let source = match source {
             Some(id) => Source::Apic(ApicId(id)),
             None => Source::Device,
         };
         self.memory.with_vcpus(|vcpus| {
-            let mut targets = vcpus
+            let targets = vcpus
                 .iter()
                 .filter(|vcpu| matches(&vcpu.identity(), message, source));
             if message.is_arbitrated() {
                 let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-                if let Some(vcpu) = lowest_priority(targets, turn) {
+                let chosen = lowest_priority(targets, turn);
+                if let Some(vcpu) = chosen {
                     post(vcpu, message);
                 }
-                return;
+                return chosen.is_some();
             }
-            targets.by_ref().for_each(|vcpu| post(vcpu, message));
-        });
+            let mut taken = false;
+            for vcpu in targets {
+                post(vcpu, message);
+                taken = true;
+            }
+            taken
+        })
     }
 
     /// A local APIC broadcasts the end of a level-triggered interrupt.

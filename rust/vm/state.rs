@@ -453,7 +453,9 @@ impl State {
     pub(crate) fn lapic_page(&mut self) -> Result<[u8; REGISTERS_SIZE]> {
         self.core.take_posted();
         let now = self.core.now();
-        let lapic = self.core.lapic.as_ref().ok_or(EINVAL)?;
+        let lapic = self.core.lapic.as_mut().ok_or(EINVAL)?;
+        // A timer that is due shows in the IRR; on another machine it would be lost.
+        lapic.timer_fired(now);
         Ok(lapic.registers(PageFormat::Legacy, now))
     }
 

@@ -428,7 +428,9 @@ impl Core {
         self.events.attention = true;
         match effect {
             LapicEffect::None => {}
-            LapicEffect::SendIpi(message) => self.vm.deliver(&message, Some(self.shared.id)),
+            LapicEffect::SendIpi(message) => {
+                self.vm.deliver(&message, Some(self.shared.id));
+            }
             LapicEffect::Eoi(vector) => self.vm.end_of_interrupt(vector),
             LapicEffect::TimerChanged => self.shared.request_self(Request::ARM_TIMER),
             LapicEffect::IdentityChanged => {
