@@ -63,7 +63,7 @@ test_beside_kvm() {
 	check "insmod failed beside KVM" insmod $MODULE || return
 	check "rmmod failed beside KVM" rmmod rvisor || return
 	check "KVM did not unload" rmmod kvm-intel || return
-	rmmod kvm
+	rmmod kvm && rmmod irqbypass
 }
 
 test_no_complaints() {
