@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: GPL-2.0
+# What the scripts say where they can't go on: one line that names the cause, a failing exit status, and
+# nothing half-made left behind. Run on this machine, as root: sh tests/host/scripts.sh
+# shellcheck shell=sh disable=SC2317 # the functions are called by name
+
+here=$(cd "$(dirname "$0")" && pwd -P)
+. "$here/../lib/ktap.sh"
+
+scripts=$here/../../scripts
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+RVISOR_CACHE=$work/cache
+export RVISOR_CACHE
+
+# refuses TEXT COMMAND...: the command fails with one line of the scripts' that has TEXT in it, and leaves no
+# part of a root or kernel.
+refuses() {
+	text=$1
+	shift
+	"$@" >"$work/out" 2>&1 </dev/null
+	status=$?
+	check "it succeeded" test $status -ne 0 || return
+	check "not one line: $(cat "$work/out")" test "$(grep -c '^rvisor: ' "$work/out")" -eq 1 || return
+	check "no \"$text\" in: $(grep '^rvisor: ' "$work/out")" grep -q "^rvisor: .*$text" "$work/out" || return
+	left=$(ls -d "$RVISOR_CACHE"/root-* "$RVISOR_CACHE"/kernel-* 2>/dev/null)
+	check "it left $left behind" test -z "$left"
+}
+
+# stub NAME COMMANDS: a program of that name, the only one that is found before the real ones.
+stub() {
+	rm -rf "${work:?}/bin"
+	mkdir -p "$work/bin"
+	printf '#!/bin/sh\n%s\n' "$2" >"$work/bin/$1"
+	chmod 755 "$work/bin/$1"
+}
+stubbed() { PATH=$work/bin:$PATH "$@"; }
+
+test_not_root() {
+	unshare --user true 2>/dev/null || { skip "this kernel allows no user namespaces"; return; }
+	refuses "needs root" unshare --user "$scripts/build-root"
+}
+
+test_unknown_host() {
+	stub uname 'echo Linux aarch64'
+	refuses "Linux x86_64 only" stubbed "$scripts/build-root"
+}
+
+test_no_network() { refuses "needs the network" unshare --net "$scripts/build-root"; }
+
+test_too_little_disk() {
+	mkdir -p "$RVISOR_CACHE"
+	# shellcheck disable=SC2016 # for the inner shell
+	refuses "free space and 10 GiB are needed" unshare --mount --propagation private \
+		sh -c 'mount -t tmpfs -o size=64m tmpfs "$RVISOR_CACHE" && exec "$1"' sh "$scripts/build-root"
+}
+
+test_no_place_for_the_cache() {
+	refuses "set RVISOR_CACHE" env RVISOR_CACHE=/proc/rvisor "$scripts/build-root"
+}
+
+# As Ctrl-C does it: while a step makes something.
+test_interrupted() {
+	# shellcheck disable=SC2016 # for the stub
+	stub debootstrap 'for last; do root=$last; done; mkdir -p "$root/etc"; echo 13 >"$root/etc/debian_version"
+echo $$ >'"$work/started"'; sleep 30'
+	rm -f "$work/started"
+	PATH=$work/bin:$PATH setsid "$scripts/build-root" >"$work/out" 2>&1 </dev/null &
+	script=$!
+	tries=100
+	while [ ! -s "$work/started" ] && [ $tries -gt 0 ]; do
+		sleep 0.1
+		tries=$((tries - 1))
+	done
+	kill -TERM -$script
+	wait $script
+	status=$?
+	check "the step never began: $(cat "$work/out")" test -s "$work/started" || return
+	check "it ended with status 0" test $status -ne 0 || return
+	left=$(ls -d "$RVISOR_CACHE"/root-* 2>/dev/null)
+	check "it left $left behind" test -z "$left"
+}
+
+test_module_without_a_tree() {
+	refuses "no kernel build tree at $work/nowhere" "$scripts/module" "$work/nowhere"
+}
+
+test_module_for_a_kernel_without_rust() {
+	mkdir -p "$work/tree"
+	touch "$work/tree/Makefile"
+	refuses "has no .config" "$scripts/module" "$work/tree" || return
+	echo 'CONFIG_MODULES=y' >"$work/tree/.config"
+	refuses "without CONFIG_RUST" "$scripts/module" "$work/tree"
+}
+
+test_module_names_all_that_is_missing() {
+	mkdir -p "$work/tree/rust" "$work/tree/include/config"
+	touch "$work/tree/Makefile" "$work/tree/rust/libcore.rmeta"
+	echo 7.3.0-test >"$work/tree/include/config/kernel.release"
+	printf 'CONFIG_RUST=y\nCONFIG_RUSTC_VERSION_TEXT="rustc 1.0.0 (of long ago)"\n' >"$work/tree/.config"
+	refuses "is not enough to build a Rust module" "$scripts/module" "$work/tree" || return
+	for part in rust/libkernel.rmeta Module.symvers 'rustc 1.0.0 (of long ago)'; do
+		check "it does not name $part: $(cat "$work/out")" grep -qF "$part" "$work/out" || return
+	done
+	check_not "it names what is there" grep -q 'rust/libcore.rmeta' "$work/out"
+}
+
+run_tests not_root unknown_host no_network too_little_disk no_place_for_the_cache interrupted \
+	module_without_a_tree module_for_a_kernel_without_rust module_names_all_that_is_missing
