@@ -132,6 +132,15 @@ fn a_missing_initrd_is_named() {
 }
 
 #[test]
+fn a_program_is_no_kernel() {
+    run(
+        Path::new(env!("CARGO_BIN_EXE_rvisor")),
+        &[],
+        &["is a program, not a kernel", "bzImage"],
+    );
+}
+
+#[test]
 fn a_folder_is_no_kernel() {
     let files = Files::new();
     run(files.0.path(), &[], &["is not a file"]);

@@ -32,6 +32,12 @@ const ELF_CLASS: usize = 4;
 const ELF_CLASS_64: u8 = 2;
 const ELF_MACHINE: usize = 18;
 const ELF_MACHINE_X86_64: [u8; 2] = [62, 0];
+/// Where an ELF header keeps the place and number of the program headers, and a program header's size.
+const ELF_PHOFF: usize = 32;
+const ELF_PHNUM: usize = 56;
+const ELF_PHENTSIZE: usize = 56;
+/// Program headers that only what runs under a kernel has: an interpreter, thread-local storage.
+const ELF_OF_PROGRAMS: [u32; 2] = [3, 7];
 /// The highest address of an initial RAM disk, less 1, and the longest command line of a kernel that
 /// does not say (one in ELF form): those of every x86-64 Linux.
 const INITRD_END: u64 = 0x8000_0000;
@@ -90,16 +96,40 @@ fn form(head: &[u8]) -> std::result::Result<Form, &'static str> {
         let machine = head.get(ELF_MACHINE..ELF_MACHINE + 2);
         let x86_64 = head.get(ELF_CLASS) == Some(&ELF_CLASS_64)
             && machine == Some(ELF_MACHINE_X86_64.as_slice());
-        return if x86_64 {
-            Ok(Form::Elf)
-        } else {
+        return if !x86_64 {
             Err("is an ELF file, but none for x86-64")
+        } else if is_program(head) {
+            Err("is a program, not a kernel")
+        } else {
+            Ok(Form::Elf)
         };
     }
     if head.get(HEADER_MAGIC..HEADER_MAGIC + 4) == Some(b"HdrS") {
         return Ok(Form::BzImage);
     }
     Err("is not a kernel")
+}
+
+/// Whether a 64-bit ELF file is a program for some system, by those of its program headers that are in `head`.
+fn is_program(head: &[u8]) -> bool {
+    let field = |at: usize, size: usize| -> Option<u64> {
+        let bytes = head.get(at..at.checked_add(size)?)?;
+        Some(
+            bytes
+                .iter()
+                .rev()
+                .fold(0, |value, byte| (value << 8) | u64::from(*byte)),
+        )
+    };
+    let (Some(first), Some(count)) = (field(ELF_PHOFF, 8), field(ELF_PHNUM, 2)) else {
+        return false;
+    };
+    (0..count as usize)
+        .map_while(|number| {
+            let at = usize::try_from(first).ok()?;
+            field(at.checked_add(number * ELF_PHENTSIZE)?, 4)
+        })
+        .any(|kind| ELF_OF_PROGRAMS.map(u64::from).contains(&kind))
 }
 
 /// A kernel in the guest's memory.
@@ -288,6 +318,26 @@ mod tests {
         for head in [b"".as_slice(), b"\x7fELF", b"#!/bin/sh\n"] {
             assert!(form(head).is_err());
         }
+    }
+
+    #[test]
+    fn a_program_is_no_kernel() {
+        // One program header behind the ELF header: PT_LOAD as a kernel has, then PT_INTERP, PT_TLS.
+        let with = |kind: u8| {
+            let mut head = elf(2, [0x3e, 0]);
+            head[ELF_PHOFF] = 64;
+            head[ELF_PHNUM] = 1;
+            head.push(kind);
+            head.extend([0; ELF_PHENTSIZE - 1]);
+            form(&head)
+        };
+        assert_eq!(with(1), Ok(Form::Elf));
+        assert!(with(3).is_err());
+        assert!(with(7).is_err());
+        let mut wild = elf(2, [0x3e, 0]);
+        wild[ELF_PHOFF..ELF_PHOFF + 8].fill(0xff);
+        wild[ELF_PHNUM..ELF_PHNUM + 2].fill(0xff);
+        assert_eq!(form(&wild), Ok(Form::Elf));
     }
 
     #[test]
