@@ -108,11 +108,12 @@ build_root_path() {
 	printf '%s/root-%s\n' "$RVISOR_CACHE" "$({ printf 'recipe 1\n'; grep -v '^#' "$RVISOR_SRC/scripts/packages"; } | key_of)"
 }
 
-# cargo_in_root NAME COMMAND...: cargo in the build root with a target folder of that name in the cache.
+# cargo_in_root NAME COMMAND...: cargo in the build root with a target folder of that name. Each checkout has its
+# own: cargo tells a crate's copies in two checkouts apart by nothing but the files' times.
 cargo_in_root() {
 	local name=$1
 	shift
-	in_root env CARGO_TARGET_DIR="$RVISOR_CACHE/target/$name" cargo "$@"
+	in_root env CARGO_TARGET_DIR="$RVISOR_BUILD/target/$name" cargo "$@"
 }
 
 # in_root COMMAND...: runs COMMAND in the build root, in this folder, with the checkout and the cache
