@@ -147,8 +147,9 @@ void rvisor_restore_descriptor_limits(void)
  */
 void rvisor_load_selectors(u16 es, u16 ds, u16 fs, u16 gs, u16 ldtr)
 {
+	/* Not load_ldt(), which kernels that can be Xen's guests don't have. */
 	if (ldtr)
-		load_ldt(ldtr);
+		asm volatile("lldt %w0" : : "r"(ldtr));
 	loadsegment(ds, ds);
 	loadsegment(es, es);
 	loadsegment(fs, fs);
