@@ -15,9 +15,11 @@
 //! can be given up without a trace. A string instruction does so iteration by iteration.
 
 mod decode;
+mod descriptor;
 mod execute;
 mod instruction;
 mod machine;
+mod task;
 
 pub use decode::{decode, DecodeError, MAX_LENGTH};
 pub use execute::execute;
@@ -26,3 +28,4 @@ pub use instruction::{
     Repeat, Size, StringOperation, Unary, VectorMove,
 };
 pub use machine::{Machine, Mode, Progress, Protection, Stop};
+pub use task::{switch_task, TaskMachine, TaskSegment, TaskStop, TaskSwitch, TaskSwitchSource};

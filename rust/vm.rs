@@ -18,4 +18,5 @@ pub(crate) mod run;
 pub(crate) mod run_page;
 pub(crate) mod shared;
 pub(crate) mod state;
+mod task;
 pub(crate) mod vcpu;

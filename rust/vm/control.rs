@@ -189,8 +189,8 @@ impl State {
         Ok(true)
     }
 
-    /// MOV to CR3, which exits only on CPUs that insist on it.
-    fn write_cr3(&mut self, value: u64) -> Result<bool> {
+    /// MOV to CR3, which exits only on CPUs that insist on it, and a task switch's load of it.
+    pub(super) fn write_cr3(&mut self, value: u64) -> Result<bool> {
         let cr4 = self.core.cr4;
         let bits = self.core.cpu.physical_bits;
         if check_cr3(Cr3(value), cr4, self.core.efer, bits).is_err() {

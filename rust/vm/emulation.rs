@@ -164,7 +164,7 @@ pub(super) struct Snapshot {
 }
 
 impl State {
-    fn snapshot(&mut self) -> Result<Snapshot> {
+    pub(super) fn snapshot(&mut self) -> Result<Snapshot> {
         self.with_vmcs(|core, vmcs| {
             core.sync_rsp(vmcs);
             let rflags = vmcs.read(FieldNatural::GUEST_RFLAGS);
@@ -495,6 +495,14 @@ impl Core {
 }
 
 impl Snapshot {
+    /// For accesses that the CPU makes by itself: privilege and RFLAGS.AC do not count.
+    pub(super) fn as_supervisor(&self) -> Self {
+        let mut snapshot = *self;
+        snapshot.privilege = Privilege::Supervisor;
+        snapshot.paging.alignment_check = false;
+        snapshot
+    }
+
     fn mode(&self) -> Mode {
         let access = self.cs.access;
         let protected = self.paging.cr0.has(rvisor_core::x86::control::Cr0::PE);

@@ -45,6 +45,8 @@ pub(crate) enum Slow {
     Cr(CrAccess),
     /// #AC that the host's detection of split locks caused.
     SplitLock { rip: u64 },
+    /// A switch to another task of a 32-bit guest.
+    Task(super::task::Switch),
     /// HLT: the thread sleeps.
     Halt,
     /// PAUSE: let another thread run.
@@ -103,6 +105,7 @@ impl Core {
                 Next::Slow(Slow::Halt)
             }
             ExitReason::CR_ACCESS => self.exit_cr(vmcs),
+            ExitReason::TASK_SWITCH => Next::Slow(Slow::Task(self.task_switch(vmcs))),
             ExitReason::DR_ACCESS => self.exit_dr(vmcs),
             ExitReason::TRIPLE_FAULT => Next::User(UserExit::Shutdown),
             ExitReason::XSETBV => self.exit_xsetbv(vmcs),
@@ -123,8 +126,7 @@ impl Core {
             ExitReason(number) if (19..=27).contains(&number) => {
                 self.raise(Exception::INVALID_OPCODE)
             }
-            // INIT is blocked by the host while VMX is on; a task switch of a 32-bit guest is not
-            // emulated, nor is an EPT misconfiguration ever meant.
+            // INIT is blocked by the host while VMX is on, and an EPT misconfiguration is never meant.
             _ => Next::User(UserExit::UnexpectedExit {
                 reason: reason.0,
                 cpu: current_cpu(vmcs),
@@ -428,6 +430,7 @@ impl State {
             Slow::Ept(violation) => self.handle_ept_violation(&violation),
             Slow::StringIo(access) => self.handle_string_io(&access),
             Slow::Cr(access) => self.handle_cr(access),
+            Slow::Task(switch) => self.handle_task_switch(&switch),
             Slow::SplitLock { rip } => {
                 if !self.core.vm.host.symbols.handle_split_lock(rip) {
                     let exception = Exception::with_code(ExceptionVector::AlignmentCheck, 0);

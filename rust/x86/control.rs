@@ -269,6 +269,8 @@ register! {
     Dr7 {
         /// The local and global enables of the four breakpoints.
         ENABLES = 0xff;
+        /// What a task switch clears: the local enables and local exact.
+        LOCAL = 0x155;
         /// Local exact.
         LE = 1 << 8;
         /// Global exact.

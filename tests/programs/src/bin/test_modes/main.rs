@@ -3,6 +3,7 @@
 
 mod modes;
 mod state;
+mod tasks;
 
 use rvisor_tests::{ktap, tests};
 
@@ -16,6 +17,10 @@ fn main() -> std::process::ExitCode {
         modes::real_to_long,
         modes::compatibility_mode,
         modes::segment_bases,
+        tasks::task_jump,
+        tasks::task_call,
+        tasks::task_gate,
+        tasks::task_gate_with_code,
         state::general_registers,
         state::control_registers,
         state::fpu,
