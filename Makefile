@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0
 # Builds, tests and shows rvisor. Everything slow to make is kept in $RVISOR_CACHE (~/.cache/rvisor).
 
-KDIR ?=
+# HOST=debian: Debian's stock kernel in the test host. From the command line alone: shells export a HOST too.
+RVISOR_HOST := $(if $(filter command,$(origin HOST)),$(HOST))
+KDIR ?= $(if $(filter debian,$(RVISOR_HOST)),stock)
 PREFIX ?= /usr/local
 INSTALL_MOD_PATH ?=
 DESTDIR ?=
@@ -10,13 +12,16 @@ DESTDIR ?=
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help module tool programs check test demo shell bench install clean distclean
+.PHONY: help module tool programs check test test-models demo shell bench install clean distclean
 
 help: ## this text
 	@echo 'make demo        load rvisor.ko in a machine with VMX and boot a Linux guest there, on this screen'
 	@echo 'make test        all checks and tests, those inside the test host too'
+	@echo '  HOST=debian    each with Debian'\''s stock kernel in that machine; so with shell and bench'
+	@echo 'make test-models a guest on each CPU model that Bochs has'
 	@echo
 	@echo 'make module      build/rvisor.ko for the test host'
+	@echo '  KDIR=stock     for Debian'\''s stock 7.3 kernel: build/RELEASE/rvisor.ko, ready for insmod'
 	@echo '  KDIR=DIR       for the kernel with the build tree DIR, such as /lib/modules/$$(uname -r)/build'
 	@echo 'make tool        build/rvisor, the program that runs guests'
 	@echo 'make programs    build/tests, the test programs'
@@ -42,6 +47,9 @@ check:
 test:
 	@scripts/test
 
+test-models:
+	@scripts/test --no-check models
+
 demo: module tool
 	@scripts/demo
 
@@ -60,4 +68,4 @@ clean:
 distclean:
 	@scripts/clean --all
 
-export PREFIX INSTALL_MOD_PATH DESTDIR DEVICE
+export PREFIX INSTALL_MOD_PATH DESTDIR DEVICE RVISOR_HOST

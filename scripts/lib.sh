@@ -108,6 +108,15 @@ build_root_path() {
 	printf '%s/root-%s\n' "$RVISOR_CACHE" "$({ printf 'recipe 1\n'; grep -v '^#' "$RVISOR_SRC/scripts/packages"; } | key_of)"
 }
 
+# Prints which of testhost's kernels "make HOST=..." means; it comes here as RVISOR_HOST.
+kernel_of_host() {
+	case ${RVISOR_HOST:-} in
+	'') echo small ;;
+	debian) echo stock ;;
+	*) die "HOST is $RVISOR_HOST; it can be debian, for Debian's stock kernel" ;;
+	esac
+}
+
 # cargo_in_root NAME COMMAND...: cargo in the build root with a target folder of that name. Each checkout has its
 # own: cargo tells a crate's copies in two checkouts apart by nothing but the files' times.
 cargo_in_root() {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # KTAP for shell tests (busybox sh). A test is a function; "run_tests NAME..." runs the functions test_NAME.
 # A function fails with a non-zero status, having said why with "why TEXT"; "skip TEXT" skips it.
+# With ONLY in the environment, a program that has tests of these names runs them alone.
 # shellcheck shell=sh
 
 why() { WHY=$*; }
@@ -35,7 +36,20 @@ wait_for() {
 # Messages of level warning and worse, except KVM's own and that the module is not the kernel's.
 kernel_complaints() { dmesg -r | grep '^<[0-4]>' | grep -v -e 'loading out-of-tree module taints kernel' -e '\] kvm'; }
 
+# Prints those of the names that ONLY has; all of them where it has none.
+chosen_tests() {
+	chosen=''
+	for name; do
+		case " ${ONLY:-} " in
+		*" $name "*) chosen="$chosen $name" ;;
+		esac
+	done
+	echo "${chosen:-$*}"
+}
+
 run_tests() {
+	# shellcheck disable=SC2046 # words
+	set -- $(chosen_tests "$@")
 	echo "KTAP version 1"
 	echo "1..$#"
 	number=0
