@@ -4,6 +4,7 @@
 
 pub(crate) mod anon_file;
 pub(crate) mod cpu;
+pub(crate) mod eventfd;
 pub(crate) mod fpu;
 pub(crate) mod hotplug;
 pub(crate) mod irq;
@@ -11,6 +12,7 @@ pub(crate) mod memory;
 pub(crate) mod notifier;
 pub(crate) mod page;
 pub(crate) mod preempt;
+pub(crate) mod rcu;
 pub(crate) mod signal;
 pub(crate) mod symbols;
 pub(crate) mod timer;

@@ -2,6 +2,7 @@
 
 //! Virtual machines and virtual CPUs: what a guest is made of and how its exits are handled.
 
+pub(crate) mod bus;
 pub(crate) mod completion;
 pub(crate) mod control;
 mod emulated;
@@ -9,11 +10,13 @@ pub(crate) mod emulation;
 pub(crate) mod events;
 pub(crate) mod exits;
 pub(crate) mod irqchip;
+pub(crate) mod irqfd;
 pub(crate) mod machine;
 pub(crate) mod memory;
 pub(crate) mod mmio;
 pub(crate) mod msr;
 pub(crate) mod port;
+mod resample;
 pub(crate) mod run;
 pub(crate) mod run_page;
 pub(crate) mod shared;

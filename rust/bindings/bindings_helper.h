@@ -4,7 +4,10 @@
 #include <linux/kprobes.h>
 #include <linux/kvm.h>
 #include <linux/anon_inodes.h>
+#include <linux/eventfd.h>
+#include <linux/rcupdate.h>
 #include <linux/entry-virt.h>
 #include <asm/msr-index.h>
 
+#include "../host/eventfd_glue.h"
 #include "../host/glue.h"

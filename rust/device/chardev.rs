@@ -9,7 +9,7 @@ use crate::{
     vm::{
         machine::{supported_cpuid, Host, Vm, MAX_VCPUS},
         memory::SLOTS,
-        run_page::MMAP_SIZE,
+        run_page::{MMAP_SIZE, RING_PAGE},
     },
     RvisorModule,
 };
@@ -67,6 +67,12 @@ pub(super) fn check_extension(host: &Host, capability: usize) -> isize {
     match capability {
         uapi::KVM_CAP_IRQCHIP
         | uapi::KVM_CAP_HLT
+        | uapi::KVM_CAP_IRQFD
+        | uapi::KVM_CAP_IRQFD_RESAMPLE
+        | uapi::KVM_CAP_IOEVENTFD
+        | uapi::KVM_CAP_IOEVENTFD_NO_LENGTH
+        | uapi::KVM_CAP_IOEVENTFD_ANY_LENGTH
+        | uapi::KVM_CAP_COALESCED_PIO
         | uapi::KVM_CAP_USER_MEMORY
         | uapi::KVM_CAP_SET_TSS_ADDR
         | uapi::KVM_CAP_EXT_CPUID
@@ -91,6 +97,7 @@ pub(super) fn check_extension(host: &Host, capability: usize) -> isize {
         | uapi::KVM_CAP_CHECK_EXTENSION_VM
         | uapi::KVM_CAP_IMMEDIATE_EXIT
         | uapi::KVM_CAP_GET_MSR_FEATURES => 1,
+        uapi::KVM_CAP_COALESCED_MMIO => RING_PAGE as isize,
         uapi::KVM_CAP_XCRS => (host.xcr0 != 0).into(),
         uapi::KVM_CAP_IRQ_ROUTING => rvisor_core::irqchip::routing::MAX_ROUTES as isize,
         uapi::KVM_CAP_NR_VCPUS => {

@@ -28,12 +28,15 @@ macro_rules! plain {
 }
 
 plain! {
+    kvm_coalesced_mmio_zone: 16,
     kvm_cpuid_entry2: 40,
     kvm_debugregs: 128,
     kvm_fpu: 416,
     kvm_interrupt: 4,
+    kvm_ioeventfd: 64,
     kvm_irq_level: 8,
     kvm_irqchip: 520,
+    kvm_irqfd: 32,
     kvm_irq_routing_entry: 48,
     kvm_lapic_state: 1024,
     kvm_mp_state: 4,
@@ -134,9 +137,13 @@ ioctls! {
     SET_IRQCHIP = _IOR::<uapi::kvm_irqchip>(KVMIO, 0x63);
     CREATE_PIT = _IO(KVMIO, 0x64);
     IRQ_LINE_STATUS = _IOWR::<uapi::kvm_irq_level>(KVMIO, 0x67);
+    REGISTER_COALESCED_MMIO = _IOW::<uapi::kvm_coalesced_mmio_zone>(KVMIO, 0x67);
+    UNREGISTER_COALESCED_MMIO = _IOW::<uapi::kvm_coalesced_mmio_zone>(KVMIO, 0x68);
     SET_GSI_ROUTING = _IOW::<ListHeader>(KVMIO, 0x6a);
+    IRQFD = _IOW::<uapi::kvm_irqfd>(KVMIO, 0x76);
     CREATE_PIT2 = _IOW::<uapi::kvm_pit_config>(KVMIO, 0x77);
     SET_BOOT_CPU_ID = _IO(KVMIO, 0x78);
+    IOEVENTFD = _IOW::<uapi::kvm_ioeventfd>(KVMIO, 0x79);
     RUN = _IO(KVMIO, 0x80);
     GET_REGS = _IOR::<uapi::kvm_regs>(KVMIO, 0x81);
     SET_REGS = _IOW::<uapi::kvm_regs>(KVMIO, 0x82);

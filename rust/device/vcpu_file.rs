@@ -45,7 +45,7 @@ impl AnonFile for Vcpu {
     }
 
     fn mmap(this: ArcBorrow<'_, Self>, vma: &VmaNew) -> Result {
-        this.run.map(vma)
+        this.run.map(vma, this.vm.registrations.ring()?)
     }
 }
 

@@ -9,7 +9,10 @@ use super::{
 };
 use crate::{
     bindings as uapi,
-    host::anon_file::{self, AnonFile, Reservation},
+    host::{
+        anon_file::{self, AnonFile, Reservation},
+        eventfd::EventFd,
+    },
     vm::machine::Vm,
     RvisorModule,
 };
@@ -18,12 +21,19 @@ use kernel::{
     sync::{Arc, ArcBorrow},
 };
 use rvisor_core::{
+    bus::{
+        coalesced::Zone,
+        doorbell::{Doorbell, FLAG_DEASSIGN},
+    },
     irqchip::{
         destination::InterruptMessage,
         routing::{RawRoute, Route, RoutingRules, MAX_ROUTES},
     },
     mmu::slot,
-    x86::address::{Gpa, Hva},
+    x86::{
+        address::{Gpa, Hva},
+        vector::Gsi,
+    },
 };
 
 /// The last address at which the three pages of KVM_SET_TSS_ADDR lie below 4 GiB.
@@ -39,6 +49,10 @@ impl AnonFile for Vm {
         }
         let vm: Arc<Self> = this.into();
         vm_ioctl(&vm, command, argument)
+    }
+
+    fn released(this: &Arc<Self>) {
+        this.irqfds.release(this);
     }
 }
 
@@ -80,6 +94,15 @@ fn vm_ioctl(vm: &Arc<Vm>, command: u32, argument: usize) -> Result<isize> {
         }
         user::SET_GSI_ROUTING => set_routing(vm, argument),
         user::SIGNAL_MSI => signal_msi(vm, argument),
+        user::IRQFD => irqfd(vm, argument),
+        user::IOEVENTFD => ioeventfd(vm, argument),
+        user::REGISTER_COALESCED_MMIO => {
+            vm.registrations.add_zone(read_zone(argument)?).map(|()| 0)
+        }
+        user::UNREGISTER_COALESCED_MMIO => vm
+            .registrations
+            .remove_zones(&read_zone(argument)?)
+            .map(|()| 0),
         user::GET_IRQCHIP => chip_state::get_irqchip(vm, argument),
         user::SET_IRQCHIP => chip_state::set_irqchip(vm, argument),
         user::CREATE_PIT => create_pit(vm),
@@ -160,4 +183,50 @@ fn signal_msi(vm: &Vm, argument: usize) -> Result<isize> {
     let message = InterruptMessage::from_msi(address, msi.data, false).map_err(|_| EINVAL)?;
     vm.deliver(&message, None);
     Ok(1)
+}
+
+fn irqfd(vm: &Arc<Vm>, argument: usize) -> Result<isize> {
+    let request: uapi::kvm_irqfd = user::read(argument)?;
+    let known = uapi::KVM_IRQFD_FLAG_DEASSIGN | uapi::KVM_IRQFD_FLAG_RESAMPLE;
+    if request.flags & !known != 0 {
+        return Err(EINVAL);
+    }
+    let gsi = Gsi(request.gsi);
+    if request.flags & uapi::KVM_IRQFD_FLAG_DEASSIGN != 0 {
+        vm.irqfds.remove(vm, request.fd, gsi)?;
+    } else {
+        let resample =
+            (request.flags & uapi::KVM_IRQFD_FLAG_RESAMPLE != 0).then_some(request.resamplefd);
+        vm.irqfds.add(vm, request.fd, gsi, resample)?;
+    }
+    Ok(0)
+}
+
+fn ioeventfd(vm: &Vm, argument: usize) -> Result<isize> {
+    let request: uapi::kvm_ioeventfd = user::read(argument)?;
+    let uapi::kvm_ioeventfd {
+        datamatch,
+        addr,
+        len,
+        fd,
+        flags,
+        ..
+    } = request;
+    if flags & FLAG_DEASSIGN != 0 {
+        let eventfd = EventFd::from_descriptor(fd as u32)?;
+        let doorbell = Doorbell::named(flags, addr, len, datamatch).ok_or(ENOENT)?;
+        vm.registrations.remove_doorbell(&doorbell, &eventfd)?;
+    } else {
+        let doorbell = Doorbell::parse(flags, addr, len, datamatch).map_err(|_| EINVAL)?;
+        let eventfd = EventFd::from_descriptor(fd as u32)?;
+        vm.registrations.add_doorbell(doorbell, eventfd)?;
+    }
+    Ok(0)
+}
+
+fn read_zone(argument: usize) -> Result<Zone> {
+    let zone: uapi::kvm_coalesced_mmio_zone = user::read(argument)?;
+    // SAFETY: Both members of the union are 32-bit integers.
+    let is_port = unsafe { zone.__bindgen_anon_1.pio };
+    Zone::parse(zone.addr, zone.size, is_port).map_err(|_| EINVAL)
 }

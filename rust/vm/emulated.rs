@@ -7,6 +7,7 @@ use super::{
     vcpu::{Core, State},
 };
 use rvisor_core::{
+    bus::Bus,
     emulate::{Gpr, Machine, Mode},
     mmu::walk::AccessKind,
     x86::{
@@ -163,6 +164,7 @@ impl Machine for Emulated<'_> {
                     .write(gpa, part)
                     .map_err(Halt::Error)?
                     .is_some()
+                || core.vm.registrations.write(Bus::Memory, gpa.raw(), part)
                 || core.replay.write(gpa, part)
             {
                 continue;

@@ -6,10 +6,15 @@
 //! for the bootstrap processor. Messages are delivered after it is dropped.
 
 use super::{
+    irqfd::Resampler,
     machine::Vm,
+    resample::{Ended, Resampled},
     shared::{Request, VcpuShared},
 };
-use crate::host::timer::{self, Expire, Timer};
+use crate::host::{
+    rcu::RcuCell,
+    timer::{self, Expire, Timer},
+};
 use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use kernel::{
     new_spinlock,
@@ -35,14 +40,14 @@ use rvisor_core::{
 const MAX_MESSAGES: usize = ioapic::PINS;
 
 /// Messages on their way from under the lock to the local APICs.
-struct Messages {
+pub(super) struct Messages {
     /// Each with the IOAPIC's pin that it comes from, where it comes from there.
     list: [Option<(Option<u8>, InterruptMessage)>; MAX_MESSAGES],
     count: usize,
 }
 
 impl Messages {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             list: [None; MAX_MESSAGES],
             count: 0,
@@ -73,7 +78,8 @@ pub(crate) struct Chips {
     pub(crate) ioapic: IoApic,
     pub(crate) pit: Option<Pit>,
     routes: KVec<Route>,
-    index: KBox<RoutingIndex>,
+    pub(super) index: KBox<RoutingIndex>,
+    pub(super) resampled: Resampled,
 }
 
 /// The PIT's timer wakes the bootstrap processor, once that is there.
@@ -97,6 +103,7 @@ impl Expire for PitTarget {
 pub(crate) struct IrqChip {
     #[pin]
     pub(crate) chips: SpinLock<Chips>,
+    pub(super) resamplers: RcuCell<KVec<Resampler>>,
     /// The PICs' INTR line, published so that entering the guest needs no lock.
     pic_output: AtomicBool,
     // Fields drop in order: the timer goes before what its callback uses.
@@ -126,6 +133,7 @@ impl IrqChip {
             pit: None,
             routes,
             index,
+            resampled: Resampled::default(),
         };
         let pit_target = KBox::new(
             PitTarget {
@@ -137,6 +145,7 @@ impl IrqChip {
         KBox::pin_init(
             pin_init!(Self {
                 chips <- new_spinlock!(chips),
+                resamplers: RcuCell::new(),
                 pic_output: AtomicBool::new(false),
                 // SAFETY: The box behind `pit_target` is dropped after the timer.
                 pit_timer <- unsafe { Timer::new(target) },
@@ -189,7 +198,7 @@ impl IrqChip {
     }
 
     /// Publishes the PICs' output; the bootstrap processor looks at it where it rose.
-    fn publish(&self, chips: &Chips) {
+    pub(super) fn publish(&self, chips: &Chips) {
         let output = chips.pic.output();
         if self.pic_output.swap(output, Ordering::AcqRel) != output && output {
             if let Some(bootstrap) = &*self.bootstrap.lock() {
@@ -203,6 +212,10 @@ impl IrqChip {
         let mut chips = self.chips.lock();
         let vector = chips.pic.acknowledge();
         self.publish(&chips);
+        if chips.has_resamplers() {
+            drop(chips);
+            self.end_lines();
+        }
         vector
     }
 
@@ -222,11 +235,20 @@ impl IrqChip {
     /// The end of a level-triggered interrupt, as a local APIC broadcasts it.
     pub(crate) fn end_of_interrupt(&self, vm: &Vm, vector: Vector) {
         let mut messages = Messages::new();
-        self.chips
-            .lock()
-            .ioapic
-            .eoi(vector, |pin, message| messages.push(Some(pin), message));
+        let mut ended = Ended::none();
+        {
+            let mut chips = self.chips.lock();
+            if chips.has_resamplers() {
+                let pins = chips.ioapic.pins_with_vector(vector);
+                chips.lower_pins(pins, &mut ended, &mut messages);
+                self.publish(&chips);
+            }
+            chips
+                .ioapic
+                .eoi(vector, |pin, message| messages.push(Some(pin), message));
+        }
         messages.deliver(vm);
+        self.tell_resamplers(&ended);
     }
 
     /// Sets the routes.
@@ -242,6 +264,7 @@ impl IrqChip {
             (
                 core::mem::replace(&mut chips.routes, routes),
                 core::mem::replace(&mut chips.index, index),
+                self.refresh_resampled(&mut chips),
             )
         };
         Ok(())
@@ -295,6 +318,10 @@ impl IrqChip {
             0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => {
                 let known = chips.pic.write_port(port, value);
                 self.publish(&chips);
+                if chips.has_resamplers() {
+                    drop(chips);
+                    self.end_lines();
+                }
                 known
             }
             0x40..=0x43 | 0x61 => {
@@ -325,14 +352,19 @@ impl IrqChip {
     /// Writes a register of the IOAPIC.
     pub(crate) fn write_ioapic(&self, vm: &Vm, offset: u8, value: u32) {
         let mut messages = Messages::new();
+        let mut ended = Ended::none();
         {
             let mut chips = self.chips.lock();
             let effect = chips.ioapic.write(offset, value);
             if let Some(message) = effect.message {
                 messages.push(effect.changed, message);
             }
+            if let (true, Some(pin)) = (effect.resample, effect.changed) {
+                chips.ask_pin(pin, &mut ended);
+            }
         }
         messages.deliver(vm);
+        self.tell_resamplers(&ended);
     }
 
     /// Runs `f` with the controllers, then lets what changed take effect.
@@ -356,7 +388,13 @@ impl IrqChip {
 
 impl Chips {
     /// Drives what a GSI is routed to. The status is as [`IrqChip::set_line`]'s.
-    fn drive(&mut self, gsi: Gsi, source: LineSource, level: bool, messages: &mut Messages) -> i32 {
+    pub(super) fn drive(
+        &mut self,
+        gsi: Gsi,
+        source: LineSource,
+        level: bool,
+        messages: &mut Messages,
+    ) -> i32 {
         let Self {
             pic,
             ioapic,

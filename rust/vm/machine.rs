@@ -2,10 +2,14 @@
 
 //! A virtual machine.
 
-use super::{irqchip::IrqChip, memory::GuestMemory, shared::VcpuShared, vcpu::Vcpu};
+use super::{
+    bus::Registrations, irqchip::IrqChip, irqfd::Irqfds, memory::GuestMemory, shared::VcpuShared,
+    vcpu::Vcpu,
+};
 use crate::{
     host::{
-        cpu, hotplug::VmxOn, memory, notifier::Notifier, preempt::NotifiersOn, symbols::Symbols,
+        cpu, eventfd::EventQueue, hotplug::VmxOn, memory, notifier::Notifier, preempt::NotifiersOn,
+        symbols::Symbols,
     },
     vmx::capability::Capabilities,
 };
@@ -46,6 +50,8 @@ pub(crate) struct Host {
     /// The host's TSC frequency.
     pub(crate) tsc_khz: u64,
     pub(crate) physical_bits: u32,
+    /// Where irqfds' events are seen to.
+    events: Arc<EventQueue>,
     _notifiers: NotifiersOn,
     _vmx: VmxOn,
 }
@@ -108,6 +114,7 @@ impl Host {
             tsc_khz: unsafe { crate::bindings::rvisor_tsc_khz() } as u64,
             physical_bits: RealCpuid.cpuid(0x8000_0008, 0)[0] & 0xff,
             offer,
+            events: Arc::new(EventQueue::new()?, GFP_KERNEL)?,
             _notifiers: NotifiersOn::new(),
             _vmx: vmx,
         })
@@ -125,6 +132,11 @@ pub(crate) struct Vm {
     /// KVM_SET_BOOT_CPU_ID.
     bootstrap: AtomicU32,
     irqchip: SetOnce<Pin<KBox<IrqChip>>>,
+    #[pin]
+    pub(crate) irqfds: Irqfds,
+    /// Doorbells and coalesced zones.
+    #[pin]
+    pub(crate) registrations: Registrations,
     /// What the machine's TSC is ahead of the host's, modulo 2^64.
     tsc_offset: AtomicU64,
     /// Counts the messages of lowest priority, so that they go round.
@@ -156,6 +168,8 @@ impl Vm {
         let notifier = unsafe { Notifier::register(mm, memory.clone()) }?;
         Arc::pin_init(
             pin_init!(Self {
+                irqfds <- Irqfds::new(host.events.clone()),
+                registrations <- Registrations::new(),
                 host,
                 memory,
                 _notifier: notifier,

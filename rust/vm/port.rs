@@ -10,11 +10,14 @@ use super::{
 };
 use crate::vmx::hardware::CurrentVmcs;
 use kernel::prelude::*;
-use rvisor_core::x86::{
-    address::Gva,
-    control::Rflags,
-    exit::IoAccess,
-    vmcs::{Field32, FieldNatural},
+use rvisor_core::{
+    bus::Bus,
+    x86::{
+        address::Gva,
+        control::Rflags,
+        exit::IoAccess,
+        vmcs::{Field32, FieldNatural},
+    },
 };
 
 /// Merges what an IN of `size` bytes gives into RAX: 4 bytes clear the upper half, fewer keep the rest.
@@ -83,8 +86,21 @@ impl Core {
         Some(data)
     }
 
-    /// Writes a port of a device in the kernel.
+    /// Writes a port that is seen to in the kernel.
+    #[inline]
     fn write_port(&mut self, access: &IoAccess, data: u32) -> bool {
+        if self.write_chip_port(access, data) {
+            return true;
+        }
+        let bytes = data.to_le_bytes();
+        let data = bytes.get(..usize::from(access.size)).unwrap_or(&bytes);
+        self.vm
+            .registrations
+            .write(Bus::Port, access.port.into(), data)
+    }
+
+    /// Writes a port of the controllers.
+    fn write_chip_port(&mut self, access: &IoAccess, data: u32) -> bool {
         let Some(chip) = self.vm.irqchip() else {
             return false;
         };

@@ -9,9 +9,11 @@ use core::{mem::offset_of, ptr};
 use kernel::{bindings as kb, error::to_result, mm::virt::VmaNew, prelude::*};
 use rvisor_core::x86::address::{Gpa, PAGE_SIZE};
 
-/// The number of pages that can be mapped: `kvm_run`, the data of port I/O, and the coalesced-MMIO
-/// ring's place, which is not offered.
-const PAGES: usize = 2;
+/// The number of pages that can be mapped: `kvm_run`, the data of port I/O, and the ring of coalesced
+/// writes, which all virtual CPUs share.
+const PAGES: usize = 3;
+/// What KVM_CHECK_EXTENSION(KVM_CAP_COALESCED_MMIO) answers: the ring's place.
+pub(crate) const RING_PAGE: usize = 2;
 /// What KVM_GET_VCPU_MMAP_SIZE answers.
 pub(crate) const MMAP_SIZE: usize = PAGES * PAGE_SIZE as usize;
 /// Where the data of port I/O lies in the mapping.
@@ -88,12 +90,12 @@ impl RunPage {
         self.run.as_ptr().cast()
     }
 
-    /// Maps the pages into a process.
+    /// Maps the pages, and `ring` behind them, into a process.
     ///
     /// # Errors
     ///
     /// `EINVAL` where the range lies outside.
-    pub(crate) fn map(&self, vma: &VmaNew) -> Result {
+    pub(crate) fn map(&self, vma: &VmaNew, ring: &KernelPage) -> Result {
         // SAFETY: The VMA is being set up.
         let first = unsafe { (*vma.as_ptr()).vm_pgoff };
         let count = (vma.end() - vma.start()) / PAGE_SIZE as usize;
@@ -102,7 +104,7 @@ impl RunPage {
         }
         vma.set_dontexpand();
         let mixed = vma.set_mixedmap();
-        for (place, page) in [&self.run, &self.pio]
+        for (place, page) in [&self.run, &self.pio, ring]
             .into_iter()
             .skip(first)
             .take(count)

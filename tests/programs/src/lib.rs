@@ -4,6 +4,7 @@
 //! Every program takes `--device PATH` (default `/dev/rvisor`) and must pass on `/dev/kvm` too: KVM is
 //! the oracle for what is expected here.
 
+pub mod eventfd;
 pub mod fixture;
 pub mod guest;
 pub mod handlers;
@@ -15,6 +16,7 @@ pub mod raw;
 pub mod uapi;
 pub mod vcpu;
 
+pub use eventfd::EventFd;
 pub use fixture::{Config, Machine};
 pub use ktap::{last_word, Context, Fail, Outcome, Test};
 pub use raw::Device;

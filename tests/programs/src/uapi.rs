@@ -55,7 +55,11 @@ requests! {
     CREATE_IRQCHIP = io(0x60);
     IRQ_LINE = iow::<[u32; 2]>(0x61);
     IRQ_LINE_STATUS = iowr::<[u32; 2]>(0x67);
+    REGISTER_COALESCED_MMIO = iow::<kvm_bindings::kvm_coalesced_mmio_zone>(0x67);
+    UNREGISTER_COALESCED_MMIO = iow::<kvm_bindings::kvm_coalesced_mmio_zone>(0x68);
     SET_GSI_ROUTING = iow::<u64>(0x6a);
+    IRQFD = iow::<kvm_bindings::kvm_irqfd>(0x76);
+    IOEVENTFD = iow::<kvm_bindings::kvm_ioeventfd>(0x79);
     CREATE_PIT2 = iow::<[u32; 16]>(0x77);
     SET_BOOT_CPU_ID = io(0x78);
     SIGNAL_MSI = iow::<[u64; 4]>(0xa5);

@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* Listening to an eventfd from the kernel. Implemented in eventfd_glue.c. */
+#ifndef RVISOR_EVENTFD_GLUE_H
+#define RVISOR_EVENTFD_GLUE_H
+
+struct eventfd_ctx;
+struct rvisor_hook;
+struct workqueue_struct;
+
+/* Called in a worker, with the OWNER that the hook was made with. */
+struct rvisor_hook_calls {
+	/* The eventfd was signalled, once or more often. */
+	void (*signalled)(void *owner);
+	/* Its last descriptor was closed: the owner is to remove the hook. Called once. */
+	void (*closed)(void *owner);
+};
+
+struct workqueue_struct *rvisor_queue_create(void);
+void rvisor_queue_flush(struct workqueue_struct *queue);
+void rvisor_queue_destroy(struct workqueue_struct *queue);
+
+struct rvisor_hook *rvisor_hook_attach(int fd, struct workqueue_struct *queue,
+				       const struct rvisor_hook_calls *calls, void *owner);
+void rvisor_hook_detach(struct rvisor_hook *hook);
+struct eventfd_ctx *rvisor_hook_eventfd(const struct rvisor_hook *hook);
+
+#endif

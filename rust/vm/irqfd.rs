@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Interrupts by eventfd (KVM_IRQFD).
+//!
+//! A signal of the eventfd is one edge of its GSI. With a resampler it raises the line instead, which
+//! stays high until the guest ends the interrupt; the resampler's eventfd then asks the device's owner
+//! whether to raise it again.
+
+use super::{irqchip::IrqChip, machine::Vm};
+use crate::host::eventfd::{EventFd, EventQueue, Hook, Listener};
+use kernel::{
+    new_mutex,
+    prelude::*,
+    sync::{Arc, Mutex},
+};
+use rvisor_core::{irqchip::LineSource, x86::vector::Gsi};
+
+/// A resampler: the GSI at whose end of interrupt the eventfd is signalled.
+#[derive(Clone)]
+pub(crate) struct Resampler {
+    pub(crate) gsi: Gsi,
+    pub(crate) eventfd: Arc<EventFd>,
+}
+
+/// One eventfd's way into a machine.
+pub(crate) struct Irqfd {
+    // The machine's own list holds this: a cycle that `Irqfds::release` breaks.
+    vm: Arc<Vm>,
+    gsi: Gsi,
+    resampler: Option<Resampler>,
+}
+
+impl Listener for Irqfd {
+    fn signalled(&self) {
+        let Some(chip) = self.vm.irqchip() else {
+            return;
+        };
+        if self.resampler.is_some() {
+            chip.set_line(&self.vm, self.gsi, LineSource::RESAMPLER, true);
+        } else {
+            chip.set_line(&self.vm, self.gsi, LineSource::USERSPACE, true);
+            chip.set_line(&self.vm, self.gsi, LineSource::USERSPACE, false);
+        }
+    }
+
+    fn closed(this: Arc<Self>) {
+        this.vm
+            .irqfds
+            .remove_where(&this.vm, |hook| Arc::ptr_eq(hook.listener(), &this));
+    }
+}
+
+/// The irqfds of one virtual machine.
+#[pin_data]
+pub(crate) struct Irqfds {
+    #[pin]
+    list: Mutex<KVec<Hook<Irqfd>>>,
+    queue: Arc<EventQueue>,
+}
+
+impl Irqfds {
+    /// None.
+    pub(crate) fn new(queue: Arc<EventQueue>) -> impl PinInit<Self> {
+        pin_init!(Self {
+            list <- new_mutex!(KVec::new()),
+            queue,
+        })
+    }
+
+    /// Carries out KVM_IRQFD without KVM_IRQFD_FLAG_DEASSIGN.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` without interrupt controllers in the kernel; `EBADF` and `EINVAL` for a descriptor that is
+    /// no eventfd; `EBUSY` where another irqfd has it; `ENOMEM`.
+    pub(crate) fn add(
+        &self,
+        vm: &Arc<Vm>,
+        descriptor: u32,
+        gsi: Gsi,
+        resample: Option<u32>,
+    ) -> Result {
+        let chip = vm.irqchip().ok_or(EINVAL)?;
+        // The kind of file comes first, whatever the other descriptor is.
+        drop(EventFd::from_descriptor(descriptor)?);
+        let resampler = match resample {
+            Some(descriptor) => Some(Resampler {
+                gsi,
+                eventfd: Arc::new(EventFd::from_descriptor(descriptor)?, GFP_KERNEL_ACCOUNT)?,
+            }),
+            None => None,
+        };
+        let irqfd = Arc::new(
+            Irqfd {
+                vm: vm.clone(),
+                gsi,
+                resampler: resampler.clone(),
+            },
+            GFP_KERNEL_ACCOUNT,
+        )?;
+        let mut list = self.list.lock();
+        list.reserve(1, GFP_KERNEL_ACCOUNT)?;
+        // The end of an interrupt must find the resampler before the eventfd can raise the line.
+        if resampler.is_some() {
+            publish(chip, &list, resampler)?;
+        }
+        match Hook::attach(descriptor, self.queue.clone(), irqfd.clone()) {
+            Ok(hook) => Ok(list.push_within_capacity(hook)?),
+            Err(error) => {
+                if irqfd.resampler.is_some() {
+                    publish(chip, &list, None)?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Carries out KVM_IRQFD with KVM_IRQFD_FLAG_DEASSIGN: afterwards the eventfd raises no interrupt.
+    ///
+    /// # Errors
+    ///
+    /// `EBADF` and `EINVAL` for a descriptor that is no eventfd.
+    pub(crate) fn remove(&self, vm: &Vm, descriptor: u32, gsi: Gsi) -> Result {
+        let eventfd = EventFd::from_descriptor(descriptor)?;
+        self.remove_where(vm, |hook| {
+            hook.listener().gsi == gsi && hook.is_on(&eventfd)
+        });
+        // A worker that sees to the eventfd's end may have been faster, but must be done.
+        self.queue.flush();
+        Ok(())
+    }
+
+    /// Removes all of them. Nobody may add any more.
+    pub(crate) fn release(&self, vm: &Vm) {
+        self.remove_where(vm, |_| true);
+        self.queue.flush();
+    }
+
+    fn remove_where(&self, vm: &Vm, matches: impl Fn(&Hook<Irqfd>) -> bool) {
+        loop {
+            let mut list = self.list.lock();
+            let Some(hook) = list
+                .iter()
+                .position(&matches)
+                .and_then(|place| list.remove(place).ok())
+            else {
+                return;
+            };
+            drop(list);
+            let resampler = hook.listener().resampler.clone();
+            // Waits for the workers, which may want the list.
+            drop(hook);
+            if let (Some(resampler), Some(chip)) = (resampler, vm.irqchip()) {
+                let list = self.list.lock();
+                // Without memory the old table stays, and its eventfd is signalled in vain.
+                let _published = publish(chip, &list, None);
+                if !resamplers(&list).any(|other| other.gsi == resampler.gsi) {
+                    chip.set_line(vm, resampler.gsi, LineSource::RESAMPLER, false);
+                }
+            }
+        }
+    }
+}
+
+fn resamplers(list: &[Hook<Irqfd>]) -> impl Iterator<Item = &Resampler> {
+    list.iter()
+        .filter_map(|hook| hook.listener().resampler.as_ref())
+}
+
+/// Tells the controllers of the resamplers in `list` and of one more.
+fn publish(chip: &IrqChip, list: &[Hook<Irqfd>], more: Option<Resampler>) -> Result {
+    let mut table = KVec::with_capacity(resamplers(list).count() + 1, GFP_KERNEL_ACCOUNT)?;
+    for resampler in resamplers(list) {
+        table.push_within_capacity(resampler.clone())?;
+    }
+    if let Some(resampler) = more {
+        table.push_within_capacity(resampler)?;
+    }
+    chip.set_resamplers(table)
+}

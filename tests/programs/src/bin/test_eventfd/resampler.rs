@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: GPL-2.0
+//! KVM_IRQFD with a resampler: the line stays high until the guest ends the interrupt.
+
+use crate::irqfd::{irqfd, wait_for};
+use crate::start;
+use kvm_bindings as kb;
+use rvisor_tests::guest::Mode;
+use rvisor_tests::handlers::{count, Acknowledge};
+use rvisor_tests::layout::{COUNTS, DONE_PORT, IOAPIC, LAPIC};
+use rvisor_tests::raw::expect_errno;
+use rvisor_tests::{check_eq, guest_code, Context, Device, EventFd, Fail, Machine, Outcome};
+use std::os::fd::AsRawFd;
+
+const RESAMPLE: u32 = kb::KVM_IRQFD_FLAG_RESAMPLE;
+
+/// The line's eventfd and the resampler's, tied to a GSI.
+struct Line {
+    raise: EventFd,
+    ended: EventFd,
+    gsi: u32,
+}
+
+impl Line {
+    fn new(machine: &Machine, gsi: u32) -> Result<Self, Fail> {
+        if machine.extension(kb::KVM_CAP_IRQFD_RESAMPLE) == 0 {
+            return Err(Fail::skip("IRQFD_RESAMPLE is not offered"));
+        }
+        let (raise, ended) = (EventFd::new()?, EventFd::new()?);
+        irqfd(
+            &machine.vm,
+            raise.as_raw_fd(),
+            gsi,
+            RESAMPLE,
+            ended.as_raw_fd(),
+        )
+        .during("KVM_IRQFD with a resampler")?;
+        Ok(Self { raise, ended, gsi })
+    }
+
+    fn remove(&self, machine: &Machine) -> Outcome {
+        let flag = kb::KVM_IRQFD_FLAG_DEASSIGN;
+        irqfd(&machine.vm, self.raise.as_raw_fd(), self.gsi, flag, 0)?;
+        Ok(())
+    }
+}
+
+pub(crate) fn errors(device: &Device) -> Outcome {
+    let machine = Machine::with_irqchip(device)?;
+    let _offered = Line::new(&machine, 9)?;
+    let eventfd = EventFd::new()?;
+    let fd = eventfd.as_raw_fd();
+    let assign = |fd, resampler| irqfd(&machine.vm, fd, 10, RESAMPLE, resampler);
+    expect_errno(assign(fd, -1), libc::EBADF, "no descriptor")?;
+    expect_errno(
+        assign(fd, machine.vm.as_raw_fd()),
+        libc::EINVAL,
+        "no eventfd",
+    )?;
+    expect_errno(assign(-1, fd), libc::EBADF, "no descriptor for the line")?;
+    // Nothing is left of what failed.
+    assign(fd, EventFd::new()?.as_raw_fd())?;
+    expect_errno(assign(fd, fd), libc::EBUSY, "an eventfd in use")
+}
+
+guest_code!(
+    level_guest,
+    code64,
+    [
+        "mov ebx, {lapic}",
+        "mov dword ptr [rbx + 0xf0], 0x1ff",
+        "mov esi, {ioapic}",
+        "mov dword ptr [rsi], 0x25",
+        "mov dword ptr [rsi + 0x10], 0",
+        "mov dword ptr [rsi], 0x24",
+        "mov dword ptr [rsi + 0x10], 0x8050",
+        "4: out {done}, al",
+        "2: sti",
+        "pause",
+        "cli",
+        "cmp qword ptr [{count}], rdi",
+        "jb 2b",
+        "jmp 4b",
+    ],
+    lapic = LAPIC as i32,
+    ioapic = IOAPIC as i32,
+    count = COUNTS + 8 * 0x50,
+    done = DONE_PORT
+);
+
+/// Each signal is one interrupt, and the resampler hears of each end.
+pub(crate) fn ioapic_line(device: &Device) -> Outcome {
+    let (machine, cpu) = start(device, Mode::Long, level_guest(), Acknowledge::LocalApic)?;
+    cpu.run_until_done()?;
+    let line = Line::new(&machine, 10)?;
+    let second = Line::new(&machine, 10)?;
+    for interrupts in 1..=3 {
+        line.raise.signal()?;
+        wait_for(&cpu, interrupts)?;
+        cpu.run_until_done()?;
+        check_eq!(count(&machine.memory, 0x50), interrupts, "interrupts");
+        check_eq!(line.ended.wait(), 1, "the resampler's count");
+        check_eq!(second.ended.wait(), 1, "the other resampler's count");
+    }
+    Ok(())
+}
+
+guest_code!(
+    pic_guest,
+    code32,
+    [
+        "mov al, 0x11",
+        "out 0x20, al",
+        "out 0xa0, al",
+        "mov al, 0x20",
+        "out 0x21, al",
+        "mov al, 0x28",
+        "out 0xa1, al",
+        "mov al, 4",
+        "out 0x21, al",
+        "mov al, 2",
+        "out 0xa1, al",
+        "mov al, 1",
+        "out 0x21, al",
+        "out 0xa1, al",
+        "mov al, 0xfb",
+        "out 0x21, al",
+        "out 0xa1, al",
+        // Line 10 is level-triggered.
+        "mov dx, 0x4d1",
+        "mov al, 4",
+        "out dx, al",
+        "4: out {done}, al",
+        "2: sti",
+        "pause",
+        "cli",
+        "cmp dword ptr [{count}], edi",
+        "jb 2b",
+        "jmp 4b",
+    ],
+    count = COUNTS + 8 * 0x2a,
+    done = DONE_PORT
+);
+
+pub(crate) fn pic_line(device: &Device) -> Outcome {
+    let (machine, cpu) = start(device, Mode::Protected, pic_guest(), Acknowledge::Pics)?;
+    cpu.run_until_done()?;
+    let line = Line::new(&machine, 10)?;
+    for interrupts in 1..=3 {
+        line.raise.signal()?;
+        wait_for(&cpu, interrupts)?;
+        cpu.run_until_done()?;
+        check_eq!(count(&machine.memory, 0x2a), interrupts, "interrupts");
+        check_eq!(line.ended.wait(), 1, "the resampler's count");
+    }
+    Ok(())
+}
+
+/// Removing the last irqfd of a GSI lowers its line.
+pub(crate) fn lowered_at_the_end(device: &Device) -> Outcome {
+    let (machine, cpu) = start(device, Mode::Long, level_guest(), Acknowledge::LocalApic)?;
+    let line = Line::new(&machine, 10)?;
+    line.raise.signal()?;
+    // Masked still, the line is high and waits.
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    line.remove(&machine)?;
+    cpu.run_until_done()?;
+    wait_for(&cpu, 0)?;
+    cpu.run_until_done()?;
+    check_eq!(count(&machine.memory, 0x50), 0, "interrupts");
+    // The eventfds are free again.
+    irqfd(
+        &machine.vm,
+        line.raise.as_raw_fd(),
+        10,
+        RESAMPLE,
+        line.ended.as_raw_fd(),
+    )?;
+    Ok(())
+}
