@@ -3,6 +3,7 @@
 //! Virtual machines and virtual CPUs: what a guest is made of and how its exits are handled.
 
 pub(crate) mod bus;
+pub(crate) mod clock;
 pub(crate) mod completion;
 pub(crate) mod control;
 mod emulated;
@@ -12,6 +13,7 @@ pub(crate) mod exits;
 pub(crate) mod irqchip;
 pub(crate) mod irqfd;
 pub(crate) mod machine;
+mod machine_check;
 pub(crate) mod memory;
 pub(crate) mod mmio;
 pub(crate) mod msr;

@@ -8,6 +8,7 @@
 #include <linux/rcupdate.h>
 #include <linux/entry-virt.h>
 #include <asm/msr-index.h>
+#include <asm/tsc.h>
 
 #include "../host/eventfd_glue.h"
 #include "../host/glue.h"

@@ -8,7 +8,7 @@
 //! order of the matches is that of the SDM's numbers.
 
 use super::guest::{GuestCpu, Origin};
-use super::machine_check::{MachineCheck, Unsupported};
+use super::machine_check::{ErrorReport, MachineCheck, Reported, Unsupported};
 use super::mtrr::{self, Mtrrs};
 use crate::x86::msr::{
     is_canonical_for, is_valid_pat, MsrIndex, APIC_BASE_ENABLE, APIC_BASE_X2APIC, PAT_RESET,
@@ -218,6 +218,15 @@ impl MsrState {
     /// KVM_X86_SETUP_MCE.
     pub fn set_up_machine_check(&mut self, capabilities: u64) -> Result<(), Unsupported> {
         self.machine_check.set_up(capabilities)
+    }
+
+    /// KVM_X86_SET_MCE. `cr4_mce` is the guest's CR4.MCE.
+    pub fn report_machine_check(
+        &mut self,
+        report: &ErrorReport,
+        cr4_mce: bool,
+    ) -> Result<Reported, Unsupported> {
+        self.machine_check.report(report, cr4_mce)
     }
 
     /// Reads an MSR.

@@ -2,11 +2,15 @@
 
 //! `/dev/rvisor`: what can be asked before there is a virtual machine.
 
-use super::user::{self, element, LIST_HEADER};
+use super::{
+    user::{self, element, LIST_HEADER},
+    vcpu_file::XSAVE_SIZE,
+};
 use crate::{
     bindings as uapi,
     host::anon_file::{self, Reservation},
     vm::{
+        clock,
         machine::{supported_cpuid, Host, Vm, MAX_VCPUS},
         memory::SLOTS,
         run_page::{MMAP_SIZE, RING_PAGE},
@@ -23,6 +27,7 @@ use kernel::{
 use rvisor_core::{
     cpu::{
         cpuid::{CpuidEntry, MAX_ENTRIES},
+        machine_check::{MAX_BANKS, SUPPORTED_CAPABILITIES},
         msr::feature_value,
         msr_list::{indices, FEATURE_INDICES},
     },
@@ -96,7 +101,14 @@ pub(super) fn check_extension(host: &Host, capability: usize) -> isize {
         | uapi::KVM_CAP_READONLY_MEM
         | uapi::KVM_CAP_CHECK_EXTENSION_VM
         | uapi::KVM_CAP_IMMEDIATE_EXIT
+        | uapi::KVM_CAP_ENABLE_CAP
+        | uapi::KVM_CAP_ENABLE_CAP_VM
+        | uapi::KVM_CAP_USER_MEMORY2
+        | uapi::KVM_CAP_X86_ROBUST_SINGLESTEP
         | uapi::KVM_CAP_GET_MSR_FEATURES => 1,
+        uapi::KVM_CAP_MCE => MAX_BANKS as isize,
+        uapi::KVM_CAP_ADJUST_CLOCK => clock::VALID_FLAGS as isize,
+        uapi::KVM_CAP_XSAVE2 => xsave_size(host),
         uapi::KVM_CAP_COALESCED_MMIO => RING_PAGE as isize,
         uapi::KVM_CAP_XCRS => (host.xcr0 != 0).into(),
         uapi::KVM_CAP_IRQ_ROUTING => rvisor_core::irqchip::routing::MAX_ROUTES as isize,
@@ -109,6 +121,11 @@ pub(super) fn check_extension(host: &Host, capability: usize) -> isize {
         uapi::KVM_CAP_NR_MEMSLOTS => SLOTS as isize,
         _ => 0,
     }
+}
+
+/// The size of KVM_GET_XSAVE2's area.
+fn xsave_size(host: &Host) -> isize {
+    (host.xsave.standard_size(host.xcr0) as isize).max(XSAVE_SIZE as isize)
 }
 
 impl Chardev {
@@ -128,6 +145,10 @@ impl Chardev {
                 write_indices(argument, || FEATURE_INDICES.into_iter())
             }
             user::GET_MSRS => self.feature_msrs(argument),
+            user::X86_GET_MCE_CAP_SUPPORTED => {
+                user::write(argument, &SUPPORTED_CAPABILITIES)?;
+                Ok(0)
+            }
             _ => Err(EINVAL),
         }
     }

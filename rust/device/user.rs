@@ -28,9 +28,11 @@ macro_rules! plain {
 }
 
 plain! {
+    kvm_clock_data: 48,
     kvm_coalesced_mmio_zone: 16,
     kvm_cpuid_entry2: 40,
     kvm_debugregs: 128,
+    kvm_enable_cap: 104,
     kvm_fpu: 416,
     kvm_interrupt: 4,
     kvm_ioeventfd: 64,
@@ -46,8 +48,12 @@ plain! {
     kvm_pit_state2: 112,
     kvm_regs: 144,
     kvm_sregs: 312,
+    kvm_tpr_access_ctl: 40,
     kvm_userspace_memory_region: 32,
+    kvm_userspace_memory_region2: 160,
+    kvm_vapic_addr: 8,
     kvm_vcpu_events: 64,
+    kvm_x86_mce: 64,
     kvm_xcrs: 392,
 }
 
@@ -130,6 +136,7 @@ ioctls! {
     SET_USER_MEMORY_REGION = _IOW::<uapi::kvm_userspace_memory_region>(KVMIO, 0x46);
     SET_TSS_ADDR = _IO(KVMIO, 0x47);
     SET_IDENTITY_MAP_ADDR = _IOW::<u64>(KVMIO, 0x48);
+    SET_USER_MEMORY_REGION2 = _IOW::<uapi::kvm_userspace_memory_region2>(KVMIO, 0x49);
     CREATE_IRQCHIP = _IO(KVMIO, 0x60);
     IRQ_LINE = _IOW::<uapi::kvm_irq_level>(KVMIO, 0x61);
     GET_IRQCHIP = _IOWR::<uapi::kvm_irqchip>(KVMIO, 0x62);
@@ -144,6 +151,8 @@ ioctls! {
     CREATE_PIT2 = _IOW::<uapi::kvm_pit_config>(KVMIO, 0x77);
     SET_BOOT_CPU_ID = _IO(KVMIO, 0x78);
     IOEVENTFD = _IOW::<uapi::kvm_ioeventfd>(KVMIO, 0x79);
+    SET_CLOCK = _IOW::<uapi::kvm_clock_data>(KVMIO, 0x7b);
+    GET_CLOCK = _IOR::<uapi::kvm_clock_data>(KVMIO, 0x7c);
     RUN = _IO(KVMIO, 0x80);
     GET_REGS = _IOR::<uapi::kvm_regs>(KVMIO, 0x81);
     SET_REGS = _IOW::<uapi::kvm_regs>(KVMIO, 0x82);
@@ -159,21 +168,27 @@ ioctls! {
     SET_LAPIC = _IOW::<uapi::kvm_lapic_state>(KVMIO, 0x8f);
     SET_CPUID2 = _IOW::<ListHeader>(KVMIO, 0x90);
     GET_CPUID2 = _IOWR::<ListHeader>(KVMIO, 0x91);
+    TPR_ACCESS_REPORTING = _IOWR::<uapi::kvm_tpr_access_ctl>(KVMIO, 0x92);
+    SET_VAPIC_ADDR = _IOW::<uapi::kvm_vapic_addr>(KVMIO, 0x93);
     GET_MP_STATE = _IOR::<uapi::kvm_mp_state>(KVMIO, 0x98);
     SET_MP_STATE = _IOW::<uapi::kvm_mp_state>(KVMIO, 0x99);
     NMI = _IO(KVMIO, 0x9a);
-    // The structure is 104 bytes long.
-    ENABLE_CAP = _IOW::<[u64; 13]>(KVMIO, 0xa3);
+    X86_SETUP_MCE = _IOW::<u64>(KVMIO, 0x9c);
+    X86_GET_MCE_CAP_SUPPORTED = _IOR::<u64>(KVMIO, 0x9d);
+    X86_SET_MCE = _IOW::<uapi::kvm_x86_mce>(KVMIO, 0x9e);
+    ENABLE_CAP = _IOW::<uapi::kvm_enable_cap>(KVMIO, 0xa3);
     GET_PIT2 = _IOR::<uapi::kvm_pit_state2>(KVMIO, 0x9f);
     GET_VCPU_EVENTS = _IOR::<uapi::kvm_vcpu_events>(KVMIO, 0x9f);
     SET_PIT2 = _IOW::<uapi::kvm_pit_state2>(KVMIO, 0xa0);
     SET_VCPU_EVENTS = _IOW::<uapi::kvm_vcpu_events>(KVMIO, 0xa0);
     GET_DEBUGREGS = _IOR::<uapi::kvm_debugregs>(KVMIO, 0xa1);
     SET_DEBUGREGS = _IOW::<uapi::kvm_debugregs>(KVMIO, 0xa2);
+    SET_TSC_KHZ = _IO(KVMIO, 0xa2);
     GET_TSC_KHZ = _IO(KVMIO, 0xa3);
     GET_XSAVE = _IOR::<[u8; 4096]>(KVMIO, 0xa4);
     SET_XSAVE = _IOW::<[u8; 4096]>(KVMIO, 0xa5);
     SIGNAL_MSI = _IOW::<uapi::kvm_msi>(KVMIO, 0xa5);
     GET_XCRS = _IOR::<uapi::kvm_xcrs>(KVMIO, 0xa6);
     SET_XCRS = _IOW::<uapi::kvm_xcrs>(KVMIO, 0xa7);
+    GET_XSAVE2 = _IOR::<[u8; 4096]>(KVMIO, 0xcf);
 }

@@ -5,6 +5,7 @@
 use super::{
     chardev::{for_each_msr, write_cpuid},
     user::{self, element, LIST_HEADER},
+    vm_file::set_tsc_khz,
 };
 use crate::{
     bindings as uapi,
@@ -28,7 +29,7 @@ use rvisor_core::{
 };
 
 /// The size of `struct kvm_xsave`.
-const XSAVE_SIZE: usize = 4096;
+pub(super) const XSAVE_SIZE: usize = 4096;
 
 impl AnonFile for Vcpu {
     const NAME: &'static CStr = c"rvisor-vcpu";
@@ -66,6 +67,12 @@ fn vcpu_ioctl(vcpu: &Vcpu, command: u32, argument: usize) -> Result<isize> {
         user::NMI => {
             vcpu.shared.post_nmi();
             Ok(0)
+        }
+        user::SET_TSC_KHZ => set_tsc_khz(&vcpu.vm.host, argument),
+        user::ENABLE_CAP => {
+            let _: uapi::kvm_enable_cap = user::read(argument)?;
+            // None can be enabled.
+            Err(EINVAL)
         }
         user::GET_TSC_KHZ => Ok(vcpu.vm.host.tsc_khz as isize),
         user::SET_SIGNAL_MASK => set_signal_mask(vcpu, argument),
@@ -106,18 +113,44 @@ fn state_ioctl(state: &mut State, command: u32, argument: usize) -> Result<isize
         user::SET_MSRS => return set_msrs(state, argument),
         user::GET_FPU => user::write(argument, &get_fpu(state)?)?,
         user::SET_FPU => set_fpu(state, &user::read(argument)?)?,
-        user::GET_XSAVE => {
+        user::GET_XSAVE if state.fpu.uabi_size() > XSAVE_SIZE => return Err(EINVAL),
+        user::GET_XSAVE | user::GET_XSAVE2 => {
             let buffer = export_xsave(state)?;
-            UserSlice::new(UserPtr::from_addr(argument), XSAVE_SIZE)
+            UserSlice::new(UserPtr::from_addr(argument), buffer.len())
                 .writer()
                 .write_slice(&buffer)?;
         }
         user::SET_XSAVE => {
-            let mut buffer = KVec::zeroed(XSAVE_SIZE, GFP_KERNEL)?;
-            UserSlice::new(UserPtr::from_addr(argument), XSAVE_SIZE)
+            let mut buffer = KVec::zeroed(xsave_size(state), GFP_KERNEL)?;
+            UserSlice::new(UserPtr::from_addr(argument), buffer.len())
                 .reader()
                 .read_slice(&mut buffer)?;
             import_xsave(state, &buffer)?;
+        }
+        user::X86_SETUP_MCE => {
+            let capabilities: u64 = user::read(argument)?;
+            state
+                .core
+                .msrs
+                .set_up_machine_check(capabilities)
+                .map_err(|_| EINVAL)?;
+        }
+        user::X86_SET_MCE => state.report_machine_check(&user::read(argument)?)?,
+        user::SET_VAPIC_ADDR if state.core.lapic.is_none() => return Err(EINVAL),
+        user::SET_VAPIC_ADDR => {
+            let vapic: uapi::kvm_vapic_addr = user::read(argument)?;
+            // Without KVM_CAP_VAPIC there is only the way to have none.
+            if vapic.vapic_addr != 0 {
+                return Err(EINVAL);
+            }
+        }
+        user::TPR_ACCESS_REPORTING => {
+            let control: uapi::kvm_tpr_access_ctl = user::read(argument)?;
+            // The same: it can be off.
+            if control.flags != 0 || control.enabled != 0 {
+                return Err(EINVAL);
+            }
+            user::write(argument, &control)?;
         }
         user::GET_CPUID2 => {
             let room: u32 = user::read(argument)?;
@@ -195,13 +228,16 @@ fn set_msrs(state: &mut State, argument: usize) -> Result<isize> {
     })
 }
 
-/// The XSAVE area in standard format, cut or filled to 4 KiB.
+/// The size of the XSAVE area, KVM_CAP_XSAVE2: 4 KiB, or more where the CPU's is larger.
+fn xsave_size(state: &State) -> usize {
+    state.fpu.uabi_size().max(XSAVE_SIZE)
+}
+
+/// The XSAVE area in standard format.
 fn export_xsave(state: &mut State) -> Result<KVec<u8>> {
-    let size = state.fpu.uabi_size().max(XSAVE_SIZE);
-    let mut buffer = KVec::zeroed(size, GFP_KERNEL)?;
+    let mut buffer = KVec::zeroed(xsave_size(state), GFP_KERNEL)?;
     let features = state.core.vm.host.xcr0;
     state.fpu.export(&mut buffer, features, 0);
-    buffer.truncate(XSAVE_SIZE);
     Ok(buffer)
 }
 

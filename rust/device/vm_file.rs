@@ -13,7 +13,7 @@ use crate::{
         anon_file::{self, AnonFile, Reservation},
         eventfd::EventFd,
     },
-    vm::machine::Vm,
+    vm::machine::{Host, Vm},
     RvisorModule,
 };
 use kernel::{
@@ -67,15 +67,11 @@ fn vm_ioctl(vm: &Arc<Vm>, command: u32, argument: usize) -> Result<isize> {
         }
         user::SET_USER_MEMORY_REGION => set_memory(vm, argument),
         // An unrestricted guest needs neither the TSS nor the identity map of older CPUs.
+        user::SET_USER_MEMORY_REGION2 => set_memory2(vm, argument),
         user::SET_TSS_ADDR if argument > MAX_TSS_ADDRESS => Err(EINVAL),
         user::SET_TSS_ADDR => Ok(0),
-        user::SET_IDENTITY_MAP_ADDR => {
-            let _: u64 = user::read(argument)?;
-            if vm.has_vcpus() {
-                return Err(EINVAL);
-            }
-            Ok(0)
-        }
+        user::SET_IDENTITY_MAP_ADDR if vm.has_vcpus() => Err(EINVAL),
+        user::SET_IDENTITY_MAP_ADDR => user::read::<u64>(argument).map(|_| 0),
         user::CREATE_IRQCHIP => vm.create_irqchip().map(|()| 0),
         user::SET_BOOT_CPU_ID => {
             let id = u32::try_from(argument).map_err(|_| EINVAL)?;
@@ -113,8 +109,22 @@ fn vm_ioctl(vm: &Arc<Vm>, command: u32, argument: usize) -> Result<isize> {
             }
             create_pit(vm)
         }
-        // None can be enabled yet.
-        user::ENABLE_CAP => Err(EINVAL),
+        user::ENABLE_CAP => {
+            let _: uapi::kvm_enable_cap = user::read(argument)?;
+            // None can be enabled yet.
+            Err(EINVAL)
+        }
+        user::GET_CLOCK => {
+            user::write(argument, &vm.clock.get())?;
+            Ok(0)
+        }
+        user::SET_CLOCK => {
+            vm.clock.set(&user::read(argument)?)?;
+            Ok(0)
+        }
+        user::GET_TSC_KHZ => Ok(vm.host.tsc_khz as isize),
+        user::SET_TSC_KHZ if vm.has_vcpus() => Err(EINVAL),
+        user::SET_TSC_KHZ => set_tsc_khz(&vm.host, argument),
         user::GET_PIT2 => chip_state::get_pit(vm, argument),
         user::SET_PIT2 => chip_state::set_pit(vm, argument),
         _ => Err(ENOTTY),
@@ -130,6 +140,35 @@ fn set_memory(vm: &Vm, argument: usize) -> Result<isize> {
         bytes: region.memory_size,
         hva: Hva::new(region.userspace_addr),
     })?;
+    Ok(0)
+}
+
+fn set_memory2(vm: &Vm, argument: usize) -> Result<isize> {
+    let region: uapi::kvm_userspace_memory_region2 = user::read(argument)?;
+    // Memory of a guest_memfd is not offered: its flag is an unknown one.
+    vm.memory.set_slot(&slot::Request {
+        slot: region.slot,
+        flags: region.flags,
+        gpa: Gpa::new(region.guest_phys_addr),
+        bytes: region.memory_size,
+        hva: Hva::new(region.userspace_addr),
+    })?;
+    Ok(0)
+}
+
+/// Carries out KVM_SET_TSC_KHZ: without TSC scaling a guest has the host's frequency, or one that is so
+/// near that it won't notice (KVM's tolerance, 250 parts in a million); 0 is the host's.
+///
+/// # Errors
+///
+/// `EINVAL` for any other.
+pub(super) fn set_tsc_khz(host: &Host, argument: usize) -> Result<isize> {
+    // Only the lower half counts.
+    let wanted = u64::from(argument as u32);
+    let tolerance = host.tsc_khz / 4000;
+    if wanted != 0 && wanted.abs_diff(host.tsc_khz) > tolerance {
+        return Err(EINVAL);
+    }
     Ok(0)
 }
 

@@ -2,6 +2,7 @@
 
 //! A one-shot timer on the host's monotonic clock.
 
+use crate::bindings;
 use kernel::{bindings as kb, prelude::*, types::Opaque};
 use pin_init::PinInit;
 
@@ -96,4 +97,22 @@ impl<T: Expire> PinnedDrop for Timer<T> {
 pub(crate) fn monotonic() -> u64 {
     // SAFETY: May be called in any context but NMI.
     unsafe { kb::ktime_get() as u64 }
+}
+
+/// The time since boot, suspension included, in nanoseconds.
+pub(crate) fn boot_time() -> u64 {
+    // SAFETY: As for `monotonic`.
+    unsafe { kb::ktime_get_with_offset(kb::tk_offsets_TK_OFFS_BOOT) as u64 }
+}
+
+/// The time since 1970, in nanoseconds.
+pub(crate) fn real_time() -> u64 {
+    // SAFETY: As for `monotonic`.
+    unsafe { kb::ktime_get_with_offset(kb::tk_offsets_TK_OFFS_REAL) as u64 }
+}
+
+/// Whether all CPUs' TSCs tell the same time.
+pub(crate) fn is_tsc_stable() -> bool {
+    // SAFETY: Reads a flag of the kernel's.
+    unsafe { bindings::check_tsc_unstable() == 0 }
 }

@@ -3,8 +3,8 @@
 //! A virtual machine.
 
 use super::{
-    bus::Registrations, irqchip::IrqChip, irqfd::Irqfds, memory::GuestMemory, shared::VcpuShared,
-    vcpu::Vcpu,
+    bus::Registrations, clock::Clock, irqchip::IrqChip, irqfd::Irqfds, memory::GuestMemory,
+    shared::VcpuShared, vcpu::Vcpu,
 };
 use crate::{
     host::{
@@ -139,6 +139,7 @@ pub(crate) struct Vm {
     pub(crate) registrations: Registrations,
     /// What the machine's TSC is ahead of the host's, modulo 2^64.
     tsc_offset: AtomicU64,
+    pub(crate) clock: Clock,
     /// Counts the messages of lowest priority, so that they go round.
     turn: AtomicUsize,
     /// The virtual CPUs; also serialises what must come before the first of them.
@@ -178,6 +179,7 @@ impl Vm {
                 irqchip: SetOnce::new(),
                 // The TSC starts at 0.
                 tsc_offset: AtomicU64::new(cpu::rdtsc().wrapping_neg()),
+                clock: Clock::new(),
                 turn: AtomicUsize::new(0),
                 vcpus <- new_mutex!(KVec::new()),
             }),

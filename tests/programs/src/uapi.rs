@@ -66,6 +66,8 @@ requests! {
     GET_IRQCHIP = iowr::<kvm_bindings::kvm_irqchip>(0x62);
     SET_IRQCHIP = ior::<kvm_bindings::kvm_irqchip>(0x63);
     GET_PIT2 = ior::<kvm_bindings::kvm_pit_state2>(0x9f);
+    SET_CLOCK = iow::<kvm_bindings::kvm_clock_data>(0x7b);
+    GET_CLOCK = ior::<kvm_bindings::kvm_clock_data>(0x7c);
     RUN = io(0x80);
     GET_REGS = ior::<kvm_bindings::kvm_regs>(0x81);
     SET_REGS = iow::<kvm_bindings::kvm_regs>(0x82);
@@ -81,15 +83,24 @@ requests! {
     SET_LAPIC = iow::<[u8; 1024]>(0x8f);
     SET_CPUID2 = iow::<u64>(0x90);
     GET_CPUID2 = iowr::<u64>(0x91);
+    TPR_ACCESS_REPORTING = iowr::<kvm_bindings::kvm_tpr_access_ctl>(0x92);
+    SET_VAPIC_ADDR = iow::<u64>(0x93);
     GET_MP_STATE = ior::<u32>(0x98);
     SET_MP_STATE = iow::<u32>(0x99);
     NMI = io(0x9a);
+    X86_SETUP_MCE = iow::<u64>(0x9c);
+    X86_GET_MCE_CAP_SUPPORTED = ior::<u64>(0x9d);
+    X86_SET_MCE = iow::<[u64; 8]>(0x9e);
     GET_VCPU_EVENTS = ior::<[u32; 16]>(0x9f);
     SET_VCPU_EVENTS = iow::<[u32; 16]>(0xa0);
     GET_DEBUGREGS = ior::<kvm_bindings::kvm_debugregs>(0xa1);
     SET_DEBUGREGS = iow::<kvm_bindings::kvm_debugregs>(0xa2);
     ENABLE_CAP = iow::<kvm_bindings::kvm_enable_cap>(0xa3);
+    SET_TSC_KHZ = io(0xa2);
     GET_TSC_KHZ = io(0xa3);
+    GET_XSAVE = ior::<[u8; 4096]>(0xa4);
+    SET_XSAVE = iow::<[u8; 4096]>(0xa5);
+    GET_XSAVE2 = ior::<[u8; 4096]>(0xcf);
     GET_XCRS = ior::<kvm_bindings::kvm_xcrs>(0xa6);
     SET_XCRS = iow::<kvm_bindings::kvm_xcrs>(0xa7);
 }

@@ -2,6 +2,7 @@
 //! The API itself: versions, capabilities, descriptors and the errno of each wrong call
 //! (Documentation/virt/kvm/api.rst, sections 2 and 4).
 
+mod clock;
 mod memory;
 mod system;
 mod vcpu;
@@ -23,15 +24,22 @@ fn main() -> std::process::ExitCode {
         vm::irqchip_order,
         vm::pit_order,
         vm::boot_cpu,
+        vm::identity_map,
+        vm::enable_capability,
         vm::irq_line_without_irqchip,
         vm::bad_pointers,
         vm::other_process,
         vm::vcpu_keeps_vm,
         vm::extension_on_vm,
+        clock::get_and_set,
+        clock::set_with_wall_clock,
+        clock::errors,
+        clock::tsc_frequency,
         memory::slot_rules,
         memory::slot_overlap,
         memory::slot_alignment,
         memory::slot_move_and_delete,
+        memory::second_form,
         vcpu::unknown_ioctls,
         vcpu::run_argument,
         vcpu::mapping,
@@ -43,5 +51,9 @@ fn main() -> std::process::ExitCode {
         vcpu::lapic_errors,
         vcpu::sregs_refused,
         vcpu::mp_state,
+        vcpu::machine_check_setup,
+        vcpu::machine_check_errors,
+        vcpu::extended_state_size,
+        vcpu::task_priority_helpers,
     ])
 }

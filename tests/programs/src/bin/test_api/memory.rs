@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The rules of KVM_SET_USER_MEMORY_REGION.
 
+use crate::system::BAD_POINTER;
 use crate::vm::new_vm;
 use kvm_bindings as kb;
 use rvisor_tests::mapping::Mapping;
 use rvisor_tests::raw::{expect_errno, ioctl, ioctl_with, Errno};
-use rvisor_tests::{uapi, Context, Device, Outcome};
+use rvisor_tests::{uapi, Context, Device, Fail, Outcome};
 use std::os::fd::OwnedFd;
 
 const PAGE: u64 = 4096;
@@ -229,4 +230,43 @@ pub(crate) fn slot_move_and_delete(device: &Device) -> Outcome {
     .set(&vm)
     .during("the slot again with another size")?;
     Ok(())
+}
+
+/// KVM_SET_USER_MEMORY_REGION2 is the same call with room for more.
+pub(crate) fn second_form(device: &Device) -> Outcome {
+    let (vm, memory, first) = one_region(device)?;
+    let offered = ioctl(&vm, uapi::CHECK_EXTENSION, kb::KVM_CAP_USER_MEMORY2.into())?;
+    if offered == 0 {
+        return Err(Fail::skip("USER_MEMORY2 is not offered"));
+    }
+    let set = |flags: u32, size: u64, hva: u64| {
+        let mut region = kb::kvm_userspace_memory_region2 {
+            slot: first.slot,
+            flags,
+            guest_phys_addr: first.address,
+            memory_size: size,
+            userspace_addr: hva,
+            ..Default::default()
+        };
+        ioctl_with(&vm, uapi::SET_USER_MEMORY_REGION2, &mut region)
+    };
+    set(0, first.size, first.hva)?;
+    first.set(&vm).during("the first form of the same")?;
+    expect_errno(
+        set(1 << 5, first.size, first.hva),
+        libc::EINVAL,
+        "an unknown flag",
+    )?;
+    expect_errno(
+        set(0, first.size, memory.start() + PAGE),
+        libc::EINVAL,
+        "another host address",
+    )?;
+    set(0, 0, 0).during("removing it")?;
+    expect_errno(set(0, 0, 0), libc::EINVAL, "removing it twice")?;
+    expect_errno(
+        ioctl(&vm, uapi::SET_USER_MEMORY_REGION2, BAD_POINTER),
+        libc::EFAULT,
+        "a bad pointer",
+    )
 }

@@ -324,3 +324,109 @@ pub(crate) fn mp_state(device: &Device) -> Outcome {
         "a state that there is not",
     )
 }
+
+/// The banks and flags of IA32_MCG_CAP that can be asked for.
+pub(crate) fn machine_check_setup(device: &Device) -> Outcome {
+    let system = device.open()?;
+    let banks = ioctl(&system, uapi::CHECK_EXTENSION, kb::KVM_CAP_MCE.into())? as u64;
+    if banks == 0 {
+        return Err(Fail::skip("MCE is not offered"));
+    }
+    let mut supported = 0_u64;
+    ioctl_with(&system, uapi::X86_GET_MCE_CAP_SUPPORTED, &mut supported)?;
+    check!(banks >= 10, "{banks} banks; programs want 10");
+    check!(
+        supported & (1 << 8) != 0,
+        "MCG_CTL_P is not offered: {supported:#x}"
+    );
+    let machine = Machine::with(device, Config::default())?;
+    let cpu = machine.vcpu(0)?;
+    let set_up =
+        |mut capabilities: u64| ioctl_with(&cpu.fd, uapi::X86_SETUP_MCE, &mut capabilities);
+    for wrong in [0, banks + 1, 0xff, 10 | (1 << 40)] {
+        expect_errno(set_up(wrong), libc::EINVAL, &format!("{wrong:#x}"))?;
+    }
+    set_up(10 | supported)?;
+    check_eq!(cpu.msr(0x179)?, 10 | supported, "IA32_MCG_CAP");
+    check_eq!(cpu.msr(0x17b)?, u64::MAX, "IA32_MCG_CTL");
+    check_eq!(cpu.msr(0x400)?, u64::MAX, "IA32_MC0_CTL");
+    check_eq!(cpu.msr(0x424)?, u64::MAX, "IA32_MC9_CTL");
+    check!(cpu.msr(0x428).is_err(), "IA32_MC10_CTL is there");
+    expect_errno(
+        ioctl(&cpu.fd, uapi::X86_SETUP_MCE, BAD_POINTER),
+        libc::EFAULT,
+        "a bad pointer",
+    )
+}
+
+/// Errors that userspace reports fill a bank.
+pub(crate) fn machine_check_errors(device: &Device) -> Outcome {
+    const VALID: u64 = 1 << 63;
+    let machine = Machine::with(device, Config::default())?;
+    if machine.extension(kb::KVM_CAP_MCE) == 0 {
+        return Err(Fail::skip("MCE is not offered"));
+    }
+    let cpu = machine.vcpu(0)?;
+    let mut capabilities = 10 | (1_u64 << 8);
+    ioctl_with(&cpu.fd, uapi::X86_SETUP_MCE, &mut capabilities)?;
+    // Status, address, miscellaneous, IA32_MCG_STATUS, bank.
+    let report = |status: u64, bank: u64| {
+        let mut mce = [status, 0x1234, 0x56, 0, bank, 0, 0, 0];
+        ioctl_with(&cpu.fd, uapi::X86_SET_MCE, &mut mce)
+    };
+    expect_errno(report(VALID, 10), libc::EINVAL, "a bank that is not there")?;
+    expect_errno(report(1, 3), libc::EINVAL, "a status that is not valid")?;
+    report(VALID | 0x9f, 3)?;
+    check_eq!(cpu.msr(0x40d)?, VALID | 0x9f, "IA32_MC3_STATUS");
+    check_eq!(cpu.msr(0x40e)?, 0x1234, "IA32_MC3_ADDR");
+    check_eq!(cpu.msr(0x40f)?, 0x56, "IA32_MC3_MISC");
+    report(VALID | 0x9e, 3)?;
+    check_eq!(cpu.msr(0x40d)?, (3 << 62) | 0x9e, "the second overflows");
+    Ok(())
+}
+
+/// KVM_GET_XSAVE2 writes as much as its capability says, and begins as KVM_GET_XSAVE does.
+pub(crate) fn extended_state_size(device: &Device) -> Outcome {
+    let (vm, vcpu) = new_vcpu(device, false)?;
+    let size = ioctl(&vm, uapi::CHECK_EXTENSION, kb::KVM_CAP_XSAVE2.into())? as usize;
+    if size == 0 {
+        return Err(Fail::skip("XSAVE2 is not offered"));
+    }
+    check!((4096..16384).contains(&size), "the area has {size} bytes");
+    let mut old = [0xa5_u8; 4096];
+    let mut new = [0xa5_u8; 20480];
+    ioctl_with(&vcpu, uapi::GET_XSAVE, &mut old)?;
+    ioctl_with(&vcpu, uapi::GET_XSAVE2, &mut new)?;
+    check!(old[..] == new[..4096], "the two areas differ");
+    check!(
+        new[size..].iter().all(|byte| *byte == 0xa5),
+        "it wrote past {size} bytes"
+    );
+    ioctl_with(&vcpu, uapi::SET_XSAVE, &mut new)?;
+    expect_errno(
+        ioctl(&vcpu, uapi::GET_XSAVE2, BAD_POINTER),
+        libc::EFAULT,
+        "a bad pointer",
+    )
+}
+
+/// What old 32-bit guests' task priority wants is off, and can be switched off.
+pub(crate) fn task_priority_helpers(device: &Device) -> Outcome {
+    let mut none = 0_u64;
+    let (_vm, bare) = new_vcpu(device, false)?;
+    expect_errno(
+        ioctl_with(&bare, uapi::SET_VAPIC_ADDR, &mut none),
+        libc::EINVAL,
+        "KVM_SET_VAPIC_ADDR without a local APIC",
+    )?;
+    let (_vm, vcpu) = new_vcpu(device, true)?;
+    ioctl_with(&vcpu, uapi::SET_VAPIC_ADDR, &mut none)?;
+    let mut control = kb::kvm_tpr_access_ctl::default();
+    ioctl_with(&vcpu, uapi::TPR_ACCESS_REPORTING, &mut control)?;
+    control.flags = 1;
+    expect_errno(
+        ioctl_with(&vcpu, uapi::TPR_ACCESS_REPORTING, &mut control),
+        libc::EINVAL,
+        "KVM_TPR_ACCESS_REPORTING with flags",
+    )
+}

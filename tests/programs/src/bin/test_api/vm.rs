@@ -115,6 +115,48 @@ pub(crate) fn boot_cpu(device: &Device) -> Outcome {
     )
 }
 
+/// An old CPU's page tables for real mode: nothing to see, but the call has its rules.
+pub(crate) fn identity_map(device: &Device) -> Outcome {
+    let vm = new_vm(device)?;
+    let mut address = 0xfffb_c000_u64;
+    ioctl_with(&vm, uapi::SET_IDENTITY_MAP_ADDR, &mut address)?;
+    let _vcpu = owned(ioctl(&vm, uapi::CREATE_VCPU, 0))?;
+    for pointer in [0, BAD_POINTER] {
+        expect_errno(
+            ioctl(&vm, uapi::SET_IDENTITY_MAP_ADDR, pointer),
+            libc::EINVAL,
+            "KVM_SET_IDENTITY_MAP_ADDR after a vCPU",
+        )?;
+    }
+    Ok(())
+}
+
+pub(crate) fn enable_capability(device: &Device) -> Outcome {
+    let vm = new_vm(device)?;
+    for (cap, flags) in [
+        (0xffff, 0),
+        (kb::KVM_CAP_IRQCHIP, 0),
+        (kb::KVM_CAP_SPLIT_IRQCHIP, 1),
+    ] {
+        let mut request = kb::kvm_enable_cap {
+            cap,
+            flags,
+            args: [24, 0, 0, 0],
+            ..Default::default()
+        };
+        expect_errno(
+            ioctl_with(&vm, uapi::ENABLE_CAP, &mut request),
+            libc::EINVAL,
+            &format!("capability {cap} with flags {flags}"),
+        )?;
+    }
+    expect_errno(
+        ioctl(&vm, uapi::ENABLE_CAP, BAD_POINTER),
+        libc::EFAULT,
+        "a bad pointer",
+    )
+}
+
 pub(crate) fn irq_line_without_irqchip(device: &Device) -> Outcome {
     let vm = new_vm(device)?;
     let mut level = [0_u32, 1];
