@@ -15,6 +15,26 @@ pub(crate) struct Row {
     /// What it is called in the table.
     pub(crate) name: &'static str,
     code: fn() -> &'static [u8],
+    /// IA32_APIC_BASE, where it is another one than after reset.
+    apic_base: Option<u64>,
+}
+
+impl Row {
+    const fn new(name: &'static str, code: fn() -> &'static [u8]) -> Self {
+        Self {
+            name,
+            code,
+            apic_base: None,
+        }
+    }
+
+    /// The same, with the local APIC in x2APIC mode.
+    const fn x2apic(name: &'static str, code: fn() -> &'static [u8]) -> Self {
+        Self {
+            apic_base: Some(rvisor_tests::layout::LAPIC | 0xd00),
+            ..Self::new(name, code)
+        }
+    }
 }
 
 /// A guest that does something RSI times and leaves the TSC's difference in R14. What it does may change
@@ -51,6 +71,23 @@ measured!(
 measured!(pic, ["in al, 0x21"]);
 measured!(apic_read, ["mov eax, [rdi + 0x30]"]);
 measured!(apic_eoi, ["mov dword ptr [rdi + 0xb0], 0"]);
+measured!(x2apic_read, ["mov ecx, 0x803", "rdmsr"]);
+measured!(
+    x2apic_eoi,
+    ["mov ecx, 0x80b", "xor eax, eax", "xor edx, edx", "wrmsr"]
+);
+measured!(
+    x2apic_priority,
+    ["mov ecx, 0x808", "xor eax, eax", "xor edx, edx", "wrmsr"]
+);
+measured!(
+    x2apic_self_ipi,
+    ["mov ecx, 0x83f", "mov eax, 0x41", "xor edx, edx", "wrmsr"]
+);
+measured!(
+    x2apic_command,
+    ["mov ecx, 0x830", "mov eax, 0x41", "xor edx, edx", "wrmsr"]
+);
 measured!(input, ["mov dx, {port}", "in al, dx"], port = FREE_PORT);
 measured!(output, ["mov dx, {port}", "out dx, al"], port = FREE_PORT);
 measured!(mmio_read, ["mov eax, [{hole}]"], hole = HOLE);
@@ -58,51 +95,23 @@ measured!(mmio_write, ["mov [{hole}], eax"], hole = HOLE);
 measured!(touch, ["mov [rdi], al", "add rdi, 4096"]);
 
 /// The table, but for its last rows.
-pub(crate) const ROWS: [Row; 11] = [
-    Row {
-        name: "CPUID",
-        code: cpuid,
-    },
-    Row {
-        name: "VMCALL, unknown number",
-        code: vmcall,
-    },
-    Row {
-        name: "RDMSR IA32_APIC_BASE",
-        code: rdmsr,
-    },
-    Row {
-        name: "WRMSR IA32_BIOS_SIGN_ID",
-        code: wrmsr,
-    },
-    Row {
-        name: "IN from the in-kernel PIC",
-        code: pic,
-    },
-    Row {
-        name: "local APIC register read, by MMIO",
-        code: apic_read,
-    },
-    Row {
-        name: "local APIC EOI, by MMIO",
-        code: apic_eoi,
-    },
-    Row {
-        name: "IN to userspace and back",
-        code: input,
-    },
-    Row {
-        name: "OUT to userspace and back",
-        code: output,
-    },
-    Row {
-        name: "MMIO read to userspace and back",
-        code: mmio_read,
-    },
-    Row {
-        name: "MMIO write to userspace and back",
-        code: mmio_write,
-    },
+pub(crate) const ROWS: [Row; 16] = [
+    Row::new("CPUID", cpuid),
+    Row::new("VMCALL, unknown number", vmcall),
+    Row::new("RDMSR IA32_APIC_BASE", rdmsr),
+    Row::new("WRMSR IA32_BIOS_SIGN_ID", wrmsr),
+    Row::new("IN from the in-kernel PIC", pic),
+    Row::new("local APIC register read, by MMIO", apic_read),
+    Row::new("local APIC EOI, by MMIO", apic_eoi),
+    Row::x2apic("x2APIC register read, by RDMSR", x2apic_read),
+    Row::x2apic("x2APIC EOI, by WRMSR", x2apic_eoi),
+    Row::x2apic("x2APIC TPR, by WRMSR", x2apic_priority),
+    Row::x2apic("x2APIC self-IPI, by WRMSR", x2apic_self_ipi),
+    Row::x2apic("x2APIC ICR to itself, by WRMSR", x2apic_command),
+    Row::new("IN to userspace and back", input),
+    Row::new("OUT to userspace and back", output),
+    Row::new("MMIO read to userspace and back", mmio_read),
+    Row::new("MMIO write to userspace and back", mmio_write),
 ];
 
 impl Row {
@@ -111,6 +120,11 @@ impl Row {
         let machine = Machine::with_irqchip(device)?;
         let cpu = machine.vcpu(0)?;
         guest::load(&machine, &cpu, Mode::Long, (self.code)())?;
+        if let Some(apic_base) = self.apic_base {
+            let mut sregs = cpu.sregs()?;
+            sregs.apic_base = apic_base;
+            cpu.set_sregs(&sregs)?;
+        }
         measure(&cpu, WARM_UP, rvisor_tests::layout::LAPIC)?;
         measure(&cpu, ROUNDS, rvisor_tests::layout::LAPIC)
     }
