@@ -4,12 +4,13 @@
 //!
 //! Each is a fixed-size value with methods that take an event and, where time matters, the present
 //! moment, and return what has to happen outside: a message to be delivered, a timer to be set. No
-//! method reads a clock, takes a lock or calls back into the machine, so the owner decides who may
+//! method reads a clock but the one it is given, takes a lock or calls back into the machine, so the owner decides who may
 //! touch what and when.
 
 pub mod destination;
 pub mod ioapic;
 pub mod lapic;
+pub mod mailbox;
 pub mod pic;
 pub mod pit;
 pub mod routing;
@@ -41,6 +42,20 @@ pub struct Now {
     pub nanoseconds: Nanoseconds,
     /// The guest's time-stamp counter, for the TSC-deadline mode.
     pub tsc: u64,
+}
+
+/// What tells the present moment. It is asked only where the moment matters, since reading the host's
+/// clocks takes longer than most accesses of a register.
+pub trait Clock {
+    /// The present moment.
+    fn now(&self) -> Now;
+}
+
+impl Clock for Now {
+    #[inline]
+    fn now(&self) -> Now {
+        *self
+    }
 }
 
 /// How an interrupt is recognised: by its rising edge, or while it is held (SDM vol. 3, 12.6.1).

@@ -55,7 +55,7 @@ fn vcpu_ioctl(vcpu: &Vcpu, command: u32, argument: usize) -> Result<isize> {
         user::RUN if argument != 0 => Err(EINVAL),
         user::RUN => vcpu.run(),
         user::GET_MP_STATE => {
-            let mp_state = vcpu.mp_state();
+            let mp_state = vcpu.mp_state()?;
             user::write(argument, &uapi::kvm_mp_state { mp_state })?;
             Ok(0)
         }

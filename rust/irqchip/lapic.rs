@@ -255,13 +255,11 @@ impl LocalApic {
         self.base
     }
 
-    /// The guest-physical address of the register page, where there is one: in xAPIC mode.
+    /// The guest-physical address of the register page. In other modes than xAPIC mode there are no
+    /// registers in it, but it is nobody else's either (KVM_X86_QUIRK_LAPIC_MMIO_HOLE).
     #[inline]
-    pub const fn mmio_base(&self) -> Option<u64> {
-        match self.mode() {
-            ApicMode::XApic => Some(self.base & 0x000f_ffff_ffff_f000),
-            ApicMode::Disabled | ApicMode::X2Apic => None,
-        }
+    pub const fn mmio_base(&self) -> u64 {
+        self.base & 0x000f_ffff_ffff_f000
     }
 
     /// Writes IA32_APIC_BASE. Invalid are reserved bits, x2APIC mode without the enable bit and,

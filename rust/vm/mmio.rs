@@ -159,10 +159,10 @@ impl State {
 }
 
 impl Core {
-    /// The offset of `gpa` in the local APIC's registers, where they lie in memory there.
+    /// The offset of `gpa` in the local APIC's page, where it lies there.
     #[inline]
     fn lapic_offset(&self, gpa: Gpa) -> Option<u16> {
-        let base = self.lapic.as_ref()?.mmio_base()?;
+        let base = self.lapic.as_ref()?.mmio_base();
         let offset = gpa.raw().wrapping_sub(base);
         (offset < PAGE_SIZE).then_some(offset as u16)
     }
@@ -176,15 +176,17 @@ impl Core {
     /// Reads device memory in the kernel. `false` where it is userspace's.
     pub(super) fn read_device(&mut self, gpa: Gpa, data: &mut [u8]) -> bool {
         if let Some(offset) = self.lapic_offset(gpa) {
-            let now = self.now();
+            let clock = self.clock();
             if let Some(lapic) = &mut self.lapic {
                 // Registers are 4 bytes wide; of wider accesses the rest reads as zero.
                 let inside = usize::from(offset & 3);
-                let bytes = lapic.read(offset & !3, now).to_le_bytes();
+                let bytes = lapic.read(offset & !3, clock).to_le_bytes();
                 data.fill(0);
                 for (to, from) in data.iter_mut().zip(bytes.iter().skip(inside)) {
                     *to = *from;
                 }
+                // A register that does not exist raises the error interrupt.
+                self.note_interrupts();
                 return true;
             }
         }
@@ -209,11 +211,11 @@ impl Core {
         }
         let value = u32::from_le_bytes(bytes);
         if let Some(offset) = self.lapic_offset(gpa) {
-            let now = self.now();
+            let clock = self.clock();
             if let Some(lapic) = &mut self.lapic {
                 // Only whole registers can be written (SDM vol. 3, 12.4.1).
                 if data.len() >= 4 {
-                    let effect = lapic.write(offset, value, now);
+                    let effect = lapic.write(offset, value, clock);
                     self.apply(effect);
                 }
                 return true;

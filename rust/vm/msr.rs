@@ -122,9 +122,9 @@ impl Core {
                 _ => return Err(MsrFault),
             },
             MsrValue::X2apic(_) => {
-                let now = self.now();
+                let clock = self.clock();
                 let lapic = self.lapic.as_mut().ok_or(MsrFault)?;
-                lapic.read_msr(index, now).map_err(|_| MsrFault)?
+                lapic.read_msr(index, clock).map_err(|_| MsrFault)?
             }
         })
     }
@@ -168,9 +168,9 @@ impl Core {
                 self.apply(effect);
             }
             MsrEffect::X2apic(_, value) => {
-                let now = self.now();
+                let clock = self.clock();
                 let lapic = self.lapic.as_mut().ok_or(MsrFault)?;
-                let effect = lapic.write_msr(index, value, now).map_err(|_| MsrFault)?;
+                let effect = lapic.write_msr(index, value, clock).map_err(|_| MsrFault)?;
                 self.apply(effect);
             }
             MsrEffect::Efer(value) => self.write_efer(vmcs, value, origin)?,

@@ -16,9 +16,12 @@ use crate::{
     vmx::hardware::CurrentVmcs,
 };
 use kernel::{current, prelude::*};
-use rvisor_core::x86::{
-    control::Rflags,
-    vmcs::{interruptibility, Field32, FieldNatural},
+use rvisor_core::{
+    irqchip::Clock,
+    x86::{
+        control::{Cr0, Rflags},
+        vmcs::{interruptibility, Field32, FieldNatural},
+    },
 };
 
 /// What the part with interrupts on has to do next.
@@ -91,7 +94,7 @@ impl Vcpu {
         if self.run.immediate_exit() {
             return Err(EINTR);
         }
-        self.shared.sleep(|| false);
+        self.shared.sleep();
         let request = self.shared.take_requests();
         state.with_vmcs(|core, vmcs| core.handle_requests(vmcs, self, request))?;
         if current!().signal_pending() {
@@ -122,10 +125,11 @@ impl Vcpu {
     fn run_loop(&self, state: &mut State) -> Result<UserExit> {
         state.core.has_run = true;
         loop {
-            if matches!(state.core.mp_state, MpState::Halted | MpState::InitReceived) {
-                self.sleep(state)?;
-            }
+            let awake = state.core.mp_state == MpState::Runnable || self.sleep(state)?;
             self.see_to_thread()?;
+            if !awake {
+                continue;
+            }
             match self.run_inner(state)? {
                 Outer::Again => {}
                 Outer::Slow(slow) => {
@@ -153,7 +157,8 @@ impl Vcpu {
     }
 
     /// HLT, or an application processor between INIT and SIPI: sleeps until there is something to do.
-    fn sleep(&self, state: &mut State) -> Result {
+    /// Gives whether there is; a signal ends the sleep too.
+    fn sleep(&self, state: &mut State) -> Result<bool> {
         loop {
             let request = self.shared.take_requests();
             let awake = state.with_vmcs(|core, vmcs| {
@@ -162,12 +167,12 @@ impl Vcpu {
             })?;
             if awake {
                 state.core.mp_state = MpState::Runnable;
-                return Ok(());
+                return Ok(true);
             }
             if current!().signal_pending() {
-                return Ok(());
+                return Ok(false);
             }
-            self.shared.sleep(|| false);
+            self.shared.sleep();
         }
     }
 
@@ -260,7 +265,7 @@ impl Core {
         if request.has(Request::INIT_OR_SIPI) {
             self.accept_init_or_sipi(vmcs);
         }
-        if request.has(Request::EVENT) || request.has(Request::NMI) {
+        if request.has(Request::EVENT.with(Request::NMI)) {
             self.take_posted();
         }
         if request.has(Request::PIT) {
@@ -269,15 +274,14 @@ impl Core {
             }
             self.take_posted();
         }
-        if request.has(Request::LAPIC_TIMER) {
-            let now = self.now();
+        if request.has(Request::LAPIC_TIMER.with(Request::ARM_TIMER)) {
+            // A deadline that has passed when it is set needs no timer of the host's.
+            let now = self.clock().now();
             if let Some(lapic) = &mut self.lapic {
                 if lapic.timer_fired(now) {
                     self.events.attention = true;
                 }
             }
-        }
-        if request.has(Request::LAPIC_TIMER) || request.has(Request::ARM_TIMER) {
             // A timer that is not needed any more only leaves a request that finds nothing.
             if let Some(deadline) = self.timer_deadline() {
                 vcpu.lapic_timer.start(deadline);
@@ -287,18 +291,21 @@ impl Core {
 
     /// INIT resets the processor and, but for the bootstrap one, makes it wait for SIPI (SDM vol. 3,
     /// 11.4.2 and 10.4.4.1); SIPI starts it.
-    fn accept_init_or_sipi(&mut self, vmcs: &mut CurrentVmcs<'_>) {
+    pub(super) fn accept_init_or_sipi(&mut self, vmcs: &mut CurrentVmcs<'_>) {
         use rvisor_core::{irqchip::lapic::ResetKind, x86::vmcs::VmcsSegment};
-        if self.shared.take_init() {
+        let startup = self.shared.mailbox.take_startup();
+        if startup.init {
             // What was on its way is lost with the state that it was for.
-            let _ = self.shared.take_posted();
-            let _ = self.shared.take_nmis();
+            self.shared.mailbox.forget_interrupts();
+            let cache_bits = self.cr0.0 & (Cr0::CD | Cr0::NW);
             self.reset(vmcs);
+            // INIT leaves the caches as they were (SDM vol. 3, table 11-1).
+            self.set_cr0(vmcs, Cr0((Cr0::RESET & !(Cr0::CD | Cr0::NW)) | cache_bits));
             let mut is_bootstrap = true;
             if let Some(lapic) = &mut self.lapic {
                 lapic.reset(ResetKind::Init);
                 is_bootstrap = lapic.is_bootstrap();
-                self.shared.publish_identity(lapic.identity());
+                self.shared.mailbox.publish_identity(lapic.identity());
             }
             self.mp_state = if is_bootstrap {
                 MpState::Runnable
@@ -306,17 +313,15 @@ impl Core {
                 MpState::InitReceived
             };
         }
-        if self.mp_state != MpState::InitReceived {
+        let (MpState::InitReceived, Some(vector)) = (self.mp_state, startup.sipi) else {
             return;
-        }
-        if let Some(vector) = self.shared.take_sipi() {
-            let mut cs = vmcs.segment(VmcsSegment::Cs);
-            cs.selector = u16::from(vector.0) << 8;
-            cs.base = u64::from(vector.0) << 12;
-            vmcs.set_segment(VmcsSegment::Cs, &cs);
-            vmcs.write(FieldNatural::GUEST_RIP, 0);
-            self.mp_state = MpState::Runnable;
-        }
+        };
+        let mut cs = vmcs.segment(VmcsSegment::Cs);
+        cs.selector = u16::from(vector.0) << 8;
+        cs.base = u64::from(vector.0) << 12;
+        vmcs.set_segment(VmcsSegment::Cs, &cs);
+        vmcs.write(FieldNatural::GUEST_RIP, 0);
+        self.mp_state = MpState::Runnable;
     }
 
     /// Whether a halted processor has something to do.

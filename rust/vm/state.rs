@@ -14,7 +14,10 @@ use rvisor_core::{
         cpuid::{CpuidEntry, Index, Runtime},
         guest::{GuestCpu, Origin},
     },
-    irqchip::lapic::{Features, PageFormat, REGISTERS_SIZE},
+    irqchip::{
+        lapic::{Features, PageFormat, REGISTERS_SIZE},
+        Clock,
+    },
     x86::{
         address::Gva,
         control::{
@@ -102,12 +105,20 @@ fn from_kvm_segment(segment: &uapi::kvm_segment) -> Segment {
 
 impl Vcpu {
     /// Carries out KVM_GET_MP_STATE.
-    pub(crate) fn mp_state(&self) -> u32 {
-        self.with_state(|state| match state.core.mp_state {
-            MpState::Runnable => uapi::KVM_MP_STATE_RUNNABLE,
-            MpState::Uninitialized => uapi::KVM_MP_STATE_UNINITIALIZED,
-            MpState::InitReceived => uapi::KVM_MP_STATE_INIT_RECEIVED,
-            MpState::Halted => uapi::KVM_MP_STATE_HALTED,
+    ///
+    /// # Errors
+    ///
+    /// `EIO` where VMX was switched off under us.
+    pub(crate) fn mp_state(&self) -> Result<u32> {
+        self.with_state(|state| {
+            // An INIT or SIPI that waits is part of the state.
+            state.with_vmcs(Core::accept_init_or_sipi)?;
+            Ok(match state.core.mp_state {
+                MpState::Runnable => uapi::KVM_MP_STATE_RUNNABLE,
+                MpState::Uninitialized => uapi::KVM_MP_STATE_UNINITIALIZED,
+                MpState::InitReceived => uapi::KVM_MP_STATE_INIT_RECEIVED,
+                MpState::Halted => uapi::KVM_MP_STATE_HALTED,
+            })
         })
     }
 
@@ -452,7 +463,7 @@ impl State {
     /// `EINVAL` without a local APIC in the kernel.
     pub(crate) fn lapic_page(&mut self) -> Result<[u8; REGISTERS_SIZE]> {
         self.core.take_posted();
-        let now = self.core.now();
+        let now = self.core.clock().now();
         let lapic = self.core.lapic.as_mut().ok_or(EINVAL)?;
         // A timer that is due shows in the IRR; on another machine it would be lost.
         lapic.timer_fired(now);
@@ -465,13 +476,13 @@ impl State {
     ///
     /// `EINVAL` without a local APIC in the kernel and for an identifier that is not this one's.
     pub(crate) fn set_lapic_page(&mut self, page: &[u8; REGISTERS_SIZE]) -> Result {
-        let now = self.core.now();
+        let now = self.core.clock().now();
         let core = &mut self.core;
         let lapic = core.lapic.as_mut().ok_or(EINVAL)?;
         lapic
             .set_registers(page, PageFormat::Legacy, now)
             .map_err(|_| EINVAL)?;
-        core.shared.publish_identity(lapic.identity());
+        core.shared.mailbox.publish_identity(lapic.identity());
         core.shared.request_self(Request::ARM_TIMER);
         core.events.attention = true;
         Ok(())

@@ -40,7 +40,7 @@ use rvisor_core::{
     },
     irqchip::{
         lapic::{Deadline, Features, LapicEffect, LocalApic},
-        Nanoseconds, Now,
+        Clock, Nanoseconds, Now,
     },
     x86::{
         control::{Cr0, Cr4, Dr6, Efer},
@@ -105,6 +105,22 @@ pub(crate) struct Core {
     pub(crate) has_run: bool,
 }
 
+/// The monotonic clock and the guest's TSC.
+#[derive(Clone, Copy)]
+pub(crate) struct GuestClock {
+    tsc_offset: u64,
+}
+
+impl Clock for GuestClock {
+    #[inline(never)]
+    fn now(&self) -> Now {
+        Now {
+            nanoseconds: Nanoseconds(timer::monotonic()),
+            tsc: cpu::rdtsc().wrapping_add(self.tsc_offset),
+        }
+    }
+}
+
 /// All of a virtual CPU that its mutex guards.
 pub(crate) struct State {
     pub(crate) hardware: Preemptible<Hardware>,
@@ -166,7 +182,7 @@ impl Vcpu {
             None => None,
         };
         if let Some(lapic) = &lapic {
-            shared.publish_identity(lapic.identity());
+            shared.mailbox.publish_identity(lapic.identity());
         }
         let core = Core {
             vm: vm.clone(),
@@ -371,12 +387,11 @@ impl Core {
         self.cr0.has(Cr0::PG) && self.cr4.has(Cr4::PAE) && !self.efer.has(Efer::LMA)
     }
 
-    /// The present moment on the clocks of the local APIC's timer.
+    /// The clocks of the local APIC's timer.
     #[inline]
-    pub(crate) fn now(&self) -> Now {
-        Now {
-            nanoseconds: Nanoseconds(timer::monotonic()),
-            tsc: self.guest_tsc(),
+    pub(crate) fn clock(&self) -> GuestClock {
+        GuestClock {
+            tsc_offset: self.tsc_offset,
         }
     }
 
@@ -416,18 +431,34 @@ impl Core {
     /// Moves what other threads posted into the local APIC.
     pub(crate) fn take_posted(&mut self) {
         if let Some(lapic) = &mut self.lapic {
-            let (all, level) = self.shared.take_posted();
-            lapic.merge_requests_with_level(&all, &level);
+            let posted = self.shared.mailbox.take_posted();
+            lapic.merge_requests_with_level(&posted.vectors, &posted.level);
         }
-        self.events.nmis = (self.events.nmis + self.shared.take_nmis()).min(2);
+        self.events.nmis = (self.events.nmis + self.shared.mailbox.take_nmis()).min(2);
         self.events.attention = true;
     }
 
+    /// Looks whether an access of the local APIC has let an interrupt through, or raised one.
+    #[inline]
+    pub(crate) fn note_interrupts(&mut self) {
+        if self.has_interrupt() {
+            self.events.attention = true;
+        }
+    }
+
     /// Carries out what the local APIC asks for.
+    #[inline]
     pub(crate) fn apply(&mut self, effect: LapicEffect) {
-        self.events.attention = true;
+        self.note_interrupts();
+        if effect != LapicEffect::None {
+            self.carry_out(effect);
+        }
+    }
+
+    fn carry_out(&mut self, effect: LapicEffect) {
         match effect {
             LapicEffect::None => {}
+            // What comes back to this APIC comes as a request.
             LapicEffect::SendIpi(message) => {
                 self.vm.deliver(&message, Some(self.shared.id));
             }
@@ -435,7 +466,7 @@ impl Core {
             LapicEffect::TimerChanged => self.shared.request_self(Request::ARM_TIMER),
             LapicEffect::IdentityChanged => {
                 if let Some(lapic) = &self.lapic {
-                    self.shared.publish_identity(lapic.identity());
+                    self.shared.mailbox.publish_identity(lapic.identity());
                 }
             }
         }

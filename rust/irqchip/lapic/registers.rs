@@ -8,7 +8,7 @@ use super::{
     error, spurious, ApicMode, Features, Invalid, LapicEffect, LocalApic, FIRST_LEGAL_VECTOR,
 };
 use crate::irqchip::destination::{x2apic_logical_id, InterruptMessage, Shorthand};
-use crate::irqchip::{high_half, low_half, Now};
+use crate::irqchip::{high_half, low_half, Clock, Now};
 use crate::x86::msr::MsrIndex;
 use crate::x86::vector::Vector;
 
@@ -62,12 +62,12 @@ impl LocalApic {
     /// register's 16 bytes the first four hold it, and where `offset` points into them its upper
     /// bytes come first, so an access of 1 or 2 bytes takes the low ones of the result. All ones in
     /// the other modes, where there is no register page.
-    pub fn read(&mut self, offset: u16, now: Now) -> u32 {
+    pub fn read(&mut self, offset: u16, clock: impl Clock) -> u32 {
         if self.mode() != ApicMode::XApic {
             return 0xffff_ffff;
         }
         let register = offset & !0xf;
-        let Some(value) = self.register(register, now) else {
+        let Some(value) = self.register(register, clock) else {
             if !matches!(register, offset::EOI | offset::REMOTE_READ) {
                 self.detect(error::ILLEGAL_REGISTER);
             }
@@ -82,11 +82,11 @@ impl LocalApic {
     /// Writes the register page in xAPIC mode, four bytes at `offset`. Ignored in the other modes
     /// and where `offset` is not a multiple of 16; what is not four bytes long is the caller's to
     /// ignore (SDM vol. 3, 12.4.1).
-    pub fn write(&mut self, offset: u16, value: u32, now: Now) -> LapicEffect {
+    pub fn write(&mut self, offset: u16, value: u32, clock: impl Clock) -> LapicEffect {
         if self.mode() != ApicMode::XApic || offset & 0xf != 0 {
             return LapicEffect::None;
         }
-        match self.write_register(offset, value, now) {
+        match self.write_register(offset, value, clock) {
             Written::Done(effect) => effect,
             Written::ReadOnly => LapicEffect::None,
             Written::Reserved => {
@@ -98,21 +98,23 @@ impl LocalApic {
 
     /// Reads a register as an MSR, 0x800 to 0x8ff. Invalid outside x2APIC mode, for a reserved MSR
     /// and for one that can only be written.
-    pub fn read_msr(&mut self, index: MsrIndex, now: Now) -> Result<u64, Invalid> {
+    #[inline]
+    pub fn read_msr(&mut self, index: MsrIndex, clock: impl Clock) -> Result<u64, Invalid> {
         let register = self.msr_offset(index)?;
         if register == offset::ICR {
             return Ok(self.icr);
         }
-        self.register(register, now).map(u64::from).ok_or(Invalid)
+        self.register(register, clock).map(u64::from).ok_or(Invalid)
     }
 
     /// Writes a register as an MSR. Invalid outside x2APIC mode, for an MSR that is reserved or can
     /// only be read, and where a reserved bit is set (SDM vol. 3, 12.12.1.3).
+    #[inline]
     pub fn write_msr(
         &mut self,
         index: MsrIndex,
         value: u64,
-        now: Now,
+        clock: impl Clock,
     ) -> Result<LapicEffect, Invalid> {
         let register = self.msr_offset(index)?;
         if register == offset::ICR {
@@ -126,13 +128,14 @@ impl LocalApic {
         if low & x2apic_reserved(register, &self.features) != 0 {
             return Err(Invalid);
         }
-        match self.write_register(register, low, now) {
+        match self.write_register(register, low, clock) {
             Written::Done(effect) => Ok(effect),
             Written::ReadOnly | Written::Reserved => Err(Invalid),
         }
     }
 
     /// The offset of an x2APIC register; whether there is one is another question.
+    #[inline]
     fn msr_offset(&self, index: MsrIndex) -> Result<u16, Invalid> {
         if self.mode() != ApicMode::X2Apic || !index.is_x2apic() {
             return Err(Invalid);
@@ -141,7 +144,7 @@ impl LocalApic {
     }
 
     /// The register at `register`, a multiple of 16, as it reads in the present mode.
-    pub(super) fn register(&self, register: u16, now: Now) -> Option<u32> {
+    pub(super) fn register(&self, register: u16, clock: impl Clock) -> Option<u32> {
         let x2apic = self.mode() == ApicMode::X2Apic;
         let index = ((register >> 4) & 7) as u8;
         let value = match register {
@@ -162,7 +165,7 @@ impl LocalApic {
             offset::ICR => low_half(self.icr),
             offset::ICR_HIGH if !x2apic => high_half(self.icr),
             offset::INITIAL_COUNT => self.timer.initial(),
-            offset::CURRENT_COUNT => self.timer.current(now),
+            offset::CURRENT_COUNT => self.timer.current(clock.now()),
             offset::DIVIDE => u32::from(self.timer.divide()),
             _ => self.lvt.get(Entry::at(register, &self.features)?),
         };
@@ -179,7 +182,7 @@ impl LocalApic {
         version
     }
 
-    fn write_register(&mut self, register: u16, value: u32, now: Now) -> Written {
+    fn write_register(&mut self, register: u16, value: u32, clock: impl Clock) -> Written {
         let x2apic = self.mode() == ApicMode::X2Apic;
         let effect = match register {
             offset::TPR => {
@@ -198,8 +201,10 @@ impl LocalApic {
                 shorthand: Shorthand::Itself,
                 ..InterruptMessage::from_icr(u64::from(value), true)
             }),
-            offset::INITIAL_COUNT => timer_effect(self.timer.set_initial(value, now)),
-            offset::DIVIDE => timer_effect(self.timer.set_divide((value & 0xff) as u8, now)),
+            offset::INITIAL_COUNT => timer_effect(self.timer.set_initial(value, clock.now())),
+            offset::DIVIDE => {
+                timer_effect(self.timer.set_divide((value & 0xff) as u8, clock.now()))
+            }
             offset::ID if !x2apic => {
                 self.xapic_id = (value >> 24) as u8;
                 LapicEffect::IdentityChanged

@@ -47,7 +47,7 @@ fn reset_state_is_the_manuals() {
     // SDM vol. 3, 12.4.7.1.
     let mut apic = LocalApic::new(ApicId(3), false, Features::default());
     assert_eq!(apic.base(), 0xfee0_0800);
-    assert_eq!(apic.mmio_base(), Some(0xfee0_0000));
+    assert_eq!(apic.mmio_base(), 0xfee0_0000);
     assert_eq!(apic.read(0x20, NOW), 3 << 24);
     assert_eq!(apic.read(0x30, NOW), 0x0005_0014);
     assert_eq!(apic.read(0xe0, NOW), 0xffff_ffff);
@@ -227,7 +227,7 @@ fn base_transitions_are_the_manuals() {
         apic.set_base(0x1_0000_0800, Origin::Guest),
         Ok(LapicEffect::None)
     );
-    assert_eq!(apic.mmio_base(), Some(0x1_0000_0000));
+    assert_eq!(apic.mmio_base(), 0x1_0000_0000);
     apic.set_features(Features {
         x2apic: false,
         ..features()
@@ -264,8 +264,11 @@ fn switched_off_apic_leaves_intr_to_the_pic() {
     let _ = apic.set_base(0xfee0_0000, Origin::Guest).unwrap();
     assert!(apic.accepts_pic_interrupt());
     assert_eq!(apic.highest_pending(), None);
-    assert_eq!(apic.mmio_base(), None);
+    // The page stays where it was, and there is nothing in it.
+    assert_eq!(apic.mmio_base(), 0xfee0_0000);
     assert_eq!(apic.read(0x30, NOW), 0xffff_ffff);
+    assert_eq!(apic.write(0x80, 0x50, NOW), LapicEffect::None);
+    assert_eq!(apic.tpr(), 0);
     assert!(!apic.set_irr(Vector(0x46), TriggerMode::Edge));
     assert_eq!(apic.identity().mode, ApicMode::Disabled);
 }

@@ -4,6 +4,7 @@
 
 mod ioapic;
 mod lapic;
+mod mailbox;
 mod pic;
 mod pit;
 mod routing;
