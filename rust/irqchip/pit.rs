@@ -34,26 +34,57 @@ pub struct PitState {
     pub flags: u32,
 }
 
-/// The rising edges of channel 0's output that lie ahead.
+/// Rising edges of an output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Edges {
     start: Nanoseconds,
     /// Ticks from `start` to the first edge, and from one to the next where they are periodic.
     period: u64,
     periodic: bool,
+    /// There is one at `start` too, with which the count before this one ended.
+    at_start: bool,
     /// How many have been told of.
     told: u64,
 }
 
 impl Edges {
+    const fn one_after(start: Nanoseconds, ticks: u64) -> Self {
+        Self {
+            start,
+            period: ticks,
+            periodic: false,
+            at_start: false,
+            told: 0,
+        }
+    }
+
+    const fn every(start: Nanoseconds, ticks: u64) -> Self {
+        Self {
+            periodic: true,
+            ..Self::one_after(start, ticks)
+        }
+    }
+
     fn until(&self, now: Nanoseconds) -> u64 {
+        if now < self.start {
+            return 0;
+        }
         let ticks = ticks_in(now.since(self.start));
         let edges = ticks.checked_div(self.period).unwrap_or(0);
         if self.periodic {
-            edges
+            edges.saturating_add(self.at_start.into())
         } else {
             edges.min(1)
         }
+    }
+
+    fn next(&self) -> Option<Nanoseconds> {
+        if !self.periodic && self.told > 0 {
+            return None;
+        }
+        let periods = self.told.saturating_add((!self.at_start).into());
+        let ticks = periods.saturating_mul(self.period);
+        Some(self.start.after(nanoseconds_of(ticks)))
     }
 }
 
@@ -61,7 +92,10 @@ impl Edges {
 #[derive(Clone, Debug)]
 pub struct Pit {
     channels: [Channel; 3],
+    /// Those of channel 0.
     edges: Option<Edges>,
+    /// How many of the edges of a count that has been replaced nobody has been told of.
+    owed: u64,
     speaker: bool,
     hpet_legacy: bool,
 }
@@ -76,6 +110,7 @@ impl Pit {
                 Channel::new(false, now),
             ],
             edges: None,
+            owed: 0,
             speaker: false,
             hpet_legacy: false,
         }
@@ -96,10 +131,10 @@ impl Pit {
     pub fn write_port(&mut self, port: u16, value: u8, now: Nanoseconds) -> bool {
         match port {
             0x40..=0x42 => {
-                let loaded = self
+                let changed = self
                     .channel(port & 3)
                     .is_some_and(|channel| channel.write(value, now));
-                if loaded && port == 0x40 {
+                if changed && port == 0x40 {
                     self.start_edges(now);
                 }
             }
@@ -146,23 +181,23 @@ impl Pit {
         }
     }
 
-    /// Begins to count channel 0's edges, from a count that has just been loaded.
+    /// Begins to count channel 0's edges, from a count that has just been loaded, if one has.
     fn start_edges(&mut self, now: Nanoseconds) {
         let [channel, ..] = &self.channels;
-        self.edges =
-            channel
-                .edge_period()
-                .filter(|_| !self.hpet_legacy)
-                .map(|(period, periodic)| Edges {
-                    start: now,
-                    period: if periodic {
-                        period.max(MIN_PERIOD_TICKS)
-                    } else {
-                        period
-                    },
-                    periodic,
-                    told: 0,
-                });
+        let before = self.edges.take();
+        let Some(mut edges) = channel.edges().filter(|_| !self.hpet_legacy) else {
+            return;
+        };
+        if edges.periodic {
+            edges.period = edges.period.max(MIN_PERIOD_TICKS);
+        }
+        if let (Some(before), true) = (before, edges.start > now) {
+            // The count before goes on until this one starts, which is its last edge.
+            edges.at_start = true;
+            let until = before.until(now);
+            self.owed = self.owed.saturating_add(until.saturating_sub(before.told));
+        }
+        self.edges = Some(edges);
     }
 
     fn read_speaker(&self, now: Nanoseconds) -> u8 {
@@ -183,23 +218,19 @@ impl Pit {
 
     /// When the next rising edge of channel 0's output comes, if one does.
     pub fn deadline(&self) -> Option<Nanoseconds> {
-        let edges = self.edges?;
-        if !edges.periodic && edges.told > 0 {
-            return None;
-        }
-        let ticks = edges.told.saturating_add(1).saturating_mul(edges.period);
-        Some(edges.start.after(nanoseconds_of(ticks)))
+        self.edges.as_ref().and_then(Edges::next)
     }
 
     /// The number of rising edges of channel 0's output since the last call.
     pub fn advance(&mut self, now: Nanoseconds) -> u64 {
+        let owed = core::mem::take(&mut self.owed);
         let Some(edges) = &mut self.edges else {
-            return 0;
+            return owed;
         };
         let until = edges.until(now).max(edges.told);
         let new = until.saturating_sub(edges.told);
         edges.told = until;
-        new
+        new.saturating_add(owed)
     }
 
     /// The state at `now`.
@@ -226,6 +257,7 @@ impl Pit {
         }
         self.speaker = state.flags & flag::SPEAKER_DATA_ON != 0;
         self.hpet_legacy = state.flags & flag::HPET_LEGACY != 0;
+        self.owed = 0;
         self.start_edges(now);
     }
 }

@@ -2,7 +2,7 @@
 
 //! One counter of an 8254.
 
-use super::ticks_in;
+use super::{nanoseconds_of, ticks_in, Edges};
 use crate::irqchip::Nanoseconds;
 
 /// The state of a channel, field by field `struct kvm_pit_channel_state`.
@@ -186,6 +186,14 @@ enum Progress {
     Halted(u64),
 }
 
+/// The count that goes on until its period ends, where another was loaded meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Outgoing {
+    start: Nanoseconds,
+    count: u32,
+    until: Nanoseconds,
+}
+
 #[derive(Clone, Debug)]
 pub(super) struct Channel {
     mode: Mode,
@@ -199,6 +207,7 @@ pub(super) struct Channel {
     /// A control word has been written since, and no count.
     null_count: bool,
     progress: Progress,
+    outgoing: Option<Outgoing>,
     gate: bool,
     latched: u16,
     /// Which bytes of `latched` remain to be read.
@@ -218,6 +227,7 @@ impl Channel {
             count: 0x1_0000,
             null_count: false,
             progress: Progress::Since(now),
+            outgoing: None,
             gate,
             latched: 0,
             latched_bytes: None,
@@ -238,11 +248,13 @@ impl Channel {
         self.bcd = word & 1 != 0;
         self.null_count = true;
         self.progress = Progress::Waiting;
+        self.outgoing = None;
         self.latched_bytes = None;
         self.status = None;
     }
 
-    /// Takes a byte of a count. Gives whether that completed one.
+    /// Takes a byte of a count. Gives whether the output's edges are to be counted anew: a count is
+    /// complete, or its first byte has stopped the last one.
     pub(super) fn write(&mut self, value: u8, now: Nanoseconds) -> bool {
         let turn = self.write_turn;
         self.write_turn = turn.next();
@@ -251,7 +263,12 @@ impl Channel {
             Turn::High => u16::from(value) << 8,
             Turn::LowOfBoth => {
                 self.low_byte = value;
-                return false;
+                // In mode 0 the first byte stops the count, and the output falls (8254, mode 0).
+                if self.mode != Mode::TerminalCount {
+                    return false;
+                }
+                self.progress = Progress::Waiting;
+                return true;
             }
             Turn::HighOfBoth => u16::from_le_bytes([self.low_byte, value]),
         };
@@ -261,22 +278,59 @@ impl Channel {
 
     /// Loads a count, 0 standing for the greatest.
     fn load(&mut self, count: u32, now: Nanoseconds) {
+        let boundary = self.end_of_period(now);
+        if let (Some(until), Progress::Since(start)) = (boundary, self.progress) {
+            // One that has not ended stays, whatever is loaded before it does.
+            if self.outgoing.is_none_or(|outgoing| outgoing.until <= now) {
+                let count = self.count;
+                self.outgoing = Some(Outgoing {
+                    start,
+                    count,
+                    until,
+                });
+            }
+        }
         self.count = if count == 0 { 0x1_0000 } else { count };
-        self.null_count = false;
         // A count does not disturb one that a trigger began (8254, modes 1 and 5).
         if !self.mode.is_triggered() {
             self.progress = if self.gate || !self.mode.is_gated() {
-                Progress::Since(now)
+                Progress::Since(boundary.unwrap_or(now))
             } else {
                 Progress::Halted(0)
             };
         }
+        self.null_count = false;
+    }
+
+    /// The end of the period that is under way, where the next count waits for it: in the periodic
+    /// modes the present one goes on (8254, modes 2 and 3).
+    fn end_of_period(&self, now: Nanoseconds) -> Option<Nanoseconds> {
+        let Progress::Since(start) = self.progress else {
+            return None;
+        };
+        if self.null_count || !self.is_periodic() || !self.gate {
+            return None;
+        }
+        if let Some(outgoing) = self.outgoing.filter(|outgoing| now < outgoing.until) {
+            return Some(outgoing.until);
+        }
+        let length = binary(self.bcd, self.count);
+        let periods = ticks_in(now.since(start)).checked_div(length)?;
+        let ticks = periods.saturating_add(1).saturating_mul(length);
+        Some(start.after(nanoseconds_of(ticks)))
+    }
+
+    const fn is_periodic(&self) -> bool {
+        matches!(self.mode, Mode::RateGenerator | Mode::SquareWave)
     }
 
     pub(super) fn set_gate(&mut self, gate: bool, now: Nanoseconds) {
         let rises = gate && !self.gate;
         let falls = !gate && self.gate;
         self.gate = gate;
+        if rises || falls {
+            self.outgoing = None;
+        }
         self.progress = match (self.mode, self.progress) {
             (Mode::OneShot | Mode::HardwareStrobe, _) if rises && !self.null_count => {
                 Progress::Since(now)
@@ -295,35 +349,25 @@ impl Channel {
         };
     }
 
-    /// The ticks since the count began.
-    fn ticks(&self, now: Nanoseconds) -> Option<u64> {
-        match self.progress {
+    /// The ticks since the count began, and how long it is, 1 to 65536.
+    fn phase(&self, now: Nanoseconds) -> (Option<u64>, u64) {
+        if let Some(outgoing) = self.outgoing.filter(|outgoing| now < outgoing.until) {
+            let ticks = ticks_in(now.since(outgoing.start));
+            return (Some(ticks), binary(self.bcd, outgoing.count));
+        }
+        let ticks = match self.progress {
             Progress::Waiting => None,
             Progress::Since(start) => Some(ticks_in(now.since(start))),
             Progress::Halted(elapsed) => Some(ticks_in(elapsed)),
-        }
-    }
-
-    /// The count in binary, 1 to 65536; a digit above 9 counts for what it is.
-    fn length(&self) -> u64 {
-        match (self.bcd, self.count) {
-            (false, count) => u64::from(count),
-            (true, 0x1_0000) => 10_000,
-            (true, count) => {
-                let digit = |shift: u32| u64::from(count.wrapping_shr(shift) & 0xf);
-                digit(0)
-                    .wrapping_add(digit(4).wrapping_mul(10))
-                    .wrapping_add(digit(8).wrapping_mul(100))
-                    .wrapping_add(digit(12).wrapping_mul(1000))
-            }
-        }
+        };
+        (ticks, binary(self.bcd, self.count))
     }
 
     /// The counting element, as the guest reads it.
     fn current(&self, now: Nanoseconds) -> u16 {
-        let length = self.length();
+        let (ticks, length) = self.phase(now);
         let span = if self.bcd { 10_000 } else { 0x1_0000 };
-        let ticks = self.ticks(now).unwrap_or(0);
+        let ticks = ticks.unwrap_or(0);
         let within = ticks.checked_rem(length).unwrap_or(0);
         let value = match self.mode {
             Mode::RateGenerator => length.wrapping_sub(within),
@@ -347,8 +391,8 @@ impl Channel {
 
     /// The level of the output.
     pub(super) fn output(&self, now: Nanoseconds) -> bool {
-        let length = self.length();
-        let Some(ticks) = self.ticks(now) else {
+        let (ticks, length) = self.phase(now);
+        let Some(ticks) = ticks else {
             // The control word alone sets it: low in mode 0, else high.
             return self.mode != Mode::TerminalCount;
         };
@@ -363,12 +407,16 @@ impl Channel {
         }
     }
 
-    /// The ticks from the load of a count to the first rising edge of the output, and whether such
-    /// edges go on; `None` where the mode makes none without a trigger.
-    pub(super) fn edge_period(&self) -> Option<(u64, bool)> {
+    /// The rising edges of the output that lie ahead of `now`; `None` where the mode makes none without
+    /// a trigger, or nothing counts.
+    pub(super) fn edges(&self) -> Option<Edges> {
+        let Progress::Since(start) = self.progress else {
+            return None;
+        };
+        let period = binary(self.bcd, self.count);
         match self.mode {
-            Mode::TerminalCount | Mode::SoftwareStrobe => Some((self.length(), false)),
-            Mode::RateGenerator | Mode::SquareWave => Some((self.length(), true)),
+            Mode::TerminalCount | Mode::SoftwareStrobe => Some(Edges::one_after(start, period)),
+            Mode::RateGenerator | Mode::SquareWave => Some(Edges::every(start, period)),
             Mode::OneShot | Mode::HardwareStrobe | Mode::Unprogrammed => None,
         }
     }
@@ -453,13 +501,30 @@ impl Channel {
             low_byte: state.write_latch,
             count: 0,
             null_count: false,
-            progress: Progress::Since(now),
+            // What is loaded below begins to count at once.
+            progress: Progress::Waiting,
+            outgoing: None,
             gate: state.gate != 0,
             latched: state.latched_count,
             latched_bytes: Access::from_number(state.count_latched),
             status: (state.status_latched != 0).then_some(state.status),
         };
         self.load(state.count.min(0x1_0000), now);
+    }
+}
+
+/// A count in binary; a BCD digit above 9 counts for what it is.
+fn binary(bcd: bool, count: u32) -> u64 {
+    match (bcd, count) {
+        (false, count) => u64::from(count),
+        (true, 0x1_0000) => 10_000,
+        (true, count) => {
+            let digit = |shift: u32| u64::from(count.wrapping_shr(shift) & 0xf);
+            digit(0)
+                .wrapping_add(digit(4).wrapping_mul(10))
+                .wrapping_add(digit(8).wrapping_mul(100))
+                .wrapping_add(digit(12).wrapping_mul(1000))
+        }
     }
 }
 

@@ -11,6 +11,11 @@ fn after(ticks: u64) -> Nanoseconds {
     Nanoseconds(START.0 + u64::try_from(nanoseconds).unwrap())
 }
 
+/// The first moment at which `ticks` ticks have gone by since `from`.
+fn past(from: Nanoseconds, ticks: u64) -> Nanoseconds {
+    Nanoseconds(from.0 + (after(ticks).0 - START.0))
+}
+
 /// A timer with `channel` in `mode`, loaded with `count` at `START`.
 fn loaded(channel: u8, mode: u8, count: u16) -> Pit {
     let mut pit = Pit::new(Nanoseconds(0));
@@ -319,4 +324,72 @@ fn control_word_drops_what_is_latched() {
         pit.write_port(0x40, byte, after(5));
     }
     assert_eq!(read_count(&mut pit, 0, after(5)), 0xabcd);
+}
+
+#[test]
+fn first_byte_of_a_count_stops_mode_0() {
+    let mut pit = loaded(0, 0, 1000);
+    pit.write_port(0x40, 0xe8, after(500));
+    assert_eq!(pit.deadline(), None);
+    assert_eq!(pit.advance(after(5000)), 0);
+    pit.write_port(0x40, 0x03, after(5000));
+    assert_eq!(pit.deadline(), Some(past(after(5000), 1000)));
+    let mut pit = loaded(2, 0, 100);
+    assert!(output(&mut pit, after(100)));
+    pit.write_port(0x42, 100, after(200));
+    assert!(!output(&mut pit, after(1000)));
+    pit.write_port(0x42, 0, after(1000));
+    assert!(!output(&mut pit, after(1099)));
+    assert!(output(&mut pit, after(1101)));
+}
+
+#[test]
+fn new_count_waits_for_the_end_of_a_period() {
+    // 8254, modes 2 and 3: "the current counting sequence is not affected".
+    for mode in [2, 3] {
+        let mut pit = loaded(0, mode, 1000);
+        let boundary = after(3000);
+        for byte in [0xf4, 0x01] {
+            pit.write_port(0x40, byte, after(2400));
+        }
+        assert_eq!(pit.advance(after(2400)), 2);
+        assert_eq!(pit.deadline(), Some(boundary));
+        assert_eq!(pit.advance(boundary), 1);
+        assert_eq!(pit.deadline(), Some(past(boundary, 500)));
+    }
+    let mut pit = loaded(2, 2, 1000);
+    for byte in [0xf4, 0x01] {
+        pit.write_port(0x42, byte, after(2400));
+    }
+    assert_eq!(read_count(&mut pit, 2, after(2401)), 599);
+    assert!(!output(&mut pit, after(2999)));
+    let boundary = after(3000);
+    assert!(output(&mut pit, boundary));
+    assert_eq!(read_count(&mut pit, 2, past(boundary, 1)), 499);
+    // The gate's rise takes the new count at once.
+    for byte in [0x2c, 0x01] {
+        pit.write_port(0x42, byte, after(3100));
+    }
+    pit.write_port(0x61, 0, after(3110));
+    pit.write_port(0x61, 1, after(3120));
+    assert_eq!(read_count(&mut pit, 2, past(after(3120), 10)), 290);
+    // A control word stops the old count too.
+    let mut pit = loaded(2, 2, 1000);
+    pit.write_port(0x43, 0xb4, after(100));
+    for byte in [0xf4, 0x01] {
+        pit.write_port(0x42, byte, after(100));
+    }
+    assert_eq!(read_count(&mut pit, 2, past(after(100), 10)), 490);
+}
+
+#[test]
+fn edges_before_a_new_count_are_not_lost() {
+    let mut pit = loaded(0, 2, 1000);
+    // Nobody has asked since; the periods until the boundary count with the old length.
+    for byte in [0x88, 0x13] {
+        pit.write_port(0x40, byte, after(4500));
+    }
+    assert_eq!(pit.advance(after(4500)), 4);
+    assert_eq!(pit.advance(after(9999)), 1);
+    assert_eq!(pit.advance(after(10_001)), 1);
 }
