@@ -210,6 +210,10 @@ pub struct ApicIdentity {
     /// Whether the spurious-interrupt vector register enables the APIC. While it does not, the APIC
     /// still takes INIT, NMI, SMI and start-up (SDM vol. 3, 12.4.7.2).
     pub software_enabled: bool,
+    /// The 8259's interrupts are for this processor: through LINT0, or past an APIC that is off.
+    pub takes_pic: bool,
+    /// LINT0 gives an NMI for each tick of the interval timer.
+    pub is_watchdog: bool,
 }
 
 impl ApicIdentity {
@@ -231,6 +235,8 @@ impl ApicIdentity {
             | model
             | mode
             | ((self.software_enabled as u32) << 20)
+            | ((self.takes_pic as u32) << 21)
+            | ((self.is_watchdog as u32) << 22)
     }
 
     /// The identity of the APIC `id` that published `packed`.
@@ -251,6 +257,8 @@ impl ApicIdentity {
                 _ => ApicMode::X2Apic,
             },
             software_enabled: packed & (1 << 20) != 0,
+            takes_pic: packed & (1 << 21) != 0,
+            is_watchdog: packed & (1 << 22) != 0,
         }
     }
 

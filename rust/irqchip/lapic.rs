@@ -228,6 +228,8 @@ impl LocalApic {
             },
             mode: self.mode(),
             software_enabled: self.is_software_enabled(),
+            takes_pic: self.accepts_pic_interrupt(),
+            is_watchdog: self.lint0_is_nmi(),
         }
     }
 

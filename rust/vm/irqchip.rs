@@ -164,6 +164,8 @@ impl IrqChip {
             self.pit_target
                 .bootstrap
                 .store(raw.cast_mut(), Ordering::Release);
+            // The timer may have been due when there was nobody to tell.
+            vcpu.request(Request::PIT);
             *bootstrap = Some(vcpu);
         }
     }
@@ -194,27 +196,29 @@ impl IrqChip {
     /// Whether the PICs ask for an interrupt.
     #[inline]
     pub(crate) fn pic_output(&self) -> bool {
-        self.pic_output.load(Ordering::Acquire)
+        self.pic_output.load(Ordering::SeqCst)
     }
 
-    /// Publishes the PICs' output; the bootstrap processor looks at it where it rose.
-    pub(super) fn publish(&self, chips: &Chips) {
+    /// Publishes the PICs' output; the processors that it is wired to look at it where it rose.
+    pub(super) fn publish(&self, vm: &Vm, chips: &Chips) {
         let output = chips.pic.output();
-        if self.pic_output.swap(output, Ordering::AcqRel) != output && output {
-            if let Some(bootstrap) = &*self.bootstrap.lock() {
-                bootstrap.request(Request::EVENT);
-            }
+        if self.pic_output.swap(output, Ordering::SeqCst) != output && output {
+            vm.memory.with_vcpus(|vcpus| {
+                for vcpu in vcpus.iter().filter(|vcpu| vcpu.identity().takes_pic) {
+                    vcpu.request(Request::EVENT);
+                }
+            });
         }
     }
 
     /// The vector of the interrupt that the CPU takes from the PICs.
-    pub(crate) fn acknowledge_pic(&self) -> Vector {
+    pub(crate) fn acknowledge_pic(&self, vm: &Vm) -> Vector {
         let mut chips = self.chips.lock();
         let vector = chips.pic.acknowledge();
-        self.publish(&chips);
+        self.publish(vm, &chips);
         if chips.has_resamplers() {
             drop(chips);
-            self.end_lines();
+            self.end_lines(vm);
         }
         vector
     }
@@ -226,7 +230,7 @@ impl IrqChip {
         {
             let mut chips = self.chips.lock();
             status = status.max(chips.drive(gsi, source, level, &mut messages));
-            self.publish(&chips);
+            self.publish(vm, &chips);
         }
         messages.deliver(vm);
         status
@@ -241,7 +245,7 @@ impl IrqChip {
             if chips.has_resamplers() {
                 let pins = chips.ioapic.pins_with_vector(vector);
                 chips.lower_pins(pins, &mut ended, &mut messages);
-                self.publish(&chips);
+                self.publish(vm, &chips);
             }
             chips
                 .ioapic
@@ -273,7 +277,7 @@ impl IrqChip {
     /// Lets the PIT's edges that are due reach the controllers, and sets its timer anew.
     pub(crate) fn pit_due(&self, vm: &Vm) {
         let mut messages = Messages::new();
-        {
+        let edges = {
             let mut chips = self.chips.lock();
             let edges = chips.pit.as_mut().map_or(0, |pit| pit.advance(now()));
             if edges > 0 {
@@ -281,10 +285,20 @@ impl IrqChip {
                 chips.drive(Gsi(0), LineSource::PIT, true, &mut messages);
                 chips.drive(Gsi(0), LineSource::PIT, false, &mut messages);
             }
-            self.publish(&chips);
+            self.publish(vm, &chips);
             self.arm_pit(&chips);
-        }
+            edges
+        };
         messages.deliver(vm);
+        if edges > 0 {
+            // Where LINT0 is set up for it, each tick is an NMI too, past the PICs, as in KVM: so works
+            // the NMI watchdog of older systems.
+            vm.memory.with_vcpus(|vcpus| {
+                for vcpu in vcpus.iter().filter(|vcpu| vcpu.identity().is_watchdog) {
+                    vcpu.post_nmi();
+                }
+            });
+        }
     }
 
     /// Sets the host's timer to the PIT's next edge.
@@ -295,14 +309,14 @@ impl IrqChip {
     }
 
     /// Reads a port of the controllers. `None` where it is not one of theirs.
-    pub(crate) fn read_port(&self, port: u16) -> Option<u8> {
+    pub(crate) fn read_port(&self, vm: &Vm, port: u16) -> Option<u8> {
         let mut chips = self.chips.lock();
         match port {
             0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => {
                 let value = chips.pic.read_port(port);
                 // Only a poll changes anything.
                 if chips.pic.output() != self.pic_output() {
-                    self.publish(&chips);
+                    self.publish(vm, &chips);
                 }
                 value
             }
@@ -312,15 +326,15 @@ impl IrqChip {
     }
 
     /// Writes a port of the controllers. Says whether it is one of theirs.
-    pub(crate) fn write_port(&self, port: u16, value: u8) -> bool {
+    pub(crate) fn write_port(&self, vm: &Vm, port: u16, value: u8) -> bool {
         let mut chips = self.chips.lock();
         match port {
             0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => {
                 let known = chips.pic.write_port(port, value);
-                self.publish(&chips);
+                self.publish(vm, &chips);
                 if chips.has_resamplers() {
                     drop(chips);
-                    self.end_lines();
+                    self.end_lines(vm);
                 }
                 known
             }
@@ -377,7 +391,7 @@ impl IrqChip {
         let result = {
             let mut chips = self.chips.lock();
             let result = f(&mut chips, &mut |message| messages.push(None, message));
-            self.publish(&chips);
+            self.publish(vm, &chips);
             self.arm_pit(&chips);
             result
         };

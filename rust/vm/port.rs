@@ -73,13 +73,13 @@ impl Core {
     fn read_port(&self, access: &IoAccess) -> Option<u32> {
         let chip = self.vm.irqchip()?;
         if access.size == 1 {
-            return chip.read_port(access.port).map(u32::from);
+            return chip.read_port(&self.vm, access.port).map(u32::from);
         }
-        let first = chip.read_port(access.port)?;
+        let first = chip.read_port(&self.vm, access.port)?;
         let mut data = u32::from(first);
         for place in 1..u16::from(access.size) {
             let byte = chip
-                .read_port(access.port.wrapping_add(place))
+                .read_port(&self.vm, access.port.wrapping_add(place))
                 .unwrap_or(0xff);
             data |= u32::from(byte) << (8 * place);
         }
@@ -105,12 +105,12 @@ impl Core {
             return false;
         };
         let [first, rest @ ..] = data.to_le_bytes();
-        if !chip.write_port(access.port, first) {
+        if !chip.write_port(&self.vm, access.port, first) {
             return false;
         }
         let more = usize::from(access.size.saturating_sub(1));
         for (place, byte) in (1u16..).zip(rest.iter().take(more)) {
-            chip.write_port(access.port.wrapping_add(place), *byte);
+            chip.write_port(&self.vm, access.port.wrapping_add(place), *byte);
         }
         self.events.attention = true;
         true

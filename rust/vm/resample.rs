@@ -5,6 +5,7 @@
 use super::{
     irqchip::{Chips, IrqChip, Messages},
     irqfd::Resampler,
+    machine::Vm,
 };
 use kernel::prelude::*;
 use rvisor_core::{
@@ -145,14 +146,14 @@ impl IrqChip {
 
     /// Sees to the 8259s' interrupts that have ended. Out of line, since few machines have resamplers.
     #[cold]
-    pub(super) fn end_lines(&self) {
+    pub(super) fn end_lines(&self, vm: &Vm) {
         let mut ended = Ended::none();
         // A line that falls sends no message.
         let mut none = Messages::new();
         {
             let mut chips = self.chips.lock();
             chips.lower_lines(&mut ended, &mut none);
-            self.publish(&chips);
+            self.publish(vm, &chips);
         }
         self.tell_resamplers(&ended);
     }

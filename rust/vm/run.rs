@@ -307,6 +307,7 @@ impl Core {
                 is_bootstrap = lapic.is_bootstrap();
                 self.shared.mailbox.publish_identity(lapic.identity());
             }
+            self.events.attention = true;
             self.mp_state = if is_bootstrap {
                 MpState::Runnable
             } else {

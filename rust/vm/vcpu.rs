@@ -420,7 +420,7 @@ impl Core {
         };
         if let Some(chip) = self.vm.irqchip() {
             if chip.pic_output() && lapic.accepts_pic_interrupt() {
-                return Some(chip.acknowledge_pic());
+                return Some(chip.acknowledge_pic(&self.vm));
             }
         }
         let vector = lapic.highest_pending()?;
@@ -449,10 +449,11 @@ impl Core {
     /// Carries out what the local APIC asks for.
     #[inline]
     pub(crate) fn apply(&mut self, effect: LapicEffect) {
-        self.note_interrupts();
         if effect != LapicEffect::None {
             self.carry_out(effect);
         }
+        // After the identity is published: the PICs tell only whom they know to be theirs.
+        self.note_interrupts();
     }
 
     fn carry_out(&mut self, effect: LapicEffect) {

@@ -10,6 +10,8 @@ fn xapic(id: u8, logical_id: u8, model: LogicalModel) -> ApicIdentity {
         model,
         mode: ApicMode::XApic,
         software_enabled: true,
+        takes_pic: false,
+        is_watchdog: false,
     }
 }
 
@@ -21,6 +23,8 @@ fn x2apic(id: u32) -> ApicIdentity {
         model: LogicalModel::Flat,
         mode: ApicMode::X2Apic,
         software_enabled: true,
+        takes_pic: false,
+        is_watchdog: false,
     }
 }
 
@@ -239,6 +243,8 @@ fn packed_identity_is_the_same() {
                     model,
                     mode,
                     software_enabled,
+                    takes_pic: software_enabled,
+                    is_watchdog: !software_enabled,
                 };
                 assert_eq!(
                     ApicIdentity::from_packed(identity.id, identity.packed()),

@@ -203,6 +203,8 @@ fn eoi_vectors_are_those_of_level_pins_for_the_apic() {
         model: LogicalModel::Flat,
         mode: ApicMode::XApic,
         software_enabled: true,
+        takes_pic: false,
+        is_watchdog: false,
     };
     let mut ioapic = IoApic::new();
     let _ = set_entry(&mut ioapic, 10, (1 << 56) | LEVEL | 0x51);

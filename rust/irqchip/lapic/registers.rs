@@ -117,6 +117,10 @@ impl LocalApic {
         clock: impl Clock,
     ) -> Result<LapicEffect, Invalid> {
         let register = self.msr_offset(index)?;
+        // What a guest writes at each interrupt.
+        if register == offset::EOI && value == 0 {
+            return Ok(self.eoi().map_or(LapicEffect::None, LapicEffect::Eoi));
+        }
         if register == offset::ICR {
             if value & ICR_RESERVED != 0 {
                 return Err(Invalid);
@@ -268,13 +272,14 @@ impl LocalApic {
             value |= lvt::MASKED;
         }
         self.lvt.set(entry, value);
-        if entry == Entry::Timer {
-            timer_effect(
-                self.timer
-                    .set_mode(Mode::from_bits(lvt::timer_mode_bits(value))),
-            )
-        } else {
-            LapicEffect::None
+        match entry {
+            Entry::Timer => {
+                let mode = Mode::from_bits(lvt::timer_mode_bits(value));
+                timer_effect(self.timer.set_mode(mode))
+            }
+            // What the 8259 and the interval timer are to this processor.
+            Entry::Lint0 => LapicEffect::IdentityChanged,
+            _ => LapicEffect::None,
         }
     }
 

@@ -4,7 +4,7 @@ mod timer;
 
 use super::*;
 use crate::irqchip::destination::{DeliveryMode, Shorthand};
-use crate::irqchip::Nanoseconds;
+use crate::irqchip::{Clock, Nanoseconds};
 use crate::x86::msr::MsrIndex;
 
 const NOW: Now = at(1_000_000_000);
@@ -329,11 +329,58 @@ fn identity_changes_are_told() {
     assert_eq!(identity.model, LogicalModel::Cluster);
     assert_eq!(apic.read(0xe0, NOW), 0x0fff_ffff);
     assert!(identity.software_enabled);
+    assert!(!identity.takes_pic && !identity.is_watchdog);
+    for (entry, takes_pic, is_watchdog) in [(0x700, true, false), (0x400, false, true)] {
+        assert_eq!(apic.write(0x350, entry, NOW), LapicEffect::IdentityChanged);
+        let identity = apic.identity();
+        assert_eq!(
+            (identity.takes_pic, identity.is_watchdog),
+            (takes_pic, is_watchdog)
+        );
+    }
     assert_eq!(
         apic.set_base(0xfee0_0c00, Origin::Guest),
         Ok(LapicEffect::IdentityChanged)
     );
     assert_eq!(apic.identity().mode, ApicMode::X2Apic);
+}
+
+/// Tells no time: whoever asks is wrong.
+struct NoClock;
+
+impl Clock for NoClock {
+    fn now(&self) -> Now {
+        panic!("the moment does not matter here")
+    }
+}
+
+#[test]
+fn clocks_are_read_for_the_timer_only() {
+    let mut apic = x2apic();
+    for index in [
+        0x802, 0x803, 0x808, 0x80a, 0x80d, 0x80f, 0x810, 0x830, 0x838,
+    ] {
+        assert!(apic.read_msr(MsrIndex(index), NoClock).is_ok());
+    }
+    for (index, value) in [(0x808, 0), (0x80b, 0), (0x830, 0x41), (0x83f, 0x41)] {
+        assert!(apic.write_msr(MsrIndex(index), value, NoClock).is_ok());
+    }
+    let mut apic = enabled();
+    let _ = apic.read(0x30, NoClock);
+    assert_eq!(apic.write(0xb0, 0, NoClock), LapicEffect::None);
+}
+
+#[test]
+fn x2apic_eoi_ends_the_highest() {
+    let mut apic = x2apic();
+    request(&mut apic, 0x41);
+    apic.acknowledge(Vector(0x41));
+    apic.set_irr(Vector(0x71), TriggerMode::Level);
+    apic.acknowledge(Vector(0x71));
+    let mut end = || apic.write_msr(MsrIndex(0x80b), 0, NOW);
+    assert_eq!(end(), Ok(LapicEffect::Eoi(Vector(0x71))));
+    assert_eq!(end(), Ok(LapicEffect::None));
+    assert_eq!(apic.ppr(), 0);
 }
 
 #[test]
@@ -406,6 +453,7 @@ fn local_inputs_go_by_their_entries() {
         LocalDelivery::ExtInt
     );
     let _ = apic.write(0x350, 0x8041, NOW);
+    assert!(!apic.identity().takes_pic);
     assert_eq!(
         apic.local_interrupt(LocalInput::Lint0),
         LocalDelivery::Pending

@@ -218,6 +218,8 @@ fn identities_come_back_as_they_were() {
         model: LogicalModel::Cluster,
         mode: ApicMode::X2Apic,
         software_enabled: true,
+        takes_pic: true,
+        is_watchdog: true,
     };
     mailbox.publish_identity(identity);
     assert_eq!(mailbox.identity(ApicId(7)), identity);

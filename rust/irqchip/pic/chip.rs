@@ -318,8 +318,13 @@ impl Chip {
         self.elcr
     }
 
+    /// Sets the edge/level control register. The request of a line that becomes level-triggered is its
+    /// level; the edge that one has requested by stays with it.
     pub(super) fn set_elcr(&mut self, value: u8) {
+        let before = self.elcr;
         self.elcr = value & self.elcr_mask;
+        let became_level = self.elcr & !before;
+        self.irr = (self.irr & !became_level) | (self.levels & became_level);
     }
 
     /// The lines that ended and those that were unmasked since the last call.

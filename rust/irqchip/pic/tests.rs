@@ -274,3 +274,24 @@ fn state_is_restored() {
     assert_eq!(slave.irq_base, 0x48);
     assert_eq!(pic.state(PicChip::Master).isr, 0x04);
 }
+
+#[test]
+fn line_that_becomes_level_triggered_requests_by_its_level() {
+    let mut pic = ready();
+    raise(&mut pic, 5);
+    assert_eq!(pic.acknowledge(), Vector(0x35));
+    pic.write_port(0x20, 0x20);
+    assert!(!pic.output());
+    pic.write_port(0x4d0, 0x20);
+    assert!(pic.output());
+    assert_eq!(pic.acknowledge(), Vector(0x35));
+    lower(&mut pic, 5);
+    pic.write_port(0x20, 0x20);
+    assert!(!pic.output());
+    // An edge that was kept is gone where the line is low.
+    raise(&mut pic, 6);
+    lower(&mut pic, 6);
+    assert!(pic.output());
+    pic.write_port(0x4d0, 0x40);
+    assert!(!pic.output());
+}
