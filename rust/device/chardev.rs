@@ -88,6 +88,7 @@ pub(super) fn check_extension(host: &Host, capability: usize) -> isize {
         | uapi::KVM_CAP_IRQ_INJECT_STATUS
         | uapi::KVM_CAP_JOIN_MEMORY_REGIONS_WORKS
         | uapi::KVM_CAP_PIT2
+        | uapi::KVM_CAP_REINJECT_CONTROL
         | uapi::KVM_CAP_SET_BOOT_CPU_ID
         | uapi::KVM_CAP_PIT_STATE2
         | uapi::KVM_CAP_SET_IDENTITY_MAP_ADDR

@@ -47,6 +47,7 @@ plain! {
     kvm_pit_config: 64,
     kvm_pit_state2: 112,
     kvm_regs: 144,
+    kvm_reinject_control: 32,
     kvm_sregs: 312,
     kvm_tpr_access_ctl: 40,
     kvm_userspace_memory_region: 32,
@@ -147,6 +148,7 @@ ioctls! {
     REGISTER_COALESCED_MMIO = _IOW::<uapi::kvm_coalesced_mmio_zone>(KVMIO, 0x67);
     UNREGISTER_COALESCED_MMIO = _IOW::<uapi::kvm_coalesced_mmio_zone>(KVMIO, 0x68);
     SET_GSI_ROUTING = _IOW::<ListHeader>(KVMIO, 0x6a);
+    REINJECT_CONTROL = _IO(KVMIO, 0x71);
     IRQFD = _IOW::<uapi::kvm_irqfd>(KVMIO, 0x76);
     CREATE_PIT2 = _IOW::<uapi::kvm_pit_config>(KVMIO, 0x77);
     SET_BOOT_CPU_ID = _IO(KVMIO, 0x78);

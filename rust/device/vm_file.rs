@@ -101,13 +101,19 @@ fn vm_ioctl(vm: &Arc<Vm>, command: u32, argument: usize) -> Result<isize> {
             .map(|()| 0),
         user::GET_IRQCHIP => chip_state::get_irqchip(vm, argument),
         user::SET_IRQCHIP => chip_state::set_irqchip(vm, argument),
-        user::CREATE_PIT => create_pit(vm),
+        user::CREATE_PIT => create_pit(vm, true),
         user::CREATE_PIT2 => {
             let config: uapi::kvm_pit_config = user::read(argument)?;
             if config.flags & !uapi::KVM_PIT_SPEAKER_DUMMY != 0 {
                 return Err(EINVAL);
             }
-            create_pit(vm)
+            create_pit(vm, config.flags & uapi::KVM_PIT_SPEAKER_DUMMY != 0)
+        }
+        user::REINJECT_CONTROL => {
+            let control: uapi::kvm_reinject_control = user::read(argument)?;
+            let chip = vm.irqchip().ok_or(ENXIO)?;
+            chip.keep_pit_interrupts(vm, control.pit_reinject != 0)?;
+            Ok(0)
         }
         user::ENABLE_CAP => {
             let _: uapi::kvm_enable_cap = user::read(argument)?;
@@ -179,8 +185,8 @@ fn irq_line(vm: &Vm, line: &uapi::kvm_irq_level) -> Result<i32> {
 }
 
 /// The PIT hangs on the controllers.
-fn create_pit(vm: &Vm) -> Result<isize> {
-    vm.irqchip().ok_or(ENOENT)?.create_pit()?;
+fn create_pit(vm: &Vm, speaker: bool) -> Result<isize> {
+    vm.irqchip().ok_or(ENOENT)?.create_pit(speaker)?;
     Ok(0)
 }
 
@@ -209,7 +215,7 @@ fn set_routing(vm: &Vm, argument: usize) -> Result<isize> {
         };
         routes.push_within_capacity(Route::parse(&raw, rules).map_err(|_| EINVAL)?)?;
     }
-    chip.set_routes(routes)?;
+    chip.set_routes(vm, routes)?;
     Ok(0)
 }
 

@@ -330,12 +330,17 @@ impl IoApic {
         self.resampled = pins;
     }
 
-    /// The vectors whose EOI matters here, of the messages that go to the APIC `identity`: those of
-    /// level-triggered pins and of the pins in `watched`, bit n for pin n.
-    pub fn eoi_vectors(&self, identity: &ApicIdentity, source: Source, watched: u32) -> VectorSet {
+    /// The vectors of the edge-triggered pins in `watched`, bit n for pin n, whose messages go to the APIC
+    /// `identity`: those whose EOI it is to tell though it does not broadcast it.
+    pub fn watched_vectors(
+        &self,
+        identity: &ApicIdentity,
+        source: Source,
+        watched: u32,
+    ) -> VectorSet {
         let mut vectors = VectorSet::EMPTY;
         for (pin, entry) in (0u8..).zip(self.table) {
-            let told = entry.is_level() || watched & pin_bit(pin) != 0;
+            let told = !entry.is_level() && watched & pin_bit(pin) != 0;
             if told && matches(identity, &entry.message(), source) {
                 vectors.insert(entry.vector());
             }

@@ -32,6 +32,9 @@ impl Request {
     /// The local APIC's deadline has changed: set the host's timer.
     pub const ARM_TIMER: Self = Self(1 << 6);
 
+    /// The vectors whose EOI is to be told have changed.
+    pub const WATCH: Self = Self(1 << 7);
+
     /// Whether nothing is in the set.
     #[inline]
     pub const fn is_empty(self) -> bool {

@@ -123,24 +123,36 @@ impl DualPic {
         self.output = self.master.pending().is_some();
     }
 
-    /// Reads one byte from `port`; `None` where it is not one of the controllers'.
+    /// Reads one byte from `port`; `None` where it is not one of the controllers'. Only a poll changes
+    /// anything.
+    #[inline]
     pub fn read_port(&mut self, port: u16) -> Option<u8> {
-        let value = match port {
-            0x20 | 0x21 => self.master.read(port & 1 != 0),
-            0xa0 | 0xa1 => {
-                let value = self.slave.read(port & 1 != 0);
-                // A poll may have taken what the first controller was told of.
-                if self.slave.pending().is_none() {
-                    self.master.cancel(CASCADE);
-                }
-                value
-            }
+        let chip = match port {
+            0x20 | 0x21 => &self.master,
+            0xa0 | 0xa1 => &self.slave,
             0x4d0 => return Some(self.master.elcr()),
             0x4d1 => return Some(self.slave.elcr()),
             _ => return None,
         };
+        if chip.is_polled() {
+            return Some(self.poll(port & 0x80 != 0));
+        }
+        Some(chip.register(port & 1 != 0))
+    }
+
+    fn poll(&mut self, slave: bool) -> u8 {
+        let value = if slave {
+            let value = self.slave.poll();
+            // What the first controller was told of may have been taken.
+            if self.slave.pending().is_none() {
+                self.master.cancel(CASCADE);
+            }
+            value
+        } else {
+            self.master.poll()
+        };
         self.update();
-        Some(value)
+        value
     }
 
     /// Writes one byte to `port`. Gives whether it is one of the controllers'.

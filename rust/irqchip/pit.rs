@@ -3,11 +3,13 @@
 //! A PC's 8254 interval timer: channel 0 to line 0 of the interrupt controllers, channel 1 once for
 //! memory refresh, channel 2 to the speaker, with the gate and output of the latter at port 0x61.
 
+mod backlog;
 mod channel;
 
 pub use channel::ChannelState;
 
 use super::Nanoseconds;
+use backlog::Backlog;
 use channel::{Access, Channel};
 
 /// The rate that the channels count at, in Hz.
@@ -96,8 +98,18 @@ pub struct Pit {
     edges: Option<Edges>,
     /// How many of the edges of a count that has been replaced nobody has been told of.
     owed: u64,
+    backlog: Backlog,
     speaker: bool,
     hpet_legacy: bool,
+}
+
+/// What became of channel 0 in a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tick {
+    /// Its output has risen.
+    pub rose: bool,
+    /// The line of the interrupt controllers is to be pulsed.
+    pub interrupts: bool,
 }
 
 impl Pit {
@@ -111,6 +123,7 @@ impl Pit {
             ],
             edges: None,
             owed: 0,
+            backlog: Backlog::new(true),
             speaker: false,
             hpet_legacy: false,
         }
@@ -185,6 +198,7 @@ impl Pit {
     fn start_edges(&mut self, now: Nanoseconds) {
         let [channel, ..] = &self.channels;
         let before = self.edges.take();
+        self.backlog.reset();
         let Some(mut edges) = channel.edges().filter(|_| !self.hpet_legacy) else {
             return;
         };
@@ -231,6 +245,39 @@ impl Pit {
         let new = until.saturating_sub(edges.told);
         edges.told = until;
         new.saturating_add(owed)
+    }
+
+    /// Lets the time until `now` go by. Interrupts that come before the last one has ended are kept, see
+    /// [`Pit::ended`], unless [`Pit::keep_interrupts`] says otherwise.
+    pub fn tick(&mut self, now: Nanoseconds) -> Tick {
+        let edges = self.advance(now);
+        Tick {
+            rose: edges > 0,
+            interrupts: self.backlog.add(edges),
+        }
+    }
+
+    /// The system has ended an interrupt of channel 0. Gives whether the line is to be pulsed again, for
+    /// one that was kept.
+    pub fn ended(&mut self) -> bool {
+        self.backlog.end()
+    }
+
+    /// The system has unmasked the line: what came while it was masked is not to come now.
+    pub fn unmasked(&mut self) {
+        self.backlog.reset();
+    }
+
+    /// Whether interrupts are kept (KVM_REINJECT_CONTROL).
+    pub fn keeps_interrupts(&self) -> bool {
+        self.backlog.is_kept()
+    }
+
+    /// Sets whether interrupts are kept.
+    pub fn keep_interrupts(&mut self, keep: bool) {
+        if keep != self.backlog.is_kept() {
+            self.backlog = Backlog::new(keep);
+        }
     }
 
     /// The state at `now`.

@@ -19,15 +19,16 @@ use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use kernel::{
     new_spinlock,
     prelude::*,
-    sync::{Arc, SpinLock},
+    sync::{Arc, SpinLock, SpinLockGuard},
 };
 use rvisor_core::{
     irqchip::{
-        destination::InterruptMessage,
+        destination::{ApicIdentity, InterruptMessage, Source},
         ioapic::{self, IoApic},
-        pic::DualPic,
+        pic::{DualPic, PicEvents},
         pit::Pit,
         routing::{Route, RoutingIndex, Target, DEFAULT_ROUTES},
+        vector_set::VectorSet,
         LineOutcome, LineSource, Nanoseconds,
     },
     x86::{
@@ -77,6 +78,9 @@ pub(crate) struct Chips {
     pub(crate) pic: DualPic,
     pub(crate) ioapic: IoApic,
     pub(crate) pit: Option<Pit>,
+    /// Port 0x61 is the PIT's too, and not userspace's.
+    speaker: bool,
+    pit_route: PitRoute,
     routes: KVec<Route>,
     pub(super) index: KBox<RoutingIndex>,
     pub(super) resampled: Resampled,
@@ -127,14 +131,17 @@ impl IrqChip {
         }
         let mut index = KBox::new(RoutingIndex::new(), GFP_KERNEL_ACCOUNT)?;
         index.build(&mut routes).map_err(|_| EINVAL)?;
-        let chips = Chips {
+        let mut chips = Chips {
             pic: DualPic::new(),
             ioapic: IoApic::new(),
             pit: None,
+            speaker: false,
+            pit_route: PitRoute::default(),
             routes,
             index,
             resampled: Resampled::default(),
         };
+        chips.find_pit_route();
         let pit_target = KBox::new(
             PitTarget {
                 bootstrap: AtomicPtr::new(core::ptr::null_mut()),
@@ -179,17 +186,18 @@ impl IrqChip {
         let _old = self.bootstrap.lock().take();
     }
 
-    /// Makes the PIT.
+    /// Makes the PIT, with port 0x61 where `speaker` says so (KVM_PIT_SPEAKER_DUMMY).
     ///
     /// # Errors
     ///
     /// `EEXIST` where there is one.
-    pub(crate) fn create_pit(&self) -> Result {
+    pub(crate) fn create_pit(&self, speaker: bool) -> Result {
         let mut chips = self.chips.lock();
         if chips.pit.is_some() {
             return Err(EEXIST);
         }
         chips.pit = Some(Pit::new(now()));
+        chips.speaker = speaker;
         Ok(())
     }
 
@@ -200,6 +208,7 @@ impl IrqChip {
     }
 
     /// Publishes the PICs' output; the processors that it is wired to look at it where it rose.
+    #[inline(never)]
     pub(super) fn publish(&self, vm: &Vm, chips: &Chips) {
         let output = chips.pic.output();
         if self.pic_output.swap(output, Ordering::SeqCst) != output && output {
@@ -215,12 +224,40 @@ impl IrqChip {
     pub(crate) fn acknowledge_pic(&self, vm: &Vm) -> Vector {
         let mut chips = self.chips.lock();
         let vector = chips.pic.acknowledge();
-        self.publish(vm, &chips);
-        if chips.has_resamplers() {
-            drop(chips);
-            self.end_lines(vm);
-        }
+        self.after_pic(vm, chips);
         vector
+    }
+
+    /// Lets what was done with the PICs take effect, and tells those who wait for the ends of interrupts.
+    #[inline]
+    fn after_pic(&self, vm: &Vm, mut chips: SpinLockGuard<'_, Chips>) {
+        let events = chips.pic.take_events();
+        self.publish(vm, &chips);
+        if (events.ended | events.unmasked) & chips.awaited_lines() != 0 {
+            drop(chips);
+            self.tell_of_lines(vm, events);
+        }
+    }
+
+    #[cold]
+    fn tell_of_lines(&self, vm: &Vm, events: PicEvents) {
+        let mut messages = Messages::new();
+        let resampled = {
+            let mut chips = self.chips.lock();
+            let lines = chips.pit_route.lines;
+            if let (true, Some(pit)) = (events.unmasked & lines != 0, &mut chips.pit) {
+                pit.unmasked();
+            }
+            if events.ended & lines != 0 {
+                chips.end_pit(&mut messages);
+            }
+            self.publish(vm, &chips);
+            events.ended & chips.resampled_lines()
+        };
+        messages.deliver(vm);
+        if resampled != 0 {
+            self.end_lines(vm, resampled);
+        }
     }
 
     /// Drives a GSI's lines. Says whether the interrupt was taken: 0 coalesced, 1 delivered, -1 ignored.
@@ -236,23 +273,63 @@ impl IrqChip {
         status
     }
 
-    /// The end of a level-triggered interrupt, as a local APIC broadcasts it.
+    /// The end of an interrupt, as a local APIC tells it: of a level-triggered one, or of one of
+    /// [`Self::watched_vectors`].
     pub(crate) fn end_of_interrupt(&self, vm: &Vm, vector: Vector) {
         let mut messages = Messages::new();
         let mut ended = Ended::none();
         {
             let mut chips = self.chips.lock();
+            let pins = chips.ioapic.pins_with_vector(vector);
             if chips.has_resamplers() {
-                let pins = chips.ioapic.pins_with_vector(vector);
                 chips.lower_pins(pins, &mut ended, &mut messages);
                 self.publish(vm, &chips);
             }
             chips
                 .ioapic
                 .eoi(vector, |pin, message| messages.push(Some(pin), message));
+            if pins & chips.kept_pins() != 0 {
+                chips.end_pit(&mut messages);
+                self.publish(vm, &chips);
+            }
         }
         messages.deliver(vm);
         self.tell_resamplers(&ended);
+    }
+
+    /// The edge-triggered vectors whose end the local APIC `identity` is to tell: the PIT waits for it.
+    pub(crate) fn watched_vectors(&self, identity: &ApicIdentity) -> VectorSet {
+        let chips = self.chips.lock();
+        match chips.kept_pins() {
+            0 => VectorSet::EMPTY,
+            pins => chips.ioapic.watched_vectors(identity, Source::Device, pins),
+        }
+    }
+
+    /// Makes the local APICs ask for [`Self::watched_vectors`] anew.
+    fn watch(vm: &Vm) {
+        vm.memory.with_vcpus(|vcpus| {
+            for vcpu in vcpus {
+                vcpu.request(Request::WATCH);
+            }
+        });
+    }
+
+    /// Carries out KVM_REINJECT_CONTROL: whether the PIT's interrupts are kept until the guest has ended
+    /// those before.
+    ///
+    /// # Errors
+    ///
+    /// `ENXIO` without a PIT.
+    pub(crate) fn keep_pit_interrupts(&self, vm: &Vm, keep: bool) -> Result {
+        self.chips
+            .lock()
+            .pit
+            .as_mut()
+            .ok_or(ENXIO)?
+            .keep_interrupts(keep);
+        Self::watch(vm);
+        Ok(())
     }
 
     /// Sets the routes.
@@ -260,37 +337,40 @@ impl IrqChip {
     /// # Errors
     ///
     /// `EINVAL` where they contradict each other; nothing changed then.
-    pub(crate) fn set_routes(&self, mut routes: KVec<Route>) -> Result {
+    pub(crate) fn set_routes(&self, vm: &Vm, mut routes: KVec<Route>) -> Result {
         let mut index = KBox::new(RoutingIndex::new(), GFP_KERNEL_ACCOUNT)?;
         index.build(&mut routes).map_err(|_| EINVAL)?;
         let _old = {
             let mut chips = self.chips.lock();
-            (
+            let old = (
                 core::mem::replace(&mut chips.routes, routes),
                 core::mem::replace(&mut chips.index, index),
-                self.refresh_resampled(&mut chips),
-            )
+            );
+            self.refresh_resampled(&mut chips);
+            chips.find_pit_route();
+            old
         };
+        Self::watch(vm);
         Ok(())
     }
 
     /// Lets the PIT's edges that are due reach the controllers, and sets its timer anew.
     pub(crate) fn pit_due(&self, vm: &Vm) {
         let mut messages = Messages::new();
-        let edges = {
+        let rose = {
             let mut chips = self.chips.lock();
-            let edges = chips.pit.as_mut().map_or(0, |pit| pit.advance(now()));
-            if edges > 0 {
-                // Edges that were missed together are one: the line has no memory.
-                chips.drive(Gsi(0), LineSource::PIT, true, &mut messages);
-                chips.drive(Gsi(0), LineSource::PIT, false, &mut messages);
+            let Some(tick) = chips.pit.as_mut().map(|pit| pit.tick(now())) else {
+                return;
+            };
+            if tick.interrupts {
+                chips.pulse_pit(&mut messages);
             }
             self.publish(vm, &chips);
             self.arm_pit(&chips);
-            edges
+            tick.rose
         };
         messages.deliver(vm);
-        if edges > 0 {
+        if rose {
             // Where LINT0 is set up for it, each tick is an NMI too, past the PICs, as in KVM: so works
             // the NMI watchdog of older systems.
             vm.memory.with_vcpus(|vcpus| {
@@ -311,15 +391,15 @@ impl IrqChip {
     /// Reads a port of the controllers. `None` where it is not one of theirs.
     pub(crate) fn read_port(&self, vm: &Vm, port: u16) -> Option<u8> {
         let mut chips = self.chips.lock();
-        match port {
-            0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => {
-                let value = chips.pic.read_port(port);
-                // Only a poll changes anything.
-                if chips.pic.output() != self.pic_output() {
-                    self.publish(vm, &chips);
-                }
-                value
+        if let Some(value) = chips.pic.read_port(port) {
+            // Only a poll changes anything.
+            if chips.pic.output() != self.pic_output() {
+                self.publish(vm, &chips);
             }
+            return Some(value);
+        }
+        match port {
+            0x61 if !chips.speaker => None,
             0x40..=0x43 | 0x61 => chips.pit.as_mut()?.read_port(port, now()),
             _ => None,
         }
@@ -331,13 +411,10 @@ impl IrqChip {
         match port {
             0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => {
                 let known = chips.pic.write_port(port, value);
-                self.publish(vm, &chips);
-                if chips.has_resamplers() {
-                    drop(chips);
-                    self.end_lines(vm);
-                }
+                self.after_pic(vm, chips);
                 known
             }
+            0x61 if !chips.speaker => false,
             0x40..=0x43 | 0x61 => {
                 let known = match chips.pit.as_mut() {
                     Some(pit) => pit.write_port(port, value, now()),
@@ -367,7 +444,7 @@ impl IrqChip {
     pub(crate) fn write_ioapic(&self, vm: &Vm, offset: u8, value: u32) {
         let mut messages = Messages::new();
         let mut ended = Ended::none();
-        {
+        let watch = {
             let mut chips = self.chips.lock();
             let effect = chips.ioapic.write(offset, value);
             if let Some(message) = effect.message {
@@ -376,9 +453,18 @@ impl IrqChip {
             if let (true, Some(pin)) = (effect.resample, effect.changed) {
                 chips.ask_pin(pin, &mut ended);
             }
-        }
+            let pin = effect.changed.map_or(0, |pin| 1 << pin);
+            let is_pits = pin & chips.kept_pins() != 0;
+            if let (true, true, Some(pit)) = (is_pits, effect.unmasked, &mut chips.pit) {
+                pit.unmasked();
+            }
+            is_pits
+        };
         messages.deliver(vm);
         self.tell_resamplers(&ended);
+        if watch {
+            Self::watch(vm);
+        }
     }
 
     /// Runs `f` with the controllers, then lets what changed take effect.
@@ -396,11 +482,70 @@ impl IrqChip {
             result
         };
         messages.deliver(vm);
+        Self::watch(vm);
         result
     }
 }
 
+/// The GSI of the PIT.
+const PIT_GSI: Gsi = Gsi(0);
+
+/// Where it goes: bit n is the IOAPIC's pin or the PICs' line n.
+#[derive(Default)]
+struct PitRoute {
+    pins: u32,
+    lines: u16,
+}
+
 impl Chips {
+    /// Finds anew where the PIT's GSI goes.
+    fn find_pit_route(&mut self) {
+        let mut route = PitRoute::default();
+        for target in self.index.targets(&self.routes, PIT_GSI) {
+            match target {
+                Target::Pic(line) => route.lines |= 1 << line,
+                Target::IoApic(pin) => route.pins |= 1 << pin,
+                Target::Msi { .. } => {}
+            }
+        }
+        self.pit_route = route;
+    }
+
+    fn keeps_ticks(&self) -> bool {
+        self.pit.as_ref().is_some_and(Pit::keeps_interrupts)
+    }
+
+    /// The IOAPIC's pins whose interrupts the PIT waits to be ended, bit n for pin n.
+    fn kept_pins(&self) -> u32 {
+        if self.keeps_ticks() {
+            self.pit_route.pins
+        } else {
+            0
+        }
+    }
+
+    /// The PICs' lines whose interrupts anyone waits to be ended, bit n for line n.
+    fn awaited_lines(&self) -> u16 {
+        if self.keeps_ticks() {
+            self.pit_route.lines | self.resampled_lines()
+        } else {
+            self.resampled_lines()
+        }
+    }
+
+    /// One edge at the PIT's lines.
+    fn pulse_pit(&mut self, messages: &mut Messages) {
+        self.drive(PIT_GSI, LineSource::PIT, true, messages);
+        self.drive(PIT_GSI, LineSource::PIT, false, messages);
+    }
+
+    /// An interrupt of the PIT has ended: the next one comes, where one was kept.
+    fn end_pit(&mut self, messages: &mut Messages) {
+        if self.pit.as_mut().is_some_and(Pit::ended) {
+            self.pulse_pit(messages);
+        }
+    }
+
     /// Drives what a GSI is routed to. The status is as [`IrqChip::set_line`]'s.
     pub(super) fn drive(
         &mut self,

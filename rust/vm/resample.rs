@@ -61,6 +61,12 @@ impl Chips {
         self.resampled.pins != 0 || self.resampled.lines != 0
     }
 
+    /// The lines of the 8259s that have a resampler, bit n for line n.
+    #[inline]
+    pub(super) fn resampled_lines(&self) -> u16 {
+        self.resampled.lines
+    }
+
     /// Finds the pins and lines of these resamplers.
     pub(super) fn find_resampled(&mut self, resamplers: &[Resampler]) {
         let has = |gsi: Option<Gsi>| {
@@ -94,9 +100,9 @@ impl Chips {
         }
     }
 
-    /// The same for the 8259s' lines whose interrupts have ended since the last call.
-    pub(super) fn lower_lines(&mut self, ended: &mut Ended, messages: &mut Messages) {
-        let lines = self.pic.take_events().ended & self.resampled.lines;
+    /// The same for the 8259s' lines in `lines`.
+    fn lower_lines(&mut self, lines: u16, ended: &mut Ended, messages: &mut Messages) {
+        let lines = lines & self.resampled.lines;
         for line in (0..pic::LINES as u8).filter(|line| lines & (1 << line) != 0) {
             if let Some(gsi) = self.index.gsi_of_pic_line(line) {
                 self.drive(gsi, LineSource::RESAMPLER, false, messages);
@@ -144,15 +150,14 @@ impl IrqChip {
         }
     }
 
-    /// Sees to the 8259s' interrupts that have ended. Out of line, since few machines have resamplers.
-    #[cold]
-    pub(super) fn end_lines(&self, vm: &Vm) {
+    /// The interrupts of the 8259s' lines in `lines` have ended.
+    pub(super) fn end_lines(&self, vm: &Vm, lines: u16) {
         let mut ended = Ended::none();
         // A line that falls sends no message.
         let mut none = Messages::new();
         {
             let mut chips = self.chips.lock();
-            chips.lower_lines(&mut ended, &mut none);
+            chips.lower_lines(lines, &mut ended, &mut none);
             self.publish(vm, &chips);
         }
         self.tell_resamplers(&ended);

@@ -274,6 +274,9 @@ impl Core {
             }
             self.take_posted();
         }
+        if request.has(Request::WATCH) {
+            self.watch_eois();
+        }
         if request.has(Request::LAPIC_TIMER.with(Request::ARM_TIMER)) {
             // A deadline that has passed when it is set needs no timer of the host's.
             let now = self.clock().now();
@@ -307,6 +310,7 @@ impl Core {
                 is_bootstrap = lapic.is_bootstrap();
                 self.shared.mailbox.publish_identity(lapic.identity());
             }
+            self.watch_eois();
             self.events.attention = true;
             self.mp_state = if is_bootstrap {
                 MpState::Runnable

@@ -483,6 +483,7 @@ impl State {
             .set_registers(page, PageFormat::Legacy, now)
             .map_err(|_| EINVAL)?;
         core.shared.mailbox.publish_identity(lapic.identity());
+        core.watch_eois();
         core.shared.request_self(Request::ARM_TIMER);
         core.events.attention = true;
         Ok(())

@@ -469,7 +469,16 @@ impl Core {
                 if let Some(lapic) = &self.lapic {
                     self.shared.mailbox.publish_identity(lapic.identity());
                 }
+                self.watch_eois();
             }
+        }
+    }
+
+    /// Lets the local APIC tell the ends of interrupts that a device waits for.
+    pub(crate) fn watch_eois(&mut self) {
+        if let (Some(lapic), Some(chip)) = (&mut self.lapic, self.vm.irqchip()) {
+            let watched = chip.watched_vectors(&lapic.identity());
+            lapic.watch_eoi(&watched);
         }
     }
 

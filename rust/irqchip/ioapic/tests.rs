@@ -195,7 +195,7 @@ fn state_carries_unsent_requests_only() {
 }
 
 #[test]
-fn eoi_vectors_are_those_of_level_pins_for_the_apic() {
+fn watched_vectors_are_those_of_edges_for_the_apic() {
     let identity = ApicIdentity {
         id: ApicId(1),
         xapic_id: 1,
@@ -208,13 +208,15 @@ fn eoi_vectors_are_those_of_level_pins_for_the_apic() {
     };
     let mut ioapic = IoApic::new();
     let _ = set_entry(&mut ioapic, 10, (1 << 56) | LEVEL | 0x51);
-    let _ = set_entry(&mut ioapic, 11, (2 << 56) | LEVEL | 0x52);
+    let _ = set_entry(&mut ioapic, 11, (2 << 56) | 0x52);
     let _ = set_entry(&mut ioapic, 0, (1 << 56) | 0x53);
+    let vectors = |watched| ioapic.watched_vectors(&identity, Source::Device, watched);
+    assert_eq!(vectors(0), VectorSet::EMPTY);
     let mut expected = VectorSet::EMPTY;
-    expected.insert(Vector(0x51));
-    assert_eq!(ioapic.eoi_vectors(&identity, Source::Device, 0), expected);
     expected.insert(Vector(0x53));
-    assert_eq!(ioapic.eoi_vectors(&identity, Source::Device, 1), expected);
+    assert_eq!(vectors(u32::MAX), expected);
+    assert_eq!(vectors(1), expected);
+    assert_eq!(vectors(1 << 10), VectorSet::EMPTY);
 }
 
 #[test]

@@ -256,9 +256,11 @@ impl LocalApic {
         let was_enabled = self.is_software_enabled();
         self.spurious = value & writable;
         if !self.is_software_enabled() {
+            // LINT0 too, where it was open.
             self.lvt.mask_all();
+            return LapicEffect::IdentityChanged;
         }
-        if was_enabled == self.is_software_enabled() {
+        if was_enabled {
             LapicEffect::None
         } else {
             LapicEffect::IdentityChanged

@@ -192,6 +192,14 @@ fn software_disable_masks_and_refuses() {
 }
 
 #[test]
+fn masking_lint0_with_all_others_is_told() {
+    let mut apic = LocalApic::new(ApicId(0), true, features());
+    assert!(apic.identity().takes_pic);
+    assert_eq!(apic.write(0xf0, 0xff, NOW), LapicEffect::IdentityChanged);
+    assert!(!apic.identity().takes_pic);
+}
+
+#[test]
 fn base_transitions_are_the_manuals() {
     // SDM vol. 3, figure 12-27.
     const OFF: u64 = 0xfee0_0000;

@@ -187,11 +187,9 @@ impl Chip {
         self.ended |= bit_of(line);
     }
 
-    pub(super) fn read(&mut self, data: bool) -> u8 {
-        if self.poll {
-            self.poll = false;
-            return self.poll_word();
-        }
+    /// What a read gives that is no poll.
+    #[inline]
+    pub(super) const fn register(&self, data: bool) -> u8 {
         match (data, self.read_isr) {
             (true, _) => self.imr,
             (false, true) => self.isr,
@@ -199,9 +197,16 @@ impl Chip {
         }
     }
 
+    /// Whether the next read polls.
+    #[inline]
+    pub(super) const fn is_polled(&self) -> bool {
+        self.poll
+    }
+
     /// A poll acknowledges the interrupt and gives its line with bit 7 set. Without one the line is 7,
     /// as of a spurious interrupt.
-    fn poll_word(&mut self) -> u8 {
+    pub(super) fn poll(&mut self) -> u8 {
+        self.poll = false;
         match self.pending() {
             Some(line) => {
                 self.acknowledge(line);

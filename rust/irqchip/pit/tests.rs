@@ -393,3 +393,58 @@ fn edges_before_a_new_count_are_not_lost() {
     assert_eq!(pit.advance(after(9999)), 1);
     assert_eq!(pit.advance(after(10_001)), 1);
 }
+
+const TICK: Tick = Tick {
+    rose: true,
+    interrupts: true,
+};
+const KEPT: Tick = Tick {
+    rose: true,
+    interrupts: false,
+};
+
+#[test]
+fn interrupts_are_kept_until_the_last_one_has_ended() {
+    let mut pit = loaded(0, 2, 1000);
+    assert!(!pit.tick(after(999)).rose);
+    assert_eq!(pit.tick(after(1000)), TICK);
+    assert_eq!(pit.tick(after(2000)), KEPT);
+    assert_eq!(pit.tick(after(4000)), KEPT);
+    // Four have come; each that ends gives the next.
+    assert!(pit.ended());
+    assert!(pit.ended());
+    assert!(pit.ended());
+    assert!(!pit.ended());
+    assert!(!pit.ended(), "an end without a beginning");
+    assert_eq!(pit.tick(after(5000)), TICK);
+    assert!(!pit.ended());
+}
+
+#[test]
+fn unmasking_and_a_new_count_drop_what_is_kept() {
+    let mut pit = loaded(0, 2, 1000);
+    assert_eq!(pit.tick(after(5000)), TICK);
+    pit.unmasked();
+    assert_eq!(pit.tick(after(6000)), TICK);
+    assert!(!pit.ended());
+    assert_eq!(pit.tick(after(9000)), TICK);
+    for byte in [0xe8, 0x03] {
+        pit.write_port(0x40, byte, after(9000));
+    }
+    assert!(!pit.ended());
+}
+
+#[test]
+fn interrupts_are_not_kept_where_nobody_wants_them() {
+    let mut pit = loaded(0, 2, 1000);
+    assert!(pit.keeps_interrupts());
+    pit.keep_interrupts(false);
+    assert_eq!(pit.tick(after(3000)), TICK);
+    assert_eq!(pit.tick(after(4000)), TICK);
+    assert!(!pit.ended());
+    pit.keep_interrupts(true);
+    assert_eq!(pit.tick(after(6000)), TICK);
+    pit.keep_interrupts(true);
+    assert_eq!(pit.tick(after(7000)), KEPT);
+    assert!(pit.ended());
+}
