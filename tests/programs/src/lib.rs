@@ -15,6 +15,7 @@ pub mod mapping;
 pub mod raw;
 pub mod uapi;
 pub mod vcpu;
+pub mod wakeups;
 
 pub use eventfd::EventFd;
 pub use fixture::{Config, Machine};

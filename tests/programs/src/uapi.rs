@@ -54,6 +54,7 @@ requests! {
     SET_USER_MEMORY_REGION2 = iow::<[u64; 20]>(0x49);
     CREATE_IRQCHIP = io(0x60);
     IRQ_LINE = iow::<[u32; 2]>(0x61);
+    REINJECT_CONTROL = io(0x71);
     IRQ_LINE_STATUS = iowr::<[u32; 2]>(0x67);
     REGISTER_COALESCED_MMIO = iow::<kvm_bindings::kvm_coalesced_mmio_zone>(0x67);
     UNREGISTER_COALESCED_MMIO = iow::<kvm_bindings::kvm_coalesced_mmio_zone>(0x68);

@@ -2,9 +2,14 @@
 //! Interrupts: through the PICs, the IOAPIC and the local APIC, its timer, IPIs, and KVM_INTERRUPT.
 
 mod apic;
+mod chips;
+mod halt;
+mod ipi;
 mod pic;
+mod probe;
 mod smp;
 mod window;
+mod x2apic;
 
 use rvisor_tests::guest::{self, Mode};
 use rvisor_tests::handlers::{self, Acknowledge};
@@ -42,6 +47,33 @@ fn main() -> std::process::ExitCode {
         apic::sti_shadow,
         smp::init_sipi,
         smp::ipi_both_ways,
+        x2apic::x2apic_transitions,
+        x2apic::x2apic_registers,
+        x2apic::x2apic_self_ipi,
+        x2apic::x2apic_page,
+        x2apic::x2apic_state,
+        ipi::ipi_flat,
+        ipi::ipi_cluster,
+        ipi::ipi_x2apic,
+        ipi::ipi_lowest_priority,
+        ipi::ipi_nmi_init_startup,
+        ipi::msi_destinations,
+        chips::pic_priorities,
+        chips::pic_rotation,
+        chips::pic_automatic_eoi,
+        chips::pic_poll,
+        chips::pic_level,
+        chips::ioapic_remote_irr,
+        chips::pit_speaker_port,
+        chips::pit_channel_2,
+        chips::pit_channel_0,
+        chips::pit_backlog,
+        chips::pit_watchdog,
+        halt::hlt_costs_nothing,
+        halt::wake_ups_by_messages,
+        halt::wake_ups_by_deadlines,
+        halt::wake_ups_by_ipis,
+        halt::pic_wakes_another,
         window::interrupt,
         window::request_window,
     ])
