@@ -12,7 +12,7 @@ DESTDIR ?=
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help module tool programs check test test-models demo shell bench install clean distclean
+.PHONY: help module tool programs check test test-models demo shell bench wakeups install clean distclean
 
 help: ## this text
 	@echo 'make demo        load rvisor.ko in a machine with VMX and boot a Linux guest there, on this screen'
@@ -28,6 +28,7 @@ help: ## this text
 	@echo 'make check       format, lints, the tests that need no test host'
 	@echo 'make shell       a shell in the test host, with the module loaded'
 	@echo 'make bench       compare with KVM, in instructions'
+	@echo 'make wakeups     wake halted guests millions of times (half an hour)'
 	@echo 'make install     module (KDIR=DIR, INSTALL_MOD_PATH=DIR) and tool (PREFIX=DIR, DESTDIR=DIR)'
 	@echo 'make clean       remove build/'
 	@echo 'make distclean   remove build/ and the cache (build root, kernel)'
@@ -58,6 +59,9 @@ shell: module tool programs
 
 bench: module tool programs
 	@scripts/bench
+
+wakeups: module programs
+	@scripts/wakeups
 
 install: module tool
 	@scripts/install $(if $(KDIR),"$(KDIR)")
