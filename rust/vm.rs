@@ -2,6 +2,7 @@
 
 //! Virtual machines and virtual CPUs: what a guest is made of and how its exits are handled.
 
+pub(crate) mod apic_settings;
 pub(crate) mod bus;
 pub(crate) mod clock;
 pub(crate) mod completion;

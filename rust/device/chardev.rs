@@ -10,6 +10,7 @@ use crate::{
     bindings as uapi,
     host::anon_file::{self, Reservation},
     vm::{
+        apic_settings::X2APIC_API_FLAGS,
         clock,
         machine::{supported_cpuid, Host, Vm, MAX_VCPUS},
         memory::SLOTS,
@@ -31,6 +32,7 @@ use rvisor_core::{
         msr::feature_value,
         msr_list::{indices, FEATURE_INDICES},
     },
+    irqchip::lapic::BusCycle,
     x86::msr::MsrIndex,
 };
 
@@ -111,6 +113,8 @@ pub(super) fn check_extension(host: &Host, capability: usize) -> isize {
         uapi::KVM_CAP_ADJUST_CLOCK => clock::VALID_FLAGS as isize,
         uapi::KVM_CAP_XSAVE2 => xsave_size(host),
         uapi::KVM_CAP_COALESCED_MMIO => RING_PAGE as isize,
+        uapi::KVM_CAP_X2APIC_API => X2APIC_API_FLAGS as isize,
+        uapi::KVM_CAP_X86_APIC_BUS_CYCLES_NS => BusCycle::DEFAULT.nanoseconds() as isize,
         uapi::KVM_CAP_XCRS => (host.xcr0 != 0).into(),
         uapi::KVM_CAP_IRQ_ROUTING => rvisor_core::irqchip::routing::MAX_ROUTES as isize,
         uapi::KVM_CAP_NR_VCPUS => {

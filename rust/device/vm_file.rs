@@ -58,6 +58,9 @@ impl AnonFile for Vm {
 
 fn vm_ioctl(vm: &Arc<Vm>, command: u32, argument: usize) -> Result<isize> {
     match command {
+        user::CHECK_EXTENSION if argument == uapi::KVM_CAP_X86_APIC_BUS_CYCLES_NS as usize => {
+            Ok(vm.apics.bus_cycle().nanoseconds() as isize)
+        }
         user::CHECK_EXTENSION => Ok(check_extension(&vm.host, argument)),
         user::CREATE_VCPU => {
             let id = u32::try_from(argument).map_err(|_| EINVAL)?;
@@ -116,9 +119,8 @@ fn vm_ioctl(vm: &Arc<Vm>, command: u32, argument: usize) -> Result<isize> {
             Ok(0)
         }
         user::ENABLE_CAP => {
-            let _: uapi::kvm_enable_cap = user::read(argument)?;
-            // None can be enabled yet.
-            Err(EINVAL)
+            enable_capability(vm, &user::read(argument)?)?;
+            Ok(0)
         }
         user::GET_CLOCK => {
             user::write(argument, &vm.clock.get())?;
@@ -147,6 +149,16 @@ fn set_memory(vm: &Vm, argument: usize) -> Result<isize> {
         hva: Hva::new(region.userspace_addr),
     })?;
     Ok(0)
+}
+
+/// What a machine can be told to do otherwise.
+fn enable_capability(vm: &Vm, request: &uapi::kvm_enable_cap) -> Result {
+    match request.cap {
+        _ if request.flags != 0 => Err(EINVAL),
+        uapi::KVM_CAP_X2APIC_API => vm.set_x2apic_api(request.args[0]),
+        uapi::KVM_CAP_X86_APIC_BUS_CYCLES_NS => vm.set_apic_bus_cycle(request.args[0]),
+        _ => Err(EINVAL),
+    }
 }
 
 fn set_memory2(vm: &Vm, argument: usize) -> Result<isize> {
@@ -199,7 +211,7 @@ fn set_routing(vm: &Vm, argument: usize) -> Result<isize> {
     let chip = vm.irqchip().ok_or(EINVAL)?;
     let rules = RoutingRules {
         controllers: true,
-        extended_msi: false,
+        extended_msi: vm.apics.long_ids(),
     };
     let mut routes = KVec::with_capacity(count as usize, GFP_KERNEL_ACCOUNT)?;
     for place in 0..count as usize {
@@ -225,7 +237,8 @@ fn signal_msi(vm: &Vm, argument: usize) -> Result<isize> {
         return Err(EINVAL);
     }
     let address = u64::from(msi.address_hi) << 32 | u64::from(msi.address_lo);
-    let message = InterruptMessage::from_msi(address, msi.data, false).map_err(|_| EINVAL)?;
+    let message =
+        InterruptMessage::from_msi(address, msi.data, vm.apics.long_ids()).map_err(|_| EINVAL)?;
     vm.deliver(&message, None);
     Ok(1)
 }

@@ -53,6 +53,31 @@ impl Default for Features {
     }
 }
 
+/// How long a cycle of the bus is, which the timer counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BusCycle(u64);
+
+impl BusCycle {
+    /// One nanosecond: what KVM gives a machine that asks for nothing else.
+    pub const DEFAULT: Self = Self(1);
+
+    /// The cycle of so many nanoseconds. Invalid is 0, and one with which the longest count does not fit
+    /// into 64 bits.
+    pub const fn new(nanoseconds: u64) -> Result<Self, Invalid> {
+        const LONGEST: u64 = 0xffff_ffff << 7;
+        match LONGEST.checked_mul(nanoseconds) {
+            Some(1..) => Ok(Self(nanoseconds)),
+            Some(0) | None => Err(Invalid),
+        }
+    }
+
+    /// Its length.
+    #[inline]
+    pub const fn nanoseconds(self) -> u64 {
+        self.0
+    }
+}
+
 /// Who changes a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
@@ -139,7 +164,7 @@ pub struct LocalApic {
 
 impl LocalApic {
     /// The local APIC of the vCPU with the identifier `id`, as it is after power-up.
-    pub fn new(id: ApicId, bootstrap: bool, features: Features) -> Self {
+    pub fn new(id: ApicId, bootstrap: bool, features: Features, cycle: BusCycle) -> Self {
         let mut apic = Self {
             irr: VectorSet::EMPTY,
             isr: VectorSet::EMPTY,
@@ -159,7 +184,7 @@ impl LocalApic {
             detected: 0,
             icr: 0,
             lvt: lvt::Lvt::RESET,
-            timer: timer::Timer::RESET,
+            timer: timer::Timer::new(cycle),
         };
         apic.reset(ResetKind::PowerUp);
         apic
@@ -188,7 +213,7 @@ impl LocalApic {
         if self.bootstrap && self.features.lint0_virtual_wire {
             self.lvt.set_virtual_wire();
         }
-        self.timer = timer::Timer::RESET;
+        self.timer.reset();
         self.update_ppr();
     }
 

@@ -23,7 +23,7 @@ use kernel::{
 };
 use rvisor_core::{
     irqchip::{
-        destination::{ApicIdentity, InterruptMessage, Source},
+        destination::{ApicIdentity, InterruptMessage},
         ioapic::{self, IoApic},
         pic::{DualPic, PicEvents},
         pit::Pit,
@@ -81,6 +81,8 @@ pub(crate) struct Chips {
     /// Port 0x61 is the PIT's too, and not userspace's.
     speaker: bool,
     pit_route: PitRoute,
+    /// MSIs have 32-bit destinations.
+    long_ids: bool,
     routes: KVec<Route>,
     pub(super) index: KBox<RoutingIndex>,
     pub(super) resampled: Resampled,
@@ -119,12 +121,12 @@ pub(crate) struct IrqChip {
 }
 
 impl IrqChip {
-    /// The controllers after power-up; no PIT yet.
+    /// The controllers after power-up; no PIT yet. With `long_ids` MSIs have 32-bit destinations.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new() -> Result<Pin<KBox<Self>>> {
+    pub(crate) fn new(long_ids: bool) -> Result<Pin<KBox<Self>>> {
         let mut routes = KVec::with_capacity(DEFAULT_ROUTES.len(), GFP_KERNEL_ACCOUNT)?;
         for route in DEFAULT_ROUTES {
             routes.push_within_capacity(route)?;
@@ -137,6 +139,7 @@ impl IrqChip {
             pit: None,
             speaker: false,
             pit_route: PitRoute::default(),
+            long_ids,
             routes,
             index,
             resampled: Resampled::default(),
@@ -199,6 +202,11 @@ impl IrqChip {
         chips.pit = Some(Pit::new(now()));
         chips.speaker = speaker;
         Ok(())
+    }
+
+    /// Sets whether MSIs have 32-bit destinations.
+    pub(crate) fn set_long_ids(&self, long_ids: bool) {
+        self.chips.lock().long_ids = long_ids;
     }
 
     /// Whether the PICs ask for an interrupt.
@@ -298,11 +306,13 @@ impl IrqChip {
     }
 
     /// The edge-triggered vectors whose end the local APIC `identity` is to tell: the PIT waits for it.
-    pub(crate) fn watched_vectors(&self, identity: &ApicIdentity) -> VectorSet {
+    pub(crate) fn watched_vectors(&self, vm: &Vm, identity: &ApicIdentity) -> VectorSet {
         let chips = self.chips.lock();
         match chips.kept_pins() {
             0 => VectorSet::EMPTY,
-            pins => chips.ioapic.watched_vectors(identity, Source::Device, pins),
+            pins => chips
+                .ioapic
+                .watched_vectors(identity, vm.apics.device(), pins),
         }
     }
 
@@ -559,6 +569,7 @@ impl Chips {
             ioapic,
             routes,
             index,
+            long_ids,
             ..
         } = self;
         let mut status = -1;
@@ -569,7 +580,7 @@ impl Chips {
                 // An MSI has an edge only.
                 Target::Msi { .. } if !level => LineOutcome::Taken,
                 Target::Msi { address, data, .. } => {
-                    match InterruptMessage::from_msi(address, data, false) {
+                    match InterruptMessage::from_msi(address, data, *long_ids) {
                         Ok(message) => LineOutcome::Send(message),
                         Err(_) => LineOutcome::Ignored,
                     }

@@ -3,8 +3,8 @@
 //! A virtual machine.
 
 use super::{
-    bus::Registrations, clock::Clock, irqchip::IrqChip, irqfd::Irqfds, memory::GuestMemory,
-    shared::VcpuShared, vcpu::Vcpu,
+    apic_settings::ApicSettings, bus::Registrations, clock::Clock, irqchip::IrqChip, irqfd::Irqfds,
+    memory::GuestMemory, shared::VcpuShared, vcpu::Vcpu,
 };
 use crate::{
     host::{
@@ -28,6 +28,7 @@ use rvisor_core::{
     },
     irqchip::{
         destination::{lowest_priority, matches, DeliveryMode, InterruptMessage, Source},
+        lapic::BusCycle,
         LineSource,
     },
     mmu::page_size::PageSize,
@@ -129,6 +130,7 @@ pub(crate) struct Vm {
     _notifier: Notifier<GuestMemory>,
     /// The address space that the machine belongs to, for comparison only.
     mm: usize,
+    pub(crate) apics: ApicSettings,
     /// KVM_SET_BOOT_CPU_ID.
     bootstrap: AtomicU32,
     irqchip: SetOnce<Pin<KBox<IrqChip>>>,
@@ -175,6 +177,7 @@ impl Vm {
                 memory,
                 _notifier: notifier,
                 mm: mm.as_ptr() as usize,
+                apics: ApicSettings::new(),
                 bootstrap: AtomicU32::new(0),
                 irqchip: SetOnce::new(),
                 // The TSC starts at 0.
@@ -236,7 +239,41 @@ impl Vm {
         if !vcpus.is_empty() {
             return Err(EINVAL);
         }
-        self.irqchip.populate(IrqChip::new()?);
+        self.irqchip.populate(IrqChip::new(self.apics.long_ids())?);
+        Ok(())
+    }
+
+    /// Carries out KVM_ENABLE_CAP of KVM_CAP_X2APIC_API.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` for an unknown flag.
+    pub(crate) fn set_x2apic_api(&self, flags: u64) -> Result {
+        // After this nobody makes controllers that do not know.
+        let _vcpus = self.vcpus.lock();
+        self.apics.set_x2apic_api(flags)?;
+        if let Some(chip) = self.irqchip() {
+            chip.set_long_ids(self.apics.long_ids());
+        }
+        Ok(())
+    }
+
+    /// Carries out KVM_ENABLE_CAP of KVM_CAP_X86_APIC_BUS_CYCLES_NS.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` for a length that can't be, and after the first virtual CPU; `ENXIO` without local APICs
+    /// in the kernel.
+    pub(crate) fn set_apic_bus_cycle(&self, nanoseconds: u64) -> Result {
+        let cycle = BusCycle::new(nanoseconds).map_err(|_| EINVAL)?;
+        let vcpus = self.vcpus.lock();
+        if self.irqchip().is_none() {
+            return Err(ENXIO);
+        }
+        if !vcpus.is_empty() {
+            return Err(EINVAL);
+        }
+        self.apics.set_bus_cycle(cycle);
         Ok(())
     }
 
@@ -300,7 +337,7 @@ impl Vm {
     pub(crate) fn deliver(&self, message: &InterruptMessage, source: Option<u32>) -> bool {
         let source = match source {
             Some(id) => Source::Apic(ApicId(id)),
-            None => Source::Device,
+            None => self.apics.device(),
         };
         self.memory.with_vcpus(|vcpus| {
             let targets = vcpus

@@ -15,7 +15,7 @@ use rvisor_core::{
         guest::{GuestCpu, Origin},
     },
     irqchip::{
-        lapic::{Features, PageFormat, REGISTERS_SIZE},
+        lapic::{Features, REGISTERS_SIZE},
         Clock,
     },
     x86::{
@@ -467,7 +467,7 @@ impl State {
         let lapic = self.core.lapic.as_mut().ok_or(EINVAL)?;
         // A timer that is due shows in the IRR; on another machine it would be lost.
         lapic.timer_fired(now);
-        Ok(lapic.registers(PageFormat::Legacy, now))
+        Ok(lapic.registers(self.core.vm.apics.page_format(), now))
     }
 
     /// Carries out KVM_SET_LAPIC.
@@ -478,10 +478,9 @@ impl State {
     pub(crate) fn set_lapic_page(&mut self, page: &[u8; REGISTERS_SIZE]) -> Result {
         let now = self.core.clock().now();
         let core = &mut self.core;
+        let format = core.vm.apics.page_format();
         let lapic = core.lapic.as_mut().ok_or(EINVAL)?;
-        lapic
-            .set_registers(page, PageFormat::Legacy, now)
-            .map_err(|_| EINVAL)?;
+        lapic.set_registers(page, format, now).map_err(|_| EINVAL)?;
         core.shared.mailbox.publish_identity(lapic.identity());
         core.watch_eois();
         core.shared.request_self(Request::ARM_TIMER);

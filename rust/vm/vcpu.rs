@@ -176,7 +176,12 @@ impl Vcpu {
         let is_bootstrap = vm.is_bootstrap(id);
         let lapic = match vm.irqchip() {
             Some(_) => Some(KBox::new(
-                LocalApic::new(ApicId(id), is_bootstrap, Features::default()),
+                LocalApic::new(
+                    ApicId(id),
+                    is_bootstrap,
+                    Features::default(),
+                    vm.apics.bus_cycle(),
+                ),
                 GFP_KERNEL_ACCOUNT,
             )?),
             None => None,
@@ -477,7 +482,7 @@ impl Core {
     /// Lets the local APIC tell the ends of interrupts that a device waits for.
     pub(crate) fn watch_eois(&mut self) {
         if let (Some(lapic), Some(chip)) = (&mut self.lapic, self.vm.irqchip()) {
-            let watched = chip.watched_vectors(&lapic.identity());
+            let watched = chip.watched_vectors(&self.vm, &lapic.identity());
             lapic.watch_eoi(&watched);
         }
     }

@@ -27,7 +27,7 @@ fn features() -> Features {
 
 /// An enabled xAPIC with the identifier 3.
 fn enabled() -> LocalApic {
-    let mut apic = LocalApic::new(ApicId(3), false, features());
+    let mut apic = LocalApic::new(ApicId(3), false, features(), BusCycle::DEFAULT);
     let _ = apic.write(0xf0, 0x1ff, NOW);
     apic
 }
@@ -45,7 +45,7 @@ fn request(apic: &mut LocalApic, vector: u8) {
 #[test]
 fn reset_state_is_the_manuals() {
     // SDM vol. 3, 12.4.7.1.
-    let mut apic = LocalApic::new(ApicId(3), false, Features::default());
+    let mut apic = LocalApic::new(ApicId(3), false, Features::default(), BusCycle::DEFAULT);
     assert_eq!(apic.base(), 0xfee0_0800);
     assert_eq!(apic.mmio_base(), 0xfee0_0000);
     assert_eq!(apic.read(0x20, NOW), 3 << 24);
@@ -59,7 +59,7 @@ fn reset_state_is_the_manuals() {
         assert_eq!(apic.read(zero, NOW), 0, "{zero:#x}");
     }
     assert!(!apic.accepts_pic_interrupt());
-    let bootstrap = LocalApic::new(ApicId(0), true, Features::default());
+    let bootstrap = LocalApic::new(ApicId(0), true, Features::default(), BusCycle::DEFAULT);
     assert_eq!(bootstrap.base(), 0xfee0_0900);
     assert!(bootstrap.accepts_pic_interrupt());
 }
@@ -193,7 +193,7 @@ fn software_disable_masks_and_refuses() {
 
 #[test]
 fn masking_lint0_with_all_others_is_told() {
-    let mut apic = LocalApic::new(ApicId(0), true, features());
+    let mut apic = LocalApic::new(ApicId(0), true, features(), BusCycle::DEFAULT);
     assert!(apic.identity().takes_pic);
     assert_eq!(apic.write(0xf0, 0xff, NOW), LapicEffect::IdentityChanged);
     assert!(!apic.identity().takes_pic);
@@ -545,7 +545,7 @@ fn page_carries_the_whole_state() {
     assert_eq!(word(&page, 0x210), 1 << 17);
     assert_eq!(word(&page, 0x390), 700_000);
 
-    let mut copy = LocalApic::new(ApicId(3), false, features());
+    let mut copy = LocalApic::new(ApicId(3), false, features(), BusCycle::DEFAULT);
     let restored = at(5);
     copy.set_registers(&page, PageFormat::Legacy, restored)
         .unwrap();
@@ -562,7 +562,7 @@ fn page_carries_the_whole_state() {
 
 #[test]
 fn page_has_the_x2apic_identifier_in_either_form() {
-    let mut apic = LocalApic::new(ApicId(0x123), false, features());
+    let mut apic = LocalApic::new(ApicId(0x123), false, features(), BusCycle::DEFAULT);
     let _ = apic.set_base(0xfee0_0c00, Origin::Guest).unwrap();
     let legacy = apic.registers(PageFormat::Legacy, NOW);
     assert_eq!(word(&legacy, 0x20), 0x2300_0000);

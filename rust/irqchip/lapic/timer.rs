@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A local APIC's timer (SDM vol. 3, 12.5.4). The bus clock runs at 1 GHz, as KVM's does.
+//! A local APIC's timer (SDM vol. 3, 12.5.4).
 
+use super::BusCycle;
 use crate::irqchip::{Nanoseconds, Now};
 
 /// The shortest period, in nanoseconds: a guest that asks for a shorter one gets this, so that it
@@ -41,6 +42,7 @@ impl Mode {
 /// The timer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Timer {
+    cycle: BusCycle,
     mode: Mode,
     /// The initial-count register.
     initial: u32,
@@ -55,14 +57,21 @@ pub(super) struct Timer {
 }
 
 impl Timer {
-    pub(super) const RESET: Self = Self {
-        mode: Mode::OneShot,
-        initial: 0,
-        divide: 0,
-        period: 0,
-        target: None,
-        tsc_deadline: 0,
-    };
+    pub(super) const fn new(cycle: BusCycle) -> Self {
+        Self {
+            cycle,
+            mode: Mode::OneShot,
+            initial: 0,
+            divide: 0,
+            period: 0,
+            target: None,
+            tsc_deadline: 0,
+        }
+    }
+
+    pub(super) fn reset(&mut self) {
+        *self = Self::new(self.cycle);
+    }
 
     /// The initial-count register.
     pub(super) const fn initial(&self) -> u32 {
@@ -80,8 +89,11 @@ impl Timer {
         (encoded.wrapping_add(1) & 7) as u32
     }
 
+    /// At most 2^32 counts of 2^7 cycles, which [`BusCycle::new`] lets fit.
     const fn counts_to_nanoseconds(&self, counts: u32) -> u64 {
-        (counts as u64).wrapping_shl(self.shift())
+        (counts as u64)
+            .wrapping_shl(self.shift())
+            .wrapping_mul(self.cycle.nanoseconds())
     }
 
     fn set_period(&mut self) {
@@ -140,7 +152,7 @@ impl Timer {
         if (mode == Mode::TscDeadline) != (self.mode == Mode::TscDeadline) {
             *self = Self {
                 divide: self.divide,
-                ..Self::RESET
+                ..Self::new(self.cycle)
             };
         }
         self.mode = mode;
@@ -168,6 +180,7 @@ impl Timer {
             0
         };
         *self = Self {
+            cycle: self.cycle,
             mode,
             initial,
             divide: divide & 0xb,
@@ -197,7 +210,7 @@ impl Timer {
         }
         self.set_period();
         if let Some(target) = self.target {
-            // At most 2^39 nanoseconds are left, and the shifts are at most 7.
+            // What is left is at most a count at the old rate, which fits at the new one too.
             let left = target.since(now.nanoseconds).wrapping_shr(before);
             self.target = Some(now.nanoseconds.after(left.wrapping_shl(after)));
         }
@@ -215,7 +228,10 @@ impl Timer {
         } else {
             target.since(now.nanoseconds)
         };
-        u32::try_from(left.wrapping_shr(self.shift())).unwrap_or(u32::MAX)
+        let counts = left
+            .wrapping_shr(self.shift())
+            .checked_div(self.cycle.nanoseconds());
+        counts.map_or(0, |counts| u32::try_from(counts).unwrap_or(u32::MAX))
     }
 
     #[inline]

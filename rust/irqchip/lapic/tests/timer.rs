@@ -143,3 +143,53 @@ fn restored_count_is_no_longer_than_the_initial_one() {
         .unwrap();
     assert_eq!(apic.deadline(), Some(Deadline::At(Nanoseconds(1_000_000))));
 }
+
+#[test]
+fn bus_cycles_are_as_long_as_the_machine_wants() {
+    // 40 ns: 25 MHz, the rate that TDX gives its guests.
+    let cycle = BusCycle::new(40).unwrap();
+    let mut apic = LocalApic::new(ApicId(0), false, features(), cycle);
+    let _ = apic.write(0xf0, 0x1ff, NOW);
+    let _ = apic.write(0x320, 0xec, NOW);
+    // Divide by 4.
+    let _ = apic.write(0x3e0, 1, NOW);
+    let _ = apic.write(0x380, 1000, NOW);
+    let start = NOW.nanoseconds.0;
+    let end = Nanoseconds(start + 1000 * 4 * 40);
+    assert_eq!(apic.deadline(), Some(Deadline::At(end)));
+    assert_eq!(apic.read(0x390, at(start + 250 * 4 * 40)), 750);
+    assert_eq!(apic.read(0x390, at(start + 250 * 4 * 40 + 159)), 749);
+    // At half the rate what is left lasts twice as long.
+    let _ = apic.write(0x3e0, 2, at(start + 500 * 4 * 40));
+    let end = Nanoseconds(start + 500 * 4 * 40 + 500 * 8 * 40);
+    assert_eq!(apic.deadline(), Some(Deadline::At(end)));
+    // INIT does not change the machine.
+    apic.reset(ResetKind::Init);
+    let _ = apic.write(0x380, 1, NOW);
+    assert_eq!(
+        apic.deadline(),
+        Some(Deadline::At(Nanoseconds(start + 2 * 40)))
+    );
+    let longest = u64::MAX / (0xffff_ffff << 7);
+    assert!(BusCycle::new(longest).is_ok());
+    for wrong in [0, longest + 1, u64::MAX] {
+        assert_eq!(BusCycle::new(wrong), Err(Invalid));
+    }
+}
+
+#[test]
+fn longest_count_of_the_longest_cycle_is_no_overflow() {
+    let cycle = BusCycle::new(u64::MAX / (0xffff_ffff << 7)).unwrap();
+    let mut apic = LocalApic::new(ApicId(0), false, features(), cycle);
+    let _ = apic.write(0x320, 0x2_00ec, NOW);
+    let _ = apic.write(0x3e0, 0b1010, NOW);
+    let _ = apic.write(0x380, u32::MAX, NOW);
+    assert_eq!(apic.read(0x390, NOW), u32::MAX);
+    let _ = apic.write(0x3e0, 0b1011, NOW);
+    let _ = apic.write(0x3e0, 0b1010, NOW);
+    assert!(apic.read(0x390, NOW) > 0);
+    let page = apic.registers(PageFormat::Legacy, NOW);
+    apic.set_registers(&page, PageFormat::Legacy, at(u64::MAX / 4))
+        .unwrap();
+    assert!(apic.deadline().is_some());
+}

@@ -7,8 +7,8 @@ use std::collections::BTreeSet;
 use proptest::prelude::*;
 use rvisor_core::irqchip::destination::{ApicIdentity, ApicMode};
 use rvisor_core::irqchip::lapic::{
-    Deadline, Features, LapicEffect, LocalApic, LocalInput, Origin, PageFormat, ResetKind,
-    REGISTERS_SIZE,
+    BusCycle, Deadline, Features, LapicEffect, LocalApic, LocalInput, Origin, PageFormat,
+    ResetKind, REGISTERS_SIZE,
 };
 use rvisor_core::irqchip::{Nanoseconds, Now, TriggerMode};
 use rvisor_core::x86::msr::MsrIndex;
@@ -209,7 +209,7 @@ proptest! {
     /// What is pending, the PPR and the EOIs follow the model, whatever comes.
     #[test]
     fn priorities_follow_the_manual(steps in proptest::collection::vec(step(), 1..200)) {
-        let mut apic = LocalApic::new(ApicId(0), false, features(0));
+        let mut apic = LocalApic::new(ApicId(0), false, features(0), BusCycle::DEFAULT);
         let _ = apic.write(0xf0, 0x1ff, now(0));
         let mut model = Model::default();
         for step in steps {
@@ -268,7 +268,7 @@ proptest! {
         bootstrap: bool,
         steps in proptest::collection::vec(abuse(), 1..150),
     ) {
-        let mut apic = LocalApic::new(ApicId(0x1234), bootstrap, features(bits));
+        let mut apic = LocalApic::new(ApicId(0x1234), bootstrap, features(bits), BusCycle::DEFAULT);
         let mut time = 0;
         for step in &steps {
             let (identity, deadline) = (apic.identity(), apic.deadline());
@@ -302,7 +302,7 @@ proptest! {
     /// A page that was got and set again is the same, and so is what the guest then sees.
     #[test]
     fn page_is_restored(bits: u8, steps in proptest::collection::vec(abuse(), 1..80), legacy: bool) {
-        let mut apic = LocalApic::new(ApicId(0x12), true, features(bits));
+        let mut apic = LocalApic::new(ApicId(0x12), true, features(bits), BusCycle::DEFAULT);
         let mut time = 0;
         // Features that go away leave behind what cannot be set again.
         for step in steps.iter().filter(|step| !matches!(step, Abuse::Features(_))) {
@@ -310,7 +310,7 @@ proptest! {
         }
         apic.timer_fired(now(time));
         let page = apic.registers(format(legacy), now(time));
-        let mut copy = LocalApic::new(ApicId(0x12), true, apic.features());
+        let mut copy = LocalApic::new(ApicId(0x12), true, apic.features(), BusCycle::DEFAULT);
         prop_assert!(copy.set_base(apic.base(), Origin::Host).is_ok());
         prop_assert_eq!(copy.set_registers(&page, format(legacy), now(time)), Ok(()));
         let _ = copy.set_tsc_deadline(apic.tsc_deadline());

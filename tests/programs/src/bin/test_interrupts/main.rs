@@ -52,6 +52,8 @@ fn main() -> std::process::ExitCode {
         x2apic::x2apic_self_ipi,
         x2apic::x2apic_page,
         x2apic::x2apic_state,
+        x2apic::x2apic_api,
+        x2apic::bus_cycle,
         ipi::ipi_flat,
         ipi::ipi_cluster,
         ipi::ipi_x2apic,

@@ -181,7 +181,7 @@ pub(crate) fn register(state: &kb::kvm_lapic_state, offset: usize) -> u32 {
 /// Sets a register in KVM_SET_LAPIC's page.
 pub(crate) fn set_register(state: &mut kb::kvm_lapic_state, offset: usize, value: u32) {
     for (place, byte) in state.regs[offset..].iter_mut().zip(value.to_le_bytes()) {
-        *place = byte as _;
+        *place = i8::from_ne_bytes([byte]);
     }
 }
 

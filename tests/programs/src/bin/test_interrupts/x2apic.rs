@@ -2,9 +2,11 @@
 //! x2APIC mode (SDM volume 3, section 12.12).
 
 use crate::probe::{self, register, Probe, APIC_BASE, ENABLE, X2APIC};
+use kvm_bindings as kb;
 use rvisor_tests::handlers::{self, count, Acknowledge};
 use rvisor_tests::layout::LAPIC;
-use rvisor_tests::{check, check_eq, Device, Machine, Outcome};
+use rvisor_tests::raw::{self, expect_errno};
+use rvisor_tests::{check, check_eq, uapi, Device, Fail, Machine, Outcome};
 
 const ID: u32 = 0x802;
 const VERSION: u32 = 0x803;
@@ -66,7 +68,7 @@ pub(crate) fn x2apic_transitions(device: &Device) -> Outcome {
 pub(crate) fn x2apic_registers(device: &Device) -> Outcome {
     let machine = Machine::with_irqchip(device)?;
     let id = 0x23_u64;
-    rvisor_tests::raw::ioctl(&machine.vm, rvisor_tests::uapi::SET_BOOT_CPU_ID, id)?;
+    raw::ioctl(&machine.vm, uapi::SET_BOOT_CPU_ID, id)?;
     let probe = Probe::new(&machine, id)?;
     for index in [ID, VERSION, TPR, ICR] {
         check_eq!(probe.rdmsr(index)?, None, "MSR {index:#x} in xAPIC mode");
@@ -186,7 +188,7 @@ pub(crate) fn x2apic_page(device: &Device) -> Outcome {
 pub(crate) fn x2apic_state(device: &Device) -> Outcome {
     let machine = Machine::with_irqchip(device)?;
     let id = 0x23_u64;
-    rvisor_tests::raw::ioctl(&machine.vm, rvisor_tests::uapi::SET_BOOT_CPU_ID, id)?;
+    raw::ioctl(&machine.vm, uapi::SET_BOOT_CPU_ID, id)?;
     let probe = Probe::new(&machine, id)?;
     probe::enter_x2apic(&probe.cpu)?;
     for (index, value) in [(SPURIOUS, 0x1ff), (TPR, 0x20), (ICR, 0x77_0000_0041)] {
@@ -206,5 +208,100 @@ pub(crate) fn x2apic_state(device: &Device) -> Outcome {
     check_eq!(probe.rdmsr(ID)?, Some(0x23), "the identifier");
     check_eq!(probe.rdmsr(LDR)?, Some(0x0002_0008), "the LDR");
     check_eq!(probe.rdmsr(ICR)?, Some(0x99_0000_0041), "the ICR");
+    Ok(())
+}
+
+/// KVM_CAP_X2APIC_API: 32-bit identifiers in userspace's structures, and 0xff is no broadcast.
+pub(crate) fn x2apic_api(device: &Device) -> Outcome {
+    const USE_32BIT_IDS: u64 = 1;
+    const DISABLE_BROADCAST_QUIRK: u64 = 2;
+    let machine = Machine::with_irqchip(device)?;
+    let offered = machine.extension(kb::KVM_CAP_X2APIC_API);
+    check_eq!(offered & 3, 3, "KVM_CAP_X2APIC_API");
+    let enable = |flags: u64| {
+        let mut request = kb::kvm_enable_cap {
+            cap: kb::KVM_CAP_X2APIC_API,
+            ..Default::default()
+        };
+        request.args[0] = flags;
+        raw::ioctl_with(&machine.vm, uapi::ENABLE_CAP, &mut request)
+    };
+    expect_errno(enable(1 << 40), libc::EINVAL, "an unknown flag")?;
+    let probe = Probe::new(&machine, 0)?;
+    let other = machine.vcpu(3)?;
+    for cpu in [&probe.cpu, &other] {
+        probe::enter_x2apic(cpu)?;
+        probe::set_registers(cpu, &[(0xf0, 0x1ff)])?;
+    }
+    // Bits 31:8 of the destination stand in the upper half of the address.
+    let send = |high: u32, low: u32| {
+        machine.vm.signal_msi(kb::kvm_msi {
+            address_lo: 0xfee0_0000 | (low << 12),
+            address_hi: high,
+            data: 0x61,
+            ..Default::default()
+        })
+    };
+    let takers = || {
+        Ok::<_, Fail>([
+            probe::take_requested(&probe.cpu)?.len(),
+            probe::take_requested(&other)?.len(),
+        ])
+    };
+    send(0, 0xff)?;
+    check_eq!(takers()?, [1, 1], "0xff as a broadcast");
+    check_eq!(enable(DISABLE_BROADCAST_QUIRK).is_ok(), true, "the quirk");
+    let _ = send(0, 0xff);
+    check_eq!(takers()?, [0, 0], "0xff as an identifier");
+    check_eq!(enable(USE_32BIT_IDS).is_ok(), true, "32-bit identifiers");
+    send(0, 3)?;
+    check_eq!(takers()?, [0, 1], "identifier 3");
+    let _ = send(0x100, 3);
+    check_eq!(takers()?, [0, 0], "identifier 0x103");
+    send(0xffff_ff00, 0xff)?;
+    check_eq!(takers()?, [1, 1], "0xffffffff as a broadcast");
+    check!(send(1, 3).is_err(), "bits 39:32 of the address");
+    let mut state = other.fd.get_lapic()?;
+    check_eq!(register(&state, 0x20), 3, "the identifier");
+    other.fd.set_lapic(&state)?;
+    probe::set_register(&mut state, 0x20, 0x0300_0000);
+    check!(
+        other.fd.set_lapic(&state).is_err(),
+        "KVM_SET_LAPIC took another identifier"
+    );
+    Ok(())
+}
+
+/// KVM_CAP_X86_APIC_BUS_CYCLES_NS: the timer counts at another rate.
+pub(crate) fn bus_cycle(device: &Device) -> Outcome {
+    let machine = Machine::with_irqchip(device)?;
+    let cap = kb::KVM_CAP_X86_APIC_BUS_CYCLES_NS;
+    check_eq!(machine.extension(cap), 1, "the cycle at first");
+    let set = |nanoseconds: u64| {
+        let mut request = kb::kvm_enable_cap {
+            cap,
+            ..Default::default()
+        };
+        request.args[0] = nanoseconds;
+        raw::ioctl_with(&machine.vm, uapi::ENABLE_CAP, &mut request)
+    };
+    expect_errno(set(0), libc::EINVAL, "a cycle of nothing")?;
+    expect_errno(set(1 << 32), libc::EINVAL, "a cycle of seconds")?;
+    check!(set(1000).is_ok(), "a cycle of a microsecond");
+    check_eq!(machine.extension(cap), 1000, "the cycle");
+    let probe = Probe::new(&machine, 0)?;
+    expect_errno(set(1), libc::EINVAL, "after the first vCPU")?;
+    probe.set_lapic(0xf0, 0x1ff)?;
+    probe.set_lapic(0x320, 0x1_0040)?;
+    probe.set_lapic(0x3e0, 0xb)?;
+    let began = std::time::Instant::now();
+    probe.set_lapic(0x380, 1_000_000)?;
+    std::thread::sleep(std::time::Duration::from_millis(10));
+    let counts = u128::from(1_000_000 - probe.lapic(0x390)?);
+    let elapsed = began.elapsed().as_micros();
+    check!(
+        counts >= 10_000 && counts <= elapsed,
+        "{counts} counts in {elapsed} microseconds"
+    );
     Ok(())
 }
