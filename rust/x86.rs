@@ -3,6 +3,7 @@
 //! The architecture's own vocabulary: addresses, registers, vectors, MSRs, VMCS fields.
 
 pub mod address;
+pub mod capability;
 pub mod control;
 pub mod controls;
 pub mod exit;

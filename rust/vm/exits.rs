@@ -116,16 +116,7 @@ impl Core {
                 Next::Slow(Slow::Yield)
             }
             ExitReason::RDPMC => self.raise(Exception::GENERAL_PROTECTION),
-            // Instructions that the guest's CPUID does not offer.
-            ExitReason::MWAIT
-            | ExitReason::MONITOR
-            | ExitReason::INVEPT
-            | ExitReason::INVVPID
-            | ExitReason::INVPCID
-            | ExitReason::VMFUNC => self.raise(Exception::INVALID_OPCODE),
-            ExitReason(number) if (19..=27).contains(&number) => {
-                self.raise(Exception::INVALID_OPCODE)
-            }
+            reason if reason.is_never_offered() => self.raise(Exception::INVALID_OPCODE),
             // INIT is blocked by the host while VMX is on, and an EPT misconfiguration is never meant.
             _ => Next::User(UserExit::UnexpectedExit {
                 reason: reason.0,

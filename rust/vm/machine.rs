@@ -11,7 +11,7 @@ use crate::{
         cpu, eventfd::EventQueue, hotplug::VmxOn, memory, notifier::Notifier, preempt::NotifiersOn,
         symbols::Symbols,
     },
-    vmx::capability::Capabilities,
+    vmx::capability::{self, Capabilities},
 };
 use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use kernel::{
@@ -86,9 +86,9 @@ impl Host {
     ///
     /// # Errors
     ///
-    /// As [`Capabilities::detect`], [`Symbols::resolve`] and [`VmxOn::new`], each with its message.
+    /// As [`capability::detect`], [`Symbols::resolve`] and [`VmxOn::new`], each with its message.
     pub(crate) fn new() -> Result<Self> {
-        let capabilities = Capabilities::detect()?;
+        let capabilities = capability::detect()?;
         let symbols = Symbols::resolve()?;
         let vmx = VmxOn::new(&symbols).inspect_err(|error| {
             pr_err!(

@@ -522,7 +522,7 @@ impl State {
         core.cpuid_index = Index::new(&table);
         core.cpuid = table;
         core.cpu = cpu;
-        Ok(())
+        self.with_vmcs(|core, vmcs| core.offer_instructions(vmcs))
     }
 
     /// Carries out KVM_INTERRUPT for a machine without interrupt controllers in the kernel.
@@ -545,6 +545,16 @@ impl State {
 }
 
 impl Core {
+    /// Takes the instructions away that the guest's CPUID does not show and that VMX can withhold.
+    fn offer_instructions(&self, vmcs: &mut CurrentVmcs<'_>) {
+        let controls = self
+            .vm
+            .host
+            .capabilities
+            .guest_secondary(self.cpu.rdtscp || self.cpu.rdpid, self.cpu.invpcid);
+        vmcs.write32(Field32::SECONDARY_CONTROLS, controls);
+    }
+
     /// What of the guest's registers CPUID shows.
     fn cpuid_runtime(&self, vmcs: &CurrentVmcs<'_>) -> Runtime<'_> {
         Runtime {

@@ -46,7 +46,11 @@ pub(crate) fn initialise(vmcs: &mut CurrentVmcs<'_>, capabilities: &Capabilities
     let controls = &capabilities.controls;
     vmcs.write32(Field32::PIN_BASED_CONTROLS, controls.pin);
     vmcs.write32(Field32::PRIMARY_CONTROLS, controls.primary);
-    vmcs.write32(Field32::SECONDARY_CONTROLS, controls.secondary);
+    // A guest has no CPUID yet, so none of the instructions that hang on it.
+    vmcs.write32(
+        Field32::SECONDARY_CONTROLS,
+        capabilities.guest_secondary(false, false),
+    );
     vmcs.write32(Field32::EXIT_CONTROLS, controls.exit);
     vmcs.write32(Field32::ENTRY_CONTROLS, controls.entry);
     vmcs.write32(Field32::EXCEPTION_BITMAP, EXCEPTION_BITMAP);
@@ -59,6 +63,12 @@ pub(crate) fn initialise(vmcs: &mut CurrentVmcs<'_>, capabilities: &Capabilities
     if capabilities.has_pause_loop_exiting() {
         vmcs.write32(Field32::PLE_GAP, PLE_GAP);
         vmcs.write32(Field32::PLE_WINDOW, PLE_WINDOW);
+    }
+    if capabilities.has_encls_exiting() {
+        vmcs.write64(Field64::ENCLS_EXITING_BITMAP, u64::MAX);
+    }
+    if capabilities.has_enclv_exiting() {
+        vmcs.write64(Field64::ENCLV_EXITING_BITMAP, u64::MAX);
     }
     vmcs.write64(Field64::MSR_BITMAP, to.msr_bitmap.raw());
     vmcs.write64(Field64::EPT_POINTER, to.eptp);

@@ -68,8 +68,12 @@ pub mod secondary {
     pub const PAUSE_LOOP_EXITING: u32 = 1 << 10;
     /// INVPCID does not raise #UD.
     pub const ENABLE_INVPCID: u32 = 1 << 12;
+    /// ENCLS exits, as far as its bitmap says.
+    pub const ENCLS_EXITING: u32 = 1 << 15;
     /// XSAVES and XRSTORS do not raise #UD.
     pub const ENABLE_XSAVES: u32 = 1 << 20;
+    /// ENCLV exits, as far as its bitmap says.
+    pub const ENCLV_EXITING: u32 = 1 << 28;
 }
 
 /// VM-exit controls (SDM vol. 3, table 26-13).

@@ -34,6 +34,8 @@ reasons! {
     TASK_SWITCH = 9,
     /// CPUID.
     CPUID = 10,
+    /// GETSEC.
+    GETSEC = 11,
     /// HLT.
     HLT = 12,
     /// INVD.
@@ -42,8 +44,12 @@ reasons! {
     INVLPG = 14,
     /// RDPMC.
     RDPMC = 15,
+    /// RSM.
+    RSM = 17,
     /// VMCALL.
     VMCALL = 18,
+    /// VMCLEAR, the first of the VMX instructions.
+    VMCLEAR = 19,
     /// VMXON, the last of the VMX instructions 19 to 27.
     VMXON = 27,
     /// Control-register access.
@@ -84,6 +90,68 @@ reasons! {
     INVPCID = 58,
     /// VMFUNC.
     VMFUNC = 59,
+    /// ENCLS.
+    ENCLS = 60,
+    /// XSAVES.
+    XSAVES = 63,
+    /// XRSTORS.
+    XRSTORS = 64,
+    /// PCONFIG.
+    PCONFIG = 65,
+    /// UMWAIT.
+    UMWAIT = 67,
+    /// TPAUSE.
+    TPAUSE = 68,
+    /// LOADIWKEY.
+    LOADIWKEY = 69,
+    /// ENCLV.
+    ENCLV = 70,
+    /// SEAMCALL.
+    SEAMCALL = 76,
+    /// TDCALL.
+    TDCALL = 77,
+    /// RDMSRLIST.
+    RDMSRLIST = 78,
+    /// WRMSRLIST.
+    WRMSRLIST = 79,
+    /// RDMSR with the MSR's number in the instruction.
+    RDMSR_IMMEDIATE = 84,
+    /// WRMSRNS with the MSR's number in the instruction.
+    WRMSRNS_IMMEDIATE = 85,
+}
+
+impl ExitReason {
+    /// Whether the exit is an instruction that no guest of rvisor's is offered, and which therefore
+    /// raises #UD: those of VMX, SMX, SMM, SGX and TDX, and of features that CPUID does not show. Some of
+    /// them fault before they can exit; none may ever count as an error of the hypervisor.
+    pub const fn is_never_offered(self) -> bool {
+        matches!(
+            self,
+            Self::GETSEC
+                | Self::RSM
+                | Self(19..=27)
+                | Self::MWAIT
+                | Self::MONITOR
+                | Self::INVEPT
+                | Self::INVVPID
+                | Self::INVPCID
+                | Self::VMFUNC
+                | Self::ENCLS
+                | Self::XSAVES
+                | Self::XRSTORS
+                | Self::PCONFIG
+                | Self::UMWAIT
+                | Self::TPAUSE
+                | Self::LOADIWKEY
+                | Self::ENCLV
+                | Self::SEAMCALL
+                | Self::TDCALL
+                | Self::RDMSRLIST
+                | Self::WRMSRLIST
+                | Self::RDMSR_IMMEDIATE
+                | Self::WRMSRNS_IMMEDIATE
+        )
+    }
 }
 
 /// The exit-reason field whole.

@@ -142,6 +142,10 @@ fields! {
         EPT_POINTER = 0x201a,
         /// XSS-exiting bitmap.
         XSS_EXITING_BITMAP = 0x202c,
+        /// ENCLS-exiting bitmap.
+        ENCLS_EXITING_BITMAP = 0x202e,
+        /// ENCLV-exiting bitmap.
+        ENCLV_EXITING_BITMAP = 0x2036,
         /// Guest-physical address of an EPT violation or misconfiguration.
         GUEST_PHYSICAL_ADDRESS = 0x2400,
         /// VMCS link pointer.
