@@ -5,6 +5,7 @@ mod exceptions;
 mod instructions;
 mod mmio;
 mod pio;
+mod refused;
 mod running;
 
 use rvisor_tests::guest::{self, Mode};
@@ -55,5 +56,8 @@ fn main() -> std::process::ExitCode {
         exceptions::page_fault,
         exceptions::nested_in_handler,
         exceptions::single_step,
+        refused::instructions_refused,
+        refused::instructions_hidden,
+        refused::msrs_of_the_host,
     ])
 }
