@@ -14,6 +14,7 @@ pub(crate) mod page;
 pub(crate) mod preempt;
 pub(crate) mod rcu;
 pub(crate) mod signal;
+pub(crate) mod speculation;
 pub(crate) mod symbols;
 pub(crate) mod timer;
 pub(crate) mod wait;

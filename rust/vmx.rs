@@ -4,6 +4,8 @@
 
 pub(crate) mod capability;
 pub(crate) mod enter;
+pub(crate) mod guard;
 pub(crate) mod hardware;
 pub(crate) mod instruction;
+pub(crate) mod msr_bitmap;
 pub(crate) mod setup;

@@ -9,5 +9,6 @@ pub mod controls;
 pub mod exit;
 pub mod msr;
 pub mod segment;
+pub mod speculation;
 pub mod vector;
 pub mod vmcs;

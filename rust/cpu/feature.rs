@@ -280,6 +280,16 @@ features! {
         PREFETCHI = 14;
     }
     0x7 2 Edx {
+        /// PSFD in IA32_SPEC_CTRL.
+        PSFD = 0;
+        /// IPRED_DIS_U and IPRED_DIS_S in IA32_SPEC_CTRL.
+        IPRED_CTRL = 1;
+        /// RRSBA_DIS_U and RRSBA_DIS_S in IA32_SPEC_CTRL.
+        RRSBA_CTRL = 2;
+        /// DDPD_U in IA32_SPEC_CTRL.
+        DDPD_U = 3;
+        /// BHI_DIS_S in IA32_SPEC_CTRL.
+        BHI_CTRL = 4;
         /// Free of data-dependent timing through the prefetcher's MXCSR.
         MCDT_NO = 5;
     }

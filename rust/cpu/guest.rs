@@ -58,6 +58,8 @@ pub struct GuestCpu {
     pub spec_ctrl: u64,
     /// IA32_PRED_CMD with IBPB.
     pub ibpb: bool,
+    /// IA32_FLUSH_CMD with L1D_FLUSH.
+    pub flush_l1d: bool,
     /// IA32_ARCH_CAPABILITIES.
     pub arch_capabilities: bool,
 }
@@ -126,6 +128,7 @@ impl GuestCpu {
             xsaves: asked.xsaves && offered.xsaves,
             spec_ctrl: asked.spec_ctrl & offered.spec_ctrl,
             ibpb: asked.ibpb && offered.ibpb,
+            flush_l1d: asked.flush_l1d && offered.flush_l1d,
             arch_capabilities: asked.arch_capabilities && offered.arch_capabilities,
         })
     }
@@ -155,6 +158,11 @@ impl GuestCpu {
             (1 << 0, Feature::SPEC_CTRL),
             (1 << 1, Feature::STIBP),
             (1 << 2, Feature::SSBD),
+            ((1 << 3) | (1 << 4), Feature::IPRED_CTRL),
+            ((1 << 5) | (1 << 6), Feature::RRSBA_CTRL),
+            (1 << 7, Feature::PSFD),
+            (1 << 8, Feature::DDPD_U),
+            (1 << 10, Feature::BHI_CTRL),
         ];
         Ok(Self {
             physical_bits: widths.map_or(DEFAULT_PHYSICAL_BITS, |widths| widths & 0xff),
@@ -173,6 +181,7 @@ impl GuestCpu {
             xsaves: has(Feature::XSAVES),
             spec_ctrl: allowed(entries, &spec_ctrl),
             ibpb: has(Feature::SPEC_CTRL),
+            flush_l1d: has(Feature::FLUSH_L1D),
             arch_capabilities: has(Feature::ARCH_CAPABILITIES),
         })
     }

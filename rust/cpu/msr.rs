@@ -68,6 +68,8 @@ pub enum MsrValue {
     X2apic(u8),
     /// IA32_EFER: with the control registers.
     Efer,
+    /// IA32_SPEC_CTRL: the guest may have changed it without an exit, so it is with the CPU.
+    SpecCtrl,
 }
 
 /// What is to be done for a write to take effect.
@@ -96,6 +98,8 @@ pub enum MsrEffect {
     Efer(u64),
     /// IBPB: write 1 to the CPU's IA32_PRED_CMD.
     PredictionBarrier,
+    /// L1D_FLUSH: write 1 to the CPU's IA32_FLUSH_CMD.
+    FlushL1d,
 }
 
 /// The access can't be: #GP(0) for the guest; for userspace the count of MSRs done ends here.
@@ -141,7 +145,6 @@ pub struct MsrState {
     cstar: u64,
     syscall_mask: u64,
     tsc_aux: u64,
-    spec_ctrl: u64,
     pat: u64,
     tsc_adjust: u64,
     feature_control: u64,
@@ -166,7 +169,6 @@ impl MsrState {
             cstar: 0,
             syscall_mask: 0,
             tsc_aux: 0,
-            spec_ctrl: 0,
             pat: PAT_RESET,
             tsc_adjust: 0,
             feature_control: 0,
@@ -191,15 +193,10 @@ impl MsrState {
             LoadedMsr::Cstar => self.cstar,
             LoadedMsr::SyscallMask => self.syscall_mask,
             LoadedMsr::TscAux => self.tsc_aux,
-            LoadedMsr::SpecCtrl => self.spec_ctrl,
+            // Not here: see [`MsrValue::SpecCtrl`].
+            LoadedMsr::SpecCtrl => 0,
             LoadedMsr::Pat => self.pat,
         }
-    }
-
-    /// Takes up IA32_SPEC_CTRL as the guest left it, where it is passed through.
-    #[inline]
-    pub fn set_spec_ctrl(&mut self, value: u64) {
-        self.spec_ctrl = value;
     }
 
     /// Whether CPUID outside CPL 0 raises #GP(0).
@@ -252,7 +249,7 @@ impl MsrState {
             MsrIndex::TSC_ADJUST => self.tsc_adjust,
             MsrIndex::SPEC_CTRL => {
                 guest_has(cpu.spec_ctrl != 0)?;
-                self.spec_ctrl
+                return Ok(MsrValue::SpecCtrl);
             }
             MsrIndex::BIOS_SIGN_ID => self.microcode_revision,
             MsrIndex::PLATFORM_INFO => self.platform_info,
@@ -329,7 +326,12 @@ impl MsrState {
         let is_host = origin == Origin::Host;
         match index {
             MsrIndex::TSC_ADJUST => return Ok(self.write_tsc_adjust(value, origin, cpu)),
-            MsrIndex::PRED_CMD => return write_pred_cmd(value, origin, cpu),
+            MsrIndex::PRED_CMD => {
+                return write_command(value, origin, cpu.ibpb, MsrEffect::PredictionBarrier);
+            }
+            MsrIndex::FLUSH_CMD => {
+                return write_command(value, origin, cpu.flush_l1d, MsrEffect::FlushL1d);
+            }
             MsrIndex::FEATURE_CONTROL => self.write_feature_control(value, origin)?,
             // Microcode is the host's. A guest zeroes the revision before it reads it.
             MsrIndex::BIOS_UPDT_TRIG => {}
@@ -369,7 +371,7 @@ impl MsrState {
             MsrValue::TscDeadline => MsrEffect::TscDeadline(value),
             MsrValue::X2apic(register) => MsrEffect::X2apic(register, value),
             MsrValue::Efer => MsrEffect::Efer(value),
-            MsrValue::Known(_) => return Err(MsrError::Invalid),
+            MsrValue::Known(_) | MsrValue::SpecCtrl => return Err(MsrError::Invalid),
         })
     }
 
@@ -398,7 +400,7 @@ impl MsrState {
             LoadedMsr::SpecCtrl => {
                 exists(cpu.spec_ctrl != 0 || is_host)?;
                 accept(value & !cpu.spec_ctrl == 0)?;
-                &mut self.spec_ctrl
+                return Ok(MsrEffect::Loaded(msr, value));
             }
             LoadedMsr::Pat => {
                 accept(is_valid_pat(value))?;
@@ -523,12 +525,17 @@ const fn constant(index: MsrIndex) -> Option<u64> {
     }
 }
 
-/// IA32_PRED_CMD: the indirect-branch barrier is the only command.
-fn write_pred_cmd(value: u64, origin: Origin, cpu: &GuestCpu) -> Result<MsrEffect, MsrError> {
-    exists(cpu.ibpb || origin == Origin::Host)?;
+/// IA32_PRED_CMD and IA32_FLUSH_CMD: bit 0 is the only command.
+fn write_command(
+    value: u64,
+    origin: Origin,
+    has_it: bool,
+    command: MsrEffect,
+) -> Result<MsrEffect, MsrError> {
+    exists(has_it || origin == Origin::Host)?;
     match value {
         0 => Ok(MsrEffect::Done),
-        1 if cpu.ibpb => Ok(MsrEffect::PredictionBarrier),
+        1 if has_it => Ok(command),
         _ => Err(MsrError::Invalid),
     }
 }

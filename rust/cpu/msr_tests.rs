@@ -29,6 +29,7 @@ fn cpu() -> GuestCpu {
         xsaves: true,
         spec_ctrl: 7,
         ibpb: true,
+        flush_l1d: true,
         arch_capabilities: true,
     }
 }
@@ -42,6 +43,7 @@ fn poor() -> GuestCpu {
         xsaves: false,
         spec_ctrl: 0,
         ibpb: false,
+        flush_l1d: false,
         arch_capabilities: false,
         ..cpu()
     }
@@ -153,6 +155,21 @@ fn values_follow_the_sdm() {
         Ok(MsrEffect::PredictionBarrier)
     );
     assert!(state.read(MsrIndex::PRED_CMD, HOST, &cpu()).is_err());
+    assert_eq!(write(&mut state, MsrIndex::FLUSH_CMD, 2), invalid);
+    assert_eq!(
+        write(&mut state, MsrIndex::FLUSH_CMD, 1),
+        Ok(MsrEffect::FlushL1d)
+    );
+    assert!(state.read(MsrIndex::FLUSH_CMD, HOST, &cpu()).is_err());
+    // The CPU has it: the guest writes it without an exit.
+    assert_eq!(
+        write(&mut state, MsrIndex::SPEC_CTRL, 5),
+        Ok(MsrEffect::Loaded(LoadedMsr::SpecCtrl, 5))
+    );
+    assert_eq!(
+        state.read(MsrIndex::SPEC_CTRL, GUEST, &cpu()),
+        Ok(MsrValue::SpecCtrl)
+    );
 }
 
 #[test]
@@ -164,6 +181,7 @@ fn a_cpu_without_the_feature_has_not_the_msr() {
         MsrIndex::XSS,
         MsrIndex::ARCH_CAPABILITIES,
         MsrIndex::PRED_CMD,
+        MsrIndex::FLUSH_CMD,
     ] {
         assert!(state.read(index, GUEST, &poor()).is_err(), "{index:x?}");
         assert!(state.write(index, 0, GUEST, &poor()).is_err(), "{index:x?}");

@@ -32,6 +32,8 @@ pub struct Offer {
     pub pku: bool,
     /// IA32_SPEC_CTRL is switched.
     pub spec_ctrl: bool,
+    /// Bits of EDX of leaf 7 that the host's kernel lets be used: it takes away what bad microcode offers.
+    pub speculation: u32,
     /// The host's IA32_ARCH_CAPABILITIES, where it has one.
     pub arch_capabilities: Option<u64>,
 }
@@ -147,7 +149,7 @@ const LEAF_7_EDX: u32 = mask(&[
     Feature::TSXLDTRK,
     Feature::AVX512_FP16,
 ]);
-const LEAF_7_EDX_SPECULATION: u32 = mask(&[Feature::SPEC_CTRL, Feature::STIBP, Feature::SSBD]);
+const LEAF_7_EDX_SPEC_CTRL: u32 = mask(&[Feature::SPEC_CTRL, Feature::STIBP, Feature::SSBD]);
 const LEAF_7_1_EAX: u32 = mask(&[
     Feature::SHA512,
     Feature::SM3,
@@ -167,6 +169,13 @@ const LEAF_7_1_EDX: u32 = mask(&[
     Feature::PREFETCHI,
 ]);
 const LEAF_7_2_EDX: u32 = mask(&[Feature::MCDT_NO]);
+const LEAF_7_2_EDX_SPEC_CTRL: u32 = mask(&[
+    Feature::PSFD,
+    Feature::IPRED_CTRL,
+    Feature::RRSBA_CTRL,
+    Feature::DDPD_U,
+    Feature::BHI_CTRL,
+]);
 const LEAF_D_1_EAX: u32 = mask(&[Feature::XSAVEOPT, Feature::XSAVEC, Feature::XGETBV1]);
 const EXTENDED_1_ECX: u32 = mask(&[Feature::LAHF_LM, Feature::LZCNT, Feature::PREFETCHW]);
 const EXTENDED_1_EDX: u32 = mask(&[Feature::SYSCALL, Feature::NX, Feature::GBPAGES, Feature::LM]);
@@ -355,7 +364,8 @@ impl<H: HostCpuid> Table<'_, H> {
         let without_ebx = when(!offer.invpcid, Feature::INVPCID.mask);
         let without_ecx = when(!offer.rdtscp, Feature::RDPID.mask)
             | when(!offer.offers_pku(self.host), Feature::PKU.mask);
-        let speculation = when(offer.spec_ctrl, LEAF_7_EDX_SPECULATION);
+        let spec_ctrl = when(offer.spec_ctrl, LEAF_7_EDX_SPEC_CTRL);
+        let speculation = (spec_ctrl | Feature::FLUSH_L1D.mask) & offer.speculation;
         // What the MSR would tell of an older CPU is all zeroes, so it needs no host MSR; guests
         // find mitigations by it.
         let capabilities = Feature::ARCH_CAPABILITIES.mask;
@@ -372,7 +382,8 @@ impl<H: HostCpuid> Table<'_, H> {
         }
         if highest >= 2 {
             let edx = self.host.cpuid(7, 2)[3];
-            self.subleaf(7, 2, [0, 0, 0, edx & LEAF_7_2_EDX])?;
+            let spec_ctrl = when(offer.spec_ctrl, LEAF_7_2_EDX_SPEC_CTRL);
+            self.subleaf(7, 2, [0, 0, 0, edx & (LEAF_7_2_EDX | spec_ctrl)])?;
         }
         Ok(())
     }

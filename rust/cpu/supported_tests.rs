@@ -59,6 +59,7 @@ const ALL: Offer = Offer {
     xsaves: true,
     pku: true,
     spec_ctrl: true,
+    speculation: u32::MAX,
     arch_capabilities: Some(u64::MAX),
 };
 
@@ -77,7 +78,6 @@ fn what_does_not_work_is_never_offered() {
         Feature::PDCM,
         Feature::OSXSAVE,
         Feature::OSPKE,
-        Feature::FLUSH_L1D,
     ] {
         assert!(!has(&table, absent), "{absent:?}");
     }
@@ -135,6 +135,9 @@ fn controls_that_are_missing_take_their_features_along() {
         Feature::SPEC_CTRL,
         Feature::STIBP,
         Feature::SSBD,
+        Feature::FLUSH_L1D,
+        Feature::BHI_CTRL,
+        Feature::PSFD,
     ] {
         assert!(has(&with, feature), "{feature:?}");
         assert!(!has(&without, feature), "{feature:?}");
@@ -146,6 +149,14 @@ fn controls_that_are_missing_take_their_features_along() {
         ..ALL
     };
     assert_eq!(silent.guest_arch_capabilities() & 0b11, 0b01);
+    // What the host's kernel does not trust is not offered.
+    let distrusted = Offer {
+        speculation: !(Feature::STIBP.mask | Feature::FLUSH_L1D.mask),
+        ..ALL
+    };
+    let entries = table(&Full, &distrusted);
+    assert!(has(&entries, Feature::SPEC_CTRL) && !has(&entries, Feature::STIBP));
+    assert!(!has(&entries, Feature::FLUSH_L1D));
 }
 
 #[test]
@@ -206,7 +217,9 @@ fn the_model_follows_the_table() {
     assert_ne!(offered.cr4_reserved & Cr4::VMXE, 0);
     assert_ne!(offered.cr4_reserved & Cr4::CET, 0);
     assert_eq!(offered.efer_reserved, !0xd01);
-    assert_eq!(offered.spec_ctrl, 7);
+    // All that are defined: bit 9 is not.
+    assert_eq!(offered.spec_ctrl, 0x5ff);
+    assert!(offered.ibpb && offered.flush_l1d);
     let narrow = GuestCpu::offered(&entries, !Cr4::LA57).unwrap();
     assert_ne!(narrow.cr4_reserved & Cr4::LA57, 0);
 

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 /* Wrappers of the kernel's inline functions and macros, for Rust. See glue.h. */
 
+#include <linux/cpu.h>
 #include <linux/hw_breakpoint.h>
 #include <linux/kprobes.h>
 #include <linux/mm.h>
 #include <linux/pgtable.h>
 #include <linux/preempt.h>
+#include <linux/percpu.h>
 #include <linux/sched.h>
+#include <linux/sched/smt.h>
 #include <linux/smp.h>
 #include <linux/thread_info.h>
 #include <linux/uaccess.h>
@@ -19,6 +22,7 @@
 #include <asm/gsseg.h>
 #include <asm/ibt.h>
 #include <asm/msr.h>
+#include <asm/nospec-branch.h>
 #include <asm/tsc.h>
 #include <trace/events/ipi.h>
 
@@ -52,6 +56,90 @@ bool rvisor_cpu_has_vmx(void)
 bool rvisor_cpu_has_fred(void)
 {
 	return cpu_feature_enabled(X86_FEATURE_FRED);
+}
+
+/* A feature of the CPU's or a decision of the kernel's, as a bit. */
+#define IF_CPU(feature, bit) (boot_cpu_has(feature) ? (bit) : 0)
+#define IF_BUG(bug, bit) (boot_cpu_has_bug(bug) ? (bit) : 0)
+
+u32 rvisor_host_speculation(void)
+{
+	return IF_CPU(X86_FEATURE_MSR_SPEC_CTRL, RVISOR_HOST_SPEC_CTRL) |
+	       IF_CPU(X86_FEATURE_KERNEL_IBRS, RVISOR_HOST_KERNEL_IBRS) |
+	       IF_CPU(X86_FEATURE_RSB_VMEXIT, RVISOR_HOST_RSB_VMEXIT) |
+	       IF_CPU(X86_FEATURE_RSB_VMEXIT_LITE, RVISOR_HOST_RSB_VMEXIT_LITE) |
+	       IF_CPU(X86_FEATURE_CLEAR_BHB_VMEXIT, RVISOR_HOST_CLEAR_BHB_VMEXIT) |
+	       IF_CPU(X86_FEATURE_CLEAR_CPU_BUF_VM, RVISOR_HOST_CLEAR_CPU_BUFFERS) |
+	       IF_CPU(X86_FEATURE_IBPB, RVISOR_HOST_IBPB) |
+	       IF_CPU(X86_FEATURE_IBPB_EXIT_TO_USER, RVISOR_HOST_IBPB_EXIT_TO_USER) |
+	       IF_CPU(X86_FEATURE_FLUSH_L1D, RVISOR_HOST_FLUSH_L1D) |
+	       IF_BUG(X86_BUG_L1TF, RVISOR_HOST_L1TF) |
+	       IF_BUG(X86_BUG_ITLB_MULTIHIT, RVISOR_HOST_ITLB_MULTIHIT) |
+	       (cpu_mitigations_off() ? RVISOR_HOST_MITIGATIONS_OFF : 0) |
+	       (sched_smt_active() ? RVISOR_HOST_SMT : 0);
+}
+
+/*
+ * IA32_ARCH_CAPABILITIES, 0 where there is none, with the flaws that the kernel knows this CPU not to have
+ * although the CPU is too old to say so.
+ */
+u64 rvisor_host_arch_capabilities(void)
+{
+	u64 value = 0;
+
+	if (boot_cpu_has(X86_FEATURE_ARCH_CAPABILITIES))
+		rdmsrq_safe(MSR_IA32_ARCH_CAPABILITIES, &value);
+	if (!boot_cpu_has_bug(X86_BUG_CPU_MELTDOWN))
+		value |= ARCH_CAP_RDCL_NO;
+	if (!boot_cpu_has_bug(X86_BUG_SPEC_STORE_BYPASS))
+		value |= ARCH_CAP_SSB_NO;
+	if (!boot_cpu_has_bug(X86_BUG_MDS))
+		value |= ARCH_CAP_MDS_NO;
+	if (!boot_cpu_has_bug(X86_BUG_RFDS))
+		value |= ARCH_CAP_RFDS_NO;
+	if (!boot_cpu_has_bug(X86_BUG_ITS))
+		value |= ARCH_CAP_ITS_NO;
+	/* Without TSX there is no abort to be asynchronous, and nothing to say of it. */
+	if (!boot_cpu_has(X86_FEATURE_RTM))
+		value &= ~ARCH_CAP_TAA_NO;
+	else if (!boot_cpu_has_bug(X86_BUG_TAA))
+		value |= ARCH_CAP_TAA_NO;
+	return value;
+}
+
+/* EDX of CPUID leaf 7 as far as the kernel uses it: it clears what bad microcode offers. */
+u32 rvisor_host_speculation_cpuid(void)
+{
+	return boot_cpu_data.x86_capability[CPUID_7_EDX];
+}
+
+bool rvisor_static_key_enabled(const void *key)
+{
+	return static_key_enabled((struct static_key *)key);
+}
+
+/* What IA32_SPEC_CTRL holds for the current thread. Interrupts are off. */
+u64 rvisor_host_spec_ctrl(void)
+{
+	return this_cpu_read(x86_spec_ctrl_current);
+}
+
+/* A guest has run on this CPU: its branch predictions are not for userspace. Interrupts are off. */
+void rvisor_ibpb_before_user(void)
+{
+	this_cpu_write(x86_ibpb_exit_to_user, true);
+}
+
+/* The guest that was entered last on this CPU; a number that is never used again, 0 before the first. */
+static DEFINE_PER_CPU(u64, rvisor_last_guest);
+
+/* Whether another guest than GUEST was entered last here; from now on it is GUEST. Interrupts are off. */
+bool rvisor_is_other_guest(u64 guest)
+{
+	if (this_cpu_read(rvisor_last_guest) == guest)
+		return false;
+	this_cpu_write(rvisor_last_guest, guest);
+	return true;
 }
 
 void rvisor_irq_disable(void)
@@ -164,6 +252,17 @@ bool rvisor_hw_breakpoints_active(void)
 void rvisor_kick_cpu(unsigned int cpu)
 {
 	smp_send_reschedule(cpu);
+}
+
+/* 2^ORDER pages that belong to no process. */
+void *rvisor_pages_alloc(unsigned int order)
+{
+	return (void *)__get_free_pages(GFP_KERNEL, order);
+}
+
+void rvisor_pages_free(void *pages, unsigned int order)
+{
+	free_pages((unsigned long)pages, order);
 }
 
 void *rvisor_page_alloc(void)

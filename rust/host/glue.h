@@ -14,6 +14,29 @@ unsigned long rvisor_kernel_symbol(const char *name);
 bool rvisor_cpu_has_vmx(void);
 bool rvisor_cpu_has_fred(void);
 
+/* What the host's kernel does against speculative execution, for rvisor_host_speculation(). */
+#define RVISOR_HOST_SPEC_CTRL		(1u << 0)
+#define RVISOR_HOST_KERNEL_IBRS		(1u << 1)
+#define RVISOR_HOST_RSB_VMEXIT		(1u << 2)
+#define RVISOR_HOST_RSB_VMEXIT_LITE	(1u << 3)
+#define RVISOR_HOST_CLEAR_BHB_VMEXIT	(1u << 4)
+#define RVISOR_HOST_CLEAR_CPU_BUFFERS	(1u << 5)
+#define RVISOR_HOST_IBPB		(1u << 6)
+#define RVISOR_HOST_IBPB_EXIT_TO_USER	(1u << 7)
+#define RVISOR_HOST_L1TF		(1u << 8)
+#define RVISOR_HOST_FLUSH_L1D		(1u << 9)
+#define RVISOR_HOST_ITLB_MULTIHIT	(1u << 10)
+#define RVISOR_HOST_MITIGATIONS_OFF	(1u << 11)
+#define RVISOR_HOST_SMT			(1u << 12)
+
+u32 rvisor_host_speculation(void);
+u64 rvisor_host_arch_capabilities(void);
+u32 rvisor_host_speculation_cpuid(void);
+bool rvisor_static_key_enabled(const void *key);
+u64 rvisor_host_spec_ctrl(void);
+void rvisor_ibpb_before_user(void);
+bool rvisor_is_other_guest(u64 guest);
+
 void rvisor_irq_disable(void);
 void rvisor_irq_enable(void);
 unsigned long rvisor_irq_save(void);
@@ -37,6 +60,8 @@ bool rvisor_hw_breakpoints_active(void);
 
 void rvisor_kick_cpu(unsigned int cpu);
 
+void *rvisor_pages_alloc(unsigned int order);
+void rvisor_pages_free(void *pages, unsigned int order);
 void *rvisor_page_alloc(void);
 void rvisor_page_free(void *page);
 u64 rvisor_virt_to_phys(const void *address);

@@ -6,6 +6,7 @@
 //! loaded, and it refuses to load where one is missing.
 
 use crate::bindings;
+use core::{ffi::c_void, ptr::NonNull};
 use kernel::{bindings as kb, prelude::*};
 
 type GetRef = unsafe extern "C" fn(i32) -> i32;
@@ -46,6 +47,13 @@ fn find(name: &'static CStr) -> Result<usize> {
         return Err(ENOENT);
     }
     Ok(address as usize)
+}
+
+/// A variable of the kernel's that is exported for KVM's modules alone, or `None` where there is none.
+pub(super) fn variable(name: &'static CStr) -> Option<NonNull<c_void>> {
+    // SAFETY: `name` is a NUL-terminated string. The variables asked for are the kernel image's, which
+    // takes no reference for them.
+    NonNull::new(unsafe { kb::__symbol_get(name.as_char_ptr()) })
 }
 
 /// The host's handling of split locks, which kernels for CPUs without their detection lack.

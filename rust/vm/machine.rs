@@ -9,9 +9,12 @@ use super::{
 use crate::{
     host::{
         cpu, eventfd::EventQueue, hotplug::VmxOn, memory, notifier::Notifier, preempt::NotifiersOn,
-        symbols::Symbols,
+        speculation, symbols::Symbols,
     },
-    vmx::capability::{self, Capabilities},
+    vmx::{
+        capability::{self, Capabilities},
+        guard::Mitigations,
+    },
 };
 use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use kernel::{
@@ -53,6 +56,7 @@ pub(crate) struct Host {
     pub(crate) physical_bits: u32,
     /// Where irqfds' events are seen to.
     events: Arc<EventQueue>,
+    pub(crate) mitigations: Mitigations,
     _notifiers: NotifiersOn,
     _vmx: VmxOn,
 }
@@ -88,7 +92,7 @@ impl Host {
     ///
     /// As [`capability::detect`], [`Symbols::resolve`] and [`VmxOn::new`], each with its message.
     pub(crate) fn new() -> Result<Self> {
-        let capabilities = capability::detect()?;
+        let mut capabilities = capability::detect()?;
         let symbols = Symbols::resolve()?;
         let vmx = VmxOn::new(&symbols).inspect_err(|error| {
             pr_err!(
@@ -96,11 +100,18 @@ impl Host {
                 error.to_errno()
             );
         })?;
+        let mitigations = Mitigations::new()?;
+        if mitigations.small_pages() {
+            (capabilities.ept_2m, capabilities.ept_1g) = (false, false);
+        }
         let offer = Offer {
             // SAFETY: Reads a register of the host's.
             xcr0: unsafe { crate::bindings::rvisor_host_xcr0() },
             rdtscp: capabilities.has_rdtscp(),
             invpcid: capabilities.has_invpcid(),
+            spec_ctrl: mitigations.switches_spec_ctrl(),
+            speculation: speculation::offered_cpuid(),
+            arch_capabilities: Some(speculation::arch_capabilities()),
             ..Offer::default()
         };
         let table = supported_cpuid(&offer)?;
@@ -116,6 +127,7 @@ impl Host {
             physical_bits: RealCpuid.cpuid(0x8000_0008, 0)[0] & 0xff,
             offer,
             events: Arc::new(EventQueue::new()?, GFP_KERNEL)?,
+            mitigations,
             _notifiers: NotifiersOn::new(),
             _vmx: vmx,
         })

@@ -5,8 +5,8 @@
 use super::{exits::Next, vcpu::Core};
 use crate::{
     bindings,
-    host::{cpu, page::KernelPage},
-    vmx::hardware::CurrentVmcs,
+    host::{cpu, speculation},
+    vmx::{hardware::CurrentVmcs, msr_bitmap::MsrBitmap},
 };
 use rvisor_core::{
     cpu::{
@@ -15,7 +15,6 @@ use rvisor_core::{
     },
     irqchip::lapic::{self, LapicEffect},
     x86::{
-        address::PAGE_SIZE,
         control::{check_efer_change, Cr0, Efer},
         msr::{MsrIndex, APIC_BASE_ENABLE},
         vector::Exception,
@@ -36,25 +35,10 @@ const PASSED_THROUGH: [u32; 6] = [
     bindings::MSR_IA32_SYSENTER_EIP,
 ];
 
-/// Fills an MSR bitmap: everything exits but [`PASSED_THROUGH`] (SDM vol. 3, 26.6.9).
-pub(super) fn fill_bitmap(page: &KernelPage) {
-    const HIGH: u32 = 0xc000_0000;
-    const WRITES: usize = 0x800;
-    // SAFETY: The page is new and ours alone; no VMCS points at it yet.
-    let bitmap = unsafe { core::slice::from_raw_parts_mut(page.as_ptr(), PAGE_SIZE as usize) };
-    bitmap.fill(0xff);
+/// Fills a new MSR bitmap: everything exits but [`PASSED_THROUGH`].
+pub(super) fn fill_bitmap(bitmap: &mut MsrBitmap) {
     for index in PASSED_THROUGH {
-        let (base, number) = if index >= HIGH {
-            (0x400, index - HIGH)
-        } else {
-            (0, index)
-        };
-        let (byte, bit) = (base + (number / 8) as usize, 1u8 << (number % 8));
-        for place in [byte, byte + WRITES] {
-            if let Some(bits) = bitmap.get_mut(place) {
-                *bits &= !bit;
-            }
-        }
+        bitmap.pass_through(MsrIndex(index));
     }
 }
 
@@ -114,6 +98,7 @@ impl Core {
             MsrValue::ApicBase => self.apic_base(),
             MsrValue::Tsc => self.guest_tsc(),
             MsrValue::Efer => self.efer.0,
+            MsrValue::SpecCtrl => vmcs.hardware.guard.spec_ctrl(),
             MsrValue::Hardware(msr) => read_hardware(vmcs, msr),
             MsrValue::TscDeadline => match &self.lapic {
                 Some(lapic) if self.cpu.tsc_deadline || origin == Origin::Host => {
@@ -142,7 +127,10 @@ impl Core {
             .write(index, value, origin, &self.cpu)
             .map_err(|_| MsrFault)?;
         match effect {
-            MsrEffect::Done | MsrEffect::PredictionBarrier => {}
+            MsrEffect::Done => {}
+            // The CPU has the commands: CPUID shows them only where it has.
+            MsrEffect::PredictionBarrier => speculation::barrier(),
+            MsrEffect::FlushL1d => speculation::flush_l1d_by_msr(),
             MsrEffect::Hardware(msr, value) => write_hardware(vmcs, msr, value),
             MsrEffect::Loaded(msr, value) => write_loaded(vmcs, msr, value),
             MsrEffect::SetTsc(value) => {
@@ -259,8 +247,14 @@ fn write_loaded(vmcs: &mut CurrentVmcs<'_>, msr: LoadedMsr, value: u64) {
         LoadedMsr::SyscallMask => 2,
         LoadedMsr::TscAux => 3,
         LoadedMsr::Pat => return vmcs.write64(Field64::GUEST_PAT, value),
-        // Intel's CPUs have no SYSCALL outside 64-bit mode, and speculation control is not offered.
-        LoadedMsr::Cstar | LoadedMsr::SpecCtrl => return,
+        LoadedMsr::SpecCtrl => {
+            if vmcs.hardware.guard.set_spec_ctrl(value) {
+                vmcs.hardware.msr_bitmap.pass_through(MsrIndex::SPEC_CTRL);
+            }
+            return;
+        }
+        // Intel's CPUs have no SYSCALL outside 64-bit mode.
+        LoadedMsr::Cstar => return,
     };
     let irqs = vmcs.irqs();
     vmcs.hardware.set_switched_msr(place, value, irqs);

@@ -24,6 +24,7 @@ use rvisor_core::{
             check_cr0, check_cr3, check_cr4, check_xcr0, dr6_written, dr7_written, Cr0, Cr3, Cr4,
             Efer, Rflags, Xcr0,
         },
+        msr::MsrIndex,
         segment::{AccessRights, Segment},
         vector::{Exception, ExceptionVector, Vector},
         vmcs::{interruptibility, Field32, FieldNatural, InterruptionInfo, VmcsSegment},
@@ -553,6 +554,10 @@ impl Core {
             .capabilities
             .guest_secondary(self.cpu.rdtscp || self.cpu.rdpid, self.cpu.invpcid);
         vmcs.write32(Field32::SECONDARY_CONTROLS, controls);
+        // Commands that can harm nobody but the guest itself need no exit.
+        let bitmap = &mut vmcs.hardware.msr_bitmap;
+        bitmap.set_write_exits(MsrIndex::PRED_CMD, !self.cpu.ibpb);
+        bitmap.set_write_exits(MsrIndex::FLUSH_CMD, !self.cpu.flush_l1d);
     }
 
     /// What of the guest's registers CPUID shows.

@@ -16,7 +16,6 @@ use crate::{
         cpu,
         fpu::GuestFpu,
         irq::IrqsOff,
-        page::KernelPage,
         preempt::Preemptible,
         signal::SignalMask,
         timer::{self, Timer},
@@ -128,7 +127,6 @@ pub(crate) struct State {
     pub(crate) fpu: GuestFpu,
     /// KVM_SET_SIGNAL_MASK.
     pub(crate) signal_mask: Option<SignalMask>,
-    _msr_bitmap: KernelPage,
 }
 
 /// A virtual CPU.
@@ -154,25 +152,26 @@ impl Vcpu {
         let shared = Arc::pin_init(VcpuShared::new(id), GFP_KERNEL_ACCOUNT)?;
         let host = vm.host.clone();
         let capabilities = &host.capabilities;
-        let msr_bitmap = KernelPage::new()?;
-        super::msr::fill_bitmap(&msr_bitmap);
         // Unique in the virtual machine, which is enough: translations are tagged with its EPT too.
         let vpid = u16::try_from(id)
             .map_err(|_| EINVAL)?
             .checked_add(1)
             .ok_or(EINVAL)?;
-        let pointers = Pointers {
-            msr_bitmap: msr_bitmap.physical(),
-            eptp: vm.memory.eptp(),
-            vpid,
-        };
-        let hardware = Hardware::new(
+        let eptp = vm.memory.eptp();
+        let mut hardware = Hardware::new(
             &host.symbols,
             capabilities.revision,
             vpid,
-            pointers.eptp,
+            eptp,
             capabilities.has_rdtscp(),
+            &host.mitigations,
         )?;
+        super::msr::fill_bitmap(&mut hardware.msr_bitmap);
+        let pointers = Pointers {
+            msr_bitmap: hardware.msr_bitmap.physical(),
+            eptp,
+            vpid,
+        };
         let is_bootstrap = vm.is_bootstrap(id);
         let lapic = match vm.irqchip() {
             Some(_) => Some(KBox::new(
@@ -230,7 +229,6 @@ impl Vcpu {
             core,
             fpu,
             signal_mask: None,
-            _msr_bitmap: msr_bitmap,
         };
         state.with_vmcs(|core, vmcs| {
             setup::initialise(vmcs, capabilities, &pointers);
@@ -290,6 +288,7 @@ impl Core {
         vmcs.hardware.debug = cpu::DebugRegisters::default();
         vmcs.hardware.debug_armed = false;
         vmcs.hardware.cr2 = rvisor_core::x86::address::Gva::new(0);
+        vmcs.hardware.guard.set_spec_ctrl(0);
         self.events = Events::default();
         self.cr8 = 0;
         self.set_cr4(vmcs, Cr4(0));

@@ -8,7 +8,9 @@
 
 use super::{
     enter::{self, Outcome, Registers},
+    guard::{Guard, Mitigations},
     instruction::{invept, invvpid, vmclear, vmptrld, vmptrst, vmread, vmwrite, VmFail},
+    msr_bitmap::MsrBitmap,
 };
 use crate::{
     bindings,
@@ -98,6 +100,9 @@ pub(crate) struct Hardware {
     pub(crate) debug_armed: bool,
     /// The guest's CR2.
     pub(crate) cr2: Gva,
+    /// Which MSRs the guest accesses by itself.
+    pub(crate) msr_bitmap: MsrBitmap,
+    pub(crate) guard: Guard,
 }
 
 impl SwitchOut for Hardware {
@@ -119,6 +124,7 @@ impl Hardware {
         vpid: u16,
         eptp: u64,
         has_tsc_aux: bool,
+        mitigations: &Mitigations,
     ) -> Result<Self> {
         let vmcs = KernelPage::new()?;
         // SAFETY: The page is ours, at least 4 bytes long and aligned.
@@ -146,6 +152,8 @@ impl Hardware {
             debug: DebugRegisters::default(),
             debug_armed: false,
             cr2: Gva::new(0),
+            msr_bitmap: MsrBitmap::new()?,
+            guard: Guard::new(mitigations),
         })
     }
 
@@ -211,7 +219,8 @@ impl Hardware {
 
     /// Puts the guest's MSRs into the CPU in the place of the thread's.
     #[cold]
-    fn displace_host(&mut self) {
+    fn displace_host(&mut self, irqs: &IrqsOff) {
+        self.guard.take_cpu(irqs);
         self.displaced.es = cpu::es();
         self.displaced.ds = cpu::ds();
         self.displaced.fs = cpu::fs();
@@ -285,6 +294,8 @@ pub(crate) struct CurrentVmcs<'a> {
     irqs: &'a IrqsOff,
     /// What was current before, where it wasn't ours.
     previous: Option<Hpa>,
+    /// The host ran with interrupts on since the guest's last exit.
+    host_ran: bool,
 }
 
 impl<'a> CurrentVmcs<'a> {
@@ -307,6 +318,7 @@ impl<'a> CurrentVmcs<'a> {
             hardware,
             irqs,
             previous,
+            host_ran: true,
         })
     }
 
@@ -412,7 +424,7 @@ impl<'a> CurrentVmcs<'a> {
     #[inline]
     fn prepare(&mut self) {
         if !self.hardware.displacing {
-            self.hardware.displace_host();
+            self.hardware.displace_host(self.irqs);
             let fs_base = self.hardware.displaced.fs_base;
             if self.hardware.host.fs_base != fs_base {
                 self.hardware.host.fs_base = fs_base;
@@ -460,8 +472,18 @@ impl<'a> CurrentVmcs<'a> {
             // SAFETY: The guest's XCR0 was checked when it was set; the host's follows below.
             unsafe { cpu::xsetbv(hardware.xcr0) };
         }
-        // SAFETY: Interrupts are off by `irqs`, and the VMCS is current and set up.
-        let outcome = unsafe { enter::enter(registers, &mut hardware.host.rsp, hardware.launched) };
+        let host_rsp = &mut hardware.host.rsp;
+        // SAFETY: Interrupts are off by `irqs`, and the VMCS is current and set up. Which of the two it
+        // is entered by never changes.
+        let outcome = unsafe {
+            if hardware.guard.is_needed() {
+                let host_ran = core::mem::take(&mut self.host_ran);
+                let guard = &mut hardware.guard;
+                guard.enter(registers, host_rsp, hardware.launched, host_ran, self.irqs)
+            } else {
+                enter::enter(registers, host_rsp, hardware.launched)
+            }
+        };
         if switch_xcr0 {
             // SAFETY: The host's own value.
             unsafe { cpu::xsetbv(hardware.host_xcr0) };
