@@ -5,6 +5,7 @@
 #include <linux/hw_breakpoint.h>
 #include <linux/kprobes.h>
 #include <linux/mm.h>
+#include <linux/module.h>
 #include <linux/pgtable.h>
 #include <linux/preempt.h>
 #include <linux/percpu.h>
@@ -29,14 +30,17 @@
 #include "glue.h"
 
 /*
- * The address to call NAME at, or 0. A kprobe's registration finds it; with IBT the probe lies behind
- * the ENDBR, which is where an indirect call must go.
+ * The address to call NAME at, or 0. Where KVM is a module, what the kernel exports to it can be had by
+ * name. Where it is built in, a kprobe's registration finds it; with IBT the probe lies behind the ENDBR,
+ * which is where an indirect call must go.
  */
 unsigned long rvisor_kernel_symbol(const char *name)
 {
 	struct kprobe probe = { .symbol_name = name };
-	unsigned long address;
+	unsigned long address = (unsigned long)__symbol_get(name);
 
+	if (address)
+		return address;
 	if (register_kprobe(&probe))
 		return 0;
 	address = (unsigned long)probe.addr;
