@@ -18,7 +18,7 @@
     clippy::undocumented_unsafe_blocks
 )]
 
-use kernel::bindings::{file, file_operations, mm_struct, page, workqueue_struct};
+use kernel::bindings::{file, file_operations, list_head, mm_struct, page, workqueue_struct};
 use kernel::ffi;
 
 // What bindgen calls C's types of these names.

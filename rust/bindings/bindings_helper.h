@@ -7,6 +7,7 @@
 #include <linux/eventfd.h>
 #include <linux/rcupdate.h>
 #include <linux/entry-virt.h>
+#include <linux/syscore_ops.h>
 #include <asm/msr-index.h>
 #include <asm/tsc.h>
 

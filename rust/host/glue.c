@@ -164,6 +164,35 @@ unsigned long rvisor_irq_save(void)
 	return flags;
 }
 
+/* Whether VMX is on, and ours to use, on this CPU. */
+static DEFINE_PER_CPU(bool, rvisor_vmx_on);
+
+void rvisor_set_vmx_on(bool on)
+{
+	this_cpu_write(rvisor_vmx_on, on);
+}
+
+/*
+ * Turns interrupts off on a CPU whose VMX is on; returns the flags from before, or 0 where this CPU has
+ * none. A CPU that goes down loses its VMX before the last threads have left it: those go to another.
+ */
+unsigned long rvisor_irq_save_vmx(void)
+{
+	unsigned long flags;
+	bool leaving;
+
+	for (;;) {
+		local_irq_save(flags);
+		if (likely(this_cpu_read(rvisor_vmx_on)))
+			return flags;
+		leaving = !cpu_active(raw_smp_processor_id());
+		local_irq_restore(flags);
+		if (!leaving)
+			return 0;
+		schedule();
+	}
+}
+
 void rvisor_irq_restore(unsigned long flags)
 {
 	local_irq_restore(flags);

@@ -40,6 +40,8 @@ bool rvisor_is_other_guest(u64 guest);
 void rvisor_irq_disable(void);
 void rvisor_irq_enable(void);
 unsigned long rvisor_irq_save(void);
+unsigned long rvisor_irq_save_vmx(void);
+void rvisor_set_vmx_on(bool on);
 void rvisor_irq_restore(unsigned long flags);
 void rvisor_preempt_disable(void);
 void rvisor_preempt_enable(void);

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! VMX on every CPU for as long as the module is loaded, shared with KVM.
+//! VMX on every CPU for as long as the module is loaded, shared with KVM: as CPUs come and go, and over a
+//! suspend of the host, which takes the last CPU's away too.
 
 use super::symbols::Symbols;
-use kernel::{bindings as kb, error::to_result, prelude::*};
+use crate::bindings;
+use core::ptr;
+use kernel::{bindings as kb, error::to_result, prelude::*, types::Opaque};
 
 /// `X86_FEATURE_VMX`, word 4 bit 5 (arch/x86/include/asm/cpufeatures.h).
 const X86_FEATURE_VMX: i32 = 4 * 32 + 5;
@@ -13,27 +16,118 @@ const X86_FEATURE_VMX: i32 = 4 * 32 + 5;
 /// Written once before the callbacks are registered; the host's CPUs are no VM's property.
 static CALLS: kernel::sync::SetOnce<Symbols> = kernel::sync::SetOnce::new();
 
+/// Takes a reference on this CPU's VMX.
+///
+/// # Safety
+///
+/// The thread can't leave the CPU.
+unsafe fn switch_on() -> i32 {
+    let Some(symbols) = CALLS.as_ref() else {
+        return ENODEV.to_errno();
+    };
+    // SAFETY: Called on the CPU concerned.
+    let error = unsafe { (symbols.x86_virt_get_ref)(X86_FEATURE_VMX) };
+    if error == 0 {
+        // SAFETY: As above.
+        unsafe { bindings::rvisor_set_vmx_on(true) };
+    }
+    error
+}
+
+/// Gives the reference back.
+///
+/// # Safety
+///
+/// The thread can't leave the CPU, and [`switch_on`] has succeeded there.
+unsafe fn switch_off() {
+    if let Some(symbols) = CALLS.as_ref() {
+        // SAFETY: Called on the CPU concerned. No VMCS of ours is active here: each is cleared when its
+        // thread is switched out, and this thread runs now. One that still is to run here finds VMX gone
+        // and leaves.
+        unsafe {
+            bindings::rvisor_set_vmx_on(false);
+            (symbols.x86_virt_put_ref)(X86_FEATURE_VMX);
+        }
+    }
+}
+
 /// # Safety
 ///
 /// Called by the kernel on the CPU that has come up.
 unsafe extern "C" fn cpu_up(_cpu: u32) -> i32 {
-    match CALLS.as_ref() {
-        // SAFETY: Called on the CPU concerned, in task context with preemption on, as KVM does.
-        Some(symbols) => unsafe { (symbols.x86_virt_get_ref)(X86_FEATURE_VMX) },
-        None => ENODEV.to_errno(),
-    }
+    // SAFETY: The kernel's thread is bound to the CPU.
+    unsafe { switch_on() }
 }
 
 /// # Safety
 ///
 /// Called by the kernel on the CPU that goes down, after `cpu_up`.
 unsafe extern "C" fn cpu_down(_cpu: u32) -> i32 {
-    if let Some(symbols) = CALLS.as_ref() {
-        // SAFETY: Balances the reference that `cpu_up` took on this CPU. No VMCS of ours is active
-        // here: each is cleared when its thread is switched out, and the hotplug thread runs now.
-        unsafe { (symbols.x86_virt_put_ref)(X86_FEATURE_VMX) };
-    }
+    // SAFETY: The kernel's thread is bound to the CPU, whose `cpu_up` succeeded.
+    unsafe { switch_off() };
     0
+}
+
+/// # Safety
+///
+/// Called by the kernel on the last CPU, with all threads frozen and interrupts off.
+unsafe extern "C" fn suspend(_data: *mut kernel::ffi::c_void) -> i32 {
+    // SAFETY: Interrupts are off; the CPU is online, so that its `cpu_up` succeeded.
+    unsafe { switch_off() };
+    0
+}
+
+/// # Safety
+///
+/// Called by the kernel on the CPU that suspended, with interrupts off.
+unsafe extern "C" fn resume(_data: *mut kernel::ffi::c_void) {
+    // SAFETY: Interrupts are off.
+    let error = unsafe { switch_on() };
+    if error != 0 {
+        pr_err!("VMX can't be switched on again after the suspend (error {error}): guests on this CPU end with EIO\n");
+    }
+}
+
+static SYSCORE_OPS: bindings::syscore_ops = bindings::syscore_ops {
+    suspend: Some(suspend),
+    resume: Some(resume),
+    shutdown: None,
+};
+
+/// A registration of the calls at suspend and resume.
+///
+/// # Invariants
+///
+/// Registered, and in its place until it is not.
+struct Syscore(KBox<Opaque<bindings::syscore>>);
+
+// SAFETY: The kernel's list, which has a lock of its own, is all that the memory is used for.
+unsafe impl Send for Syscore {}
+// SAFETY: As above.
+unsafe impl Sync for Syscore {}
+
+impl Syscore {
+    fn new() -> Result<Self> {
+        let entry = KBox::new(
+            Opaque::new(bindings::syscore {
+                node: kb::list_head::default(),
+                ops: &SYSCORE_OPS,
+                data: ptr::null_mut(),
+            }),
+            GFP_KERNEL,
+        )?;
+        // SAFETY: The memory stays where it is until it is unregistered.
+        unsafe { bindings::register_syscore(entry.get()) };
+        // INVARIANT: Registered just above.
+        Ok(Self(entry))
+    }
+}
+
+impl Drop for Syscore {
+    fn drop(&mut self) {
+        // SAFETY: Registered, by the invariant.
+        unsafe { bindings::unregister_syscore(self.0.get()) };
+    }
 }
 
 /// VMX is on on all CPUs, those that come online later included, while this lives.
@@ -43,6 +137,8 @@ unsafe extern "C" fn cpu_down(_cpu: u32) -> i32 {
 /// `state` is a CPU hotplug state that this registered.
 pub(crate) struct VmxOn {
     state: i32,
+    /// Only missing where it could not be registered.
+    syscore: Option<Syscore>,
 }
 
 impl VmxOn {
@@ -66,12 +162,18 @@ impl VmxOn {
         };
         to_result(state)?;
         // INVARIANT: Registered just above.
-        Ok(Self { state })
+        let mut on = Self {
+            state,
+            syscore: None,
+        };
+        on.syscore = Some(Syscore::new()?);
+        Ok(on)
     }
 }
 
 impl Drop for VmxOn {
     fn drop(&mut self) {
+        self.syscore = None;
         // SAFETY: The state is ours by the invariant; the teardown callback runs on each CPU.
         unsafe { kb::__cpuhp_remove_state(self.state as kb::cpuhp_state, true) };
     }

@@ -6,7 +6,7 @@
 //! the promise on every kernel.
 
 use crate::bindings;
-use kernel::types::NotThreadSafe;
+use kernel::{prelude::*, types::NotThreadSafe};
 
 /// Interrupts are off on this CPU for as long as this lives, and so is preemption.
 pub(crate) struct IrqsOff {
@@ -24,6 +24,25 @@ impl IrqsOff {
             flags,
             _not_send: NotThreadSafe,
         }
+    }
+
+    /// Turns interrupts off on a CPU whose VMX is on.
+    ///
+    /// # Errors
+    ///
+    /// `EIO` where VMX was switched off under us. May sleep before.
+    #[inline]
+    pub(crate) fn with_vmx() -> Result<Self> {
+        // SAFETY: Called in task context with interrupts on.
+        let flags = unsafe { bindings::rvisor_irq_save_vmx() };
+        // Bit 1 of the flags is always set.
+        if flags == 0 {
+            return Err(EIO);
+        }
+        Ok(Self {
+            flags,
+            _not_send: NotThreadSafe,
+        })
     }
 
     /// The CPU this runs on; it stays so while `self` lives.

@@ -184,7 +184,7 @@ impl Vcpu {
             fpu,
             ..
         } = state;
-        let irqs = IrqsOff::new();
+        let irqs = IrqsOff::with_vmx()?;
         let mut vmcs = CurrentVmcs::new(hardware.get_mut(&irqs), &irqs)?;
         if vmcs.has_moved() {
             // This CPU may hold translations from an earlier stay.

@@ -269,7 +269,7 @@ impl State {
         &mut self,
         f: impl FnOnce(&mut Core, &mut CurrentVmcs<'_>) -> R,
     ) -> Result<R> {
-        let irqs = IrqsOff::new();
+        let irqs = IrqsOff::with_vmx()?;
         let mut vmcs = CurrentVmcs::new(self.hardware.get_mut(&irqs), &irqs)?;
         Ok(f(&mut self.core, &mut vmcs))
     }
