@@ -49,7 +49,10 @@ guests_go_on() {
 	done
 }
 
-complaints() { kernel_complaints | head -n 2 | tr '\n' ' '; }
+# The kernel warns of each thread that is bound to a CPU which goes, and Bochs's firmware resets the TSC.
+complaints() {
+	kernel_complaints | grep -v -e 'no longer affine to cpu' -e 'TSC ADJUST differs' | head -n 2 | tr '\n' ' '
+}
 no_complaints() { check "the kernel's log has warnings $1: $(complaints)" test -z "$(complaints)"; }
 
 test_two_cpus_here() { check "this host has $(nproc) CPU: the tests prove little" test "$(nproc)" -eq 2; }
@@ -170,8 +173,7 @@ test_suspend_to_memory() {
 	guests_go_on "after suspend to memory" || return
 	for cpu in 0 1; do vmxe_is $cpu 1 "after suspend to memory" || return; done
 	stop_guests
-	check "the kernel's log has warnings: $(complaints)" \
-		test -z "$(kernel_complaints | grep -v 'TSC ADJUST differs')"
+	no_complaints "after suspend to memory"
 }
 
 test_unload() {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A guest that fails, loops or is killed harms nobody; guests never see each other's state.
 
+mod crowd;
 mod failing;
 mod state;
 
@@ -69,5 +70,6 @@ fn main() -> std::process::ExitCode {
         state::memory_apart,
         state::host_registers,
         state::eight_machines,
+        crowd::crowd_of_sixteen,
     ])
 }
