@@ -14,6 +14,7 @@
 #include <linux/smp.h>
 #include <linux/thread_info.h>
 #include <linux/uaccess.h>
+#include <linux/vmstat.h>
 #include <linux/entry-virt.h>
 #include <asm/cpu_entry_area.h>
 #include <asm/debugreg.h>
@@ -323,11 +324,29 @@ u64 rvisor_page_to_phys(struct page *page)
 	return page_to_phys(page);
 }
 
-void rvisor_page_release(struct page *page, bool dirty)
+void rvisor_page_put(struct page *page)
 {
-	if (dirty)
-		set_page_dirty(page);
 	put_page(page);
+}
+
+/*
+ * Says that a page that the host's page tables have writable will be written. Only the flag: whoever
+ * keeps account of writable mappings of a file did so when the host's entry became writable.
+ */
+void rvisor_page_set_dirty(struct page *page)
+{
+	SetPageDirty(page);
+}
+
+/* Counts a page as a page table of a guest (SecPageTables, sec_pagetables), or no longer. */
+void rvisor_count_table(const void *page, int number)
+{
+	mod_lruvec_page_state(virt_to_page(page), NR_SECONDARY_PAGETABLE, number);
+}
+
+void rvisor_cond_resched(void)
+{
+	cond_resched();
 }
 
 struct page *rvisor_virt_to_page(const void *address)

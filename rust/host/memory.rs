@@ -83,6 +83,8 @@ impl TableMemory for Tables {
 
     fn allocate(&mut self) -> Option<Hpa> {
         let page = self.stock.iter_mut().find_map(Option::take)?;
+        // SAFETY: A page of ours.
+        unsafe { bindings::rvisor_count_table(page.as_ptr().cast(), 1) };
         Some(page.into_physical())
     }
 
@@ -108,18 +110,48 @@ impl TableMemory for Tables {
 /// Tables that no entry points at any more; dropped after the flush.
 pub(crate) struct Retired(u64);
 
-impl Drop for Retired {
-    fn drop(&mut self) {
-        while self.0 != 0 {
-            // SAFETY: The list holds pages that `Tables::free` linked, each once.
-            unsafe {
-                let address = bindings::rvisor_phys_to_virt(self.0);
-                let next = bindings::rvisor_page_link(address);
-                drop(KernelPage::from_physical(Hpa::new(self.0)));
-                self.0 = next;
+/// How many tables are freed between two looks whether another thread should run.
+const FREED_AT_ONCE: u32 = 64;
+
+impl Retired {
+    /// Frees the tables. `may_sleep` lets other threads run meanwhile.
+    pub(crate) fn free(mut self, may_sleep: bool) {
+        let mut freed = 0u32;
+        while self.free_one() {
+            freed = freed.wrapping_add(1);
+            if may_sleep && freed % FREED_AT_ONCE == 0 {
+                relax();
             }
         }
     }
+
+    /// Frees one table, if there is one.
+    fn free_one(&mut self) -> bool {
+        if self.0 == 0 {
+            return false;
+        }
+        // SAFETY: The list holds pages that `Tables::free` linked, each once.
+        unsafe {
+            let address = bindings::rvisor_phys_to_virt(self.0);
+            let next = bindings::rvisor_page_link(address);
+            bindings::rvisor_count_table(address, -1);
+            drop(KernelPage::from_physical(Hpa::new(self.0)));
+            self.0 = next;
+        }
+        true
+    }
+}
+
+impl Drop for Retired {
+    fn drop(&mut self) {
+        while self.free_one() {}
+    }
+}
+
+/// Lets another thread run, where one should. The caller may sleep.
+pub(crate) fn relax() {
+    // SAFETY: Task context, no lock held, by the caller's promise; else the kernel says so.
+    unsafe { bindings::rvisor_cond_resched() };
 }
 
 /// A page of the current process, held by a reference.
@@ -148,14 +180,26 @@ impl UserPage {
         if fast == 1 {
             return Self::from_raw(page, true);
         }
-        let flags = if write { kb::FOLL_WRITE } else { 0 };
-        // SAFETY: As above.
-        let got = unsafe { kb::get_user_pages_fast(address, 1, flags, &mut page) };
+        // Where the page is on another node than its users, the kernel is to see this access. A signal
+        // ends the wait for what may never come, as from a userfaultfd.
+        let mut flags = kb::FOLL_HONOR_NUMA_FAULT | kb::FOLL_INTERRUPTIBLE;
+        if write {
+            flags |= kb::FOLL_WRITE;
+        }
+        // SAFETY: As above, and no lock is held.
+        let got = unsafe { kb::get_user_pages_unlocked(address, 1, &mut page, flags) };
         match got {
             1 => Self::from_raw(page, write),
             0 => Err(EFAULT),
-            error => Err(Error::from_errno(error)),
+            error => Err(Error::from_errno(error as i32)),
         }
+    }
+
+    /// Says that the guest may write to the page from now on. While the process's notifier vouches
+    /// that the host's own entry is writable still: afterwards the page may be somebody else's.
+    pub(crate) fn mark_dirty(&self) {
+        // SAFETY: The page is held.
+        unsafe { bindings::rvisor_page_set_dirty(self.page.as_ptr()) };
     }
 
     fn from_raw(page: *mut kb::page, writable: bool) -> Result<Self> {
@@ -175,8 +219,8 @@ impl UserPage {
 
 impl Drop for UserPage {
     fn drop(&mut self) {
-        // SAFETY: Releases the reference that this owns. The guest may write what is writable.
-        unsafe { bindings::rvisor_page_release(self.page.as_ptr(), self.writable) };
+        // SAFETY: Releases the reference that this owns.
+        unsafe { bindings::rvisor_page_put(self.page.as_ptr()) };
     }
 }
 

@@ -9,8 +9,9 @@ use rvisor_core::x86::address::Hva;
 /// What must forget translations.
 pub(crate) trait Invalidate: Send + Sync + 'static {
     /// The pages of `start..end` change between this call and the matching [`Self::end`]: what is
-    /// known of them is void from now on, and nothing new may be learnt until then. Must not sleep.
-    fn start(&self, start: Hva, end: Hva);
+    /// known of them is void from now on, and nothing new may be learnt until then. Must not sleep,
+    /// but where `may_sleep` says so.
+    fn start(&self, start: Hva, end: Hva, may_sleep: bool);
     /// The end of such a change.
     fn end(&self);
     /// The process is gone.
@@ -112,7 +113,12 @@ impl<T: Invalidate> Notifier<T> {
     ) -> i32 {
         // SAFETY: As for `release`; the kernel gives a valid range.
         let (target, range) = unsafe { (Self::target(notifier), &*range) };
-        target.start(Hva::new(range.start as u64), Hva::new(range.end as u64));
+        let may_sleep = range.flags & kb::MMU_NOTIFIER_RANGE_BLOCKABLE != 0;
+        target.start(
+            Hva::new(range.start as u64),
+            Hva::new(range.end as u64),
+            may_sleep,
+        );
         0
     }
 

@@ -18,6 +18,8 @@ unsafe impl Send for WaitQueue {}
 unsafe impl Sync for WaitQueue {}
 
 const TASK_INTERRUPTIBLE: i32 = kb::TASK_INTERRUPTIBLE as i32;
+/// Not woken by signals, and not taken for a thread that hangs.
+const TASK_IDLE: i32 = (kb::TASK_UNINTERRUPTIBLE | kb::TASK_NOLOAD) as i32;
 
 impl WaitQueue {
     /// An empty queue.
@@ -34,15 +36,22 @@ impl WaitQueue {
 
     /// Sleeps until `ready` holds or a signal is pending. `ready` is asked after the thread is on the
     /// queue, so that a wake-up between the question and the sleep is not lost.
-    pub(crate) fn wait_until(&self, mut ready: impl FnMut() -> bool) {
+    pub(crate) fn wait_until(&self, ready: impl FnMut() -> bool) {
+        self.wait(TASK_INTERRUPTIBLE, ready);
+    }
+
+    /// Likewise, whatever signal comes: for what does not take long, or is ended by its own signals.
+    pub(crate) fn wait_through(&self, ready: impl FnMut() -> bool) {
+        self.wait(TASK_IDLE, ready);
+    }
+
+    fn wait(&self, state: i32, mut ready: impl FnMut() -> bool) {
         let mut entry = kb::wait_queue_entry::default();
         // SAFETY: `entry` outlives its time on the queue, which `finish_wait` below ends.
         unsafe { kb::init_wait_entry(&mut entry, 0) };
         loop {
             // SAFETY: The head is initialised and the entry is ours.
-            let signal = unsafe {
-                kb::prepare_to_wait_event(self.head.get(), &mut entry, TASK_INTERRUPTIBLE)
-            };
+            let signal = unsafe { kb::prepare_to_wait_event(self.head.get(), &mut entry, state) };
             if ready() || signal != 0 {
                 break;
             }

@@ -234,6 +234,15 @@ pub struct Translation {
     pub size: PageSize,
 }
 
+/// How far [`Ept::unmap`] has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unmapped {
+    /// Whether CPUs must drop what they cached of this EPT.
+    pub flush: bool,
+    /// Where to go on; `None` at the end of the range.
+    pub next: Option<Gfn>,
+}
+
 /// A tree of tables.
 #[derive(Debug)]
 pub struct Ept {
@@ -396,28 +405,51 @@ impl Ept {
         }
     }
 
-    /// Frees a table of `level` and all tables below it, which nothing refers to any more.
-    fn free_tree<T: TableMemory>(memory: &mut T, table: Hpa, level: u32) {
+    /// Frees a table of `level` and all tables below it, which nothing refers to any more, and says
+    /// how many tables and entries it took in hand.
+    fn free_tree<T: TableMemory>(memory: &mut T, table: Hpa, level: u32) -> u32 {
+        let mut steps = 1u32;
         // The lowest tables, nearly all there are, need no look inside.
         if level > 1 {
+            steps = steps.saturating_add(TABLE_ENTRIES as u32);
             for at in 0..TABLE_ENTRIES {
                 let entry = Entry(memory.read(table, at));
                 if entry.is_present() && !entry.is_leaf(level) {
-                    Self::free_tree(memory, entry.address(), level.wrapping_sub(1));
+                    let below = Self::free_tree(memory, entry.address(), level.wrapping_sub(1));
+                    steps = steps.saturating_add(below);
                 }
             }
         }
         memory.free(table);
+        steps
     }
 
-    /// Takes the frames from `first` to before `end` out of the tree, tables that lie wholly inside
-    /// included. A larger leaf that is only touched is dropped whole. Says whether CPUs must drop
-    /// what they cached of this EPT. The work is bounded by the tables that are there.
-    pub fn unmap<T: TableMemory>(&self, memory: &mut T, first: Gfn, end: Gfn) -> bool {
+    /// Takes the frames from `first` to before `end` out of the tree, and tables that lie wholly
+    /// inside, but for those of the third level, of which there are few. A larger leaf that is only
+    /// touched is dropped whole.
+    ///
+    /// The work is bounded by the tables that are there, and what is done at once by `steps`: after
+    /// about that many entries and tables the call returns and says where to go on. A step more may
+    /// free the tables of one GiB.
+    pub fn unmap<T: TableMemory>(
+        &self,
+        memory: &mut T,
+        first: Gfn,
+        end: Gfn,
+        steps: u32,
+    ) -> Unmapped {
         let end = end.raw().min(GFN_LIMIT);
         let mut gfn = first.raw();
         let mut flush = false;
+        let mut done = 0u32;
         while gfn < end {
+            if done >= steps {
+                return Unmapped {
+                    flush,
+                    next: Some(Gfn::new(gfn)),
+                };
+            }
+            done = done.saturating_add(1);
             let mut table = self.root;
             let mut level = LEVELS;
             loop {
@@ -429,11 +461,13 @@ impl Ept {
                     break;
                 }
                 let is_leaf = entry.is_leaf(level);
-                let is_covered = gfn & span(level).wrapping_sub(1) == 0 && next <= end;
+                let is_covered =
+                    level < LEVELS && gfn & span(level).wrapping_sub(1) == 0 && next <= end;
                 if is_leaf || is_covered {
                     memory.write(table, at, 0);
                     if !is_leaf {
-                        Self::free_tree(memory, entry.address(), level.wrapping_sub(1));
+                        let below = Self::free_tree(memory, entry.address(), level.wrapping_sub(1));
+                        done = done.saturating_add(below);
                     }
                     flush = true;
                     gfn = next;
@@ -443,7 +477,7 @@ impl Ept {
                 level = level.wrapping_sub(1);
             }
         }
-        flush
+        Unmapped { flush, next: None }
     }
 
     /// Translates an address, or `None` where nothing is mapped.
@@ -559,7 +593,8 @@ impl Ept {
         accessed
     }
 
-    /// Frees every table. No CPU may use the tree any more.
+    /// Frees every table, all at once: [`Self::unmap`] goes first where there may be many. No CPU may
+    /// use the tree any more.
     pub fn destroy<T: TableMemory>(self, memory: &mut T) {
         Self::free_tree(memory, self.root, LEVELS);
     }

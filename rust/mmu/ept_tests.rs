@@ -33,7 +33,7 @@ enum Op {
         permissions: Permissions,
         stock: usize,
     },
-    Unmap(u64, u64),
+    Unmap(u64, u64, u32),
     WriteProtect(u64, u64),
     Age(u64, u64),
 }
@@ -75,7 +75,7 @@ fn op() -> impl Strategy<Value = Op> {
         });
     prop_oneof![
         6 => map,
-        2 => range().prop_map(|(a, b)| Op::Unmap(a, b)),
+        2 => (range(), prop_oneof![Just(1u32), 1u32..2000]).prop_map(|((a, b), steps)| Op::Unmap(a, b, steps)),
         1 => range().prop_map(|(a, b)| Op::WriteProtect(a, b)),
         1 => range().prop_map(|(a, b)| Op::Age(a, b)),
     ]
@@ -169,8 +169,18 @@ fn apply(memory: &mut TestTables, ept: &Ept, model: &mut Model, op: &Op) {
             assert!(outcome.flush || !loses, "{op:?} needs a flush");
             model.0.insert(gfn, leaf);
         }
-        Op::Unmap(first, end) => {
-            let flush = ept.unmap(memory, Gfn::new(first), Gfn::new(end));
+        Op::Unmap(first, end, steps) => {
+            let mut flush = false;
+            let mut next = Some(Gfn::new(first));
+            while let Some(at) = next {
+                let part = ept.unmap(memory, at, Gfn::new(end), steps);
+                assert!(
+                    part.next.is_none_or(|gfn| gfn > at),
+                    "{op:?} stands at {at:?}"
+                );
+                flush |= part.flush;
+                next = part.next;
+            }
             let gone = model.touching(first, end);
             assert!(flush || gone.is_empty(), "{op:?} needs a flush");
             model.0.retain(|at, _| !gone.contains(at));
@@ -308,4 +318,82 @@ fn what_can_not_be_mapped() {
     assert_eq!(map(512, 0, PageSize::Size1G), Err(MapError::Misaligned));
     assert!(map(GFN_LIMIT - 1, (1 << 40) - 1, small).is_ok());
     assert_eq!(ept.walk(&memory, Gpa::new(1 << 48)), None);
+}
+
+/// Maps small pages and gives the tree.
+fn map_small(frames: &[u64]) -> (TestTables, Ept) {
+    let mut memory = TestTables::new(usize::MAX);
+    let ept = Ept::new(&mut memory).unwrap();
+    for gfn in frames {
+        let (gfn, pfn) = (Gfn::new(*gfn), Pfn::new(1));
+        let small = PageSize::Size4K;
+        ept.map(
+            &mut memory,
+            gfn,
+            pfn,
+            small,
+            Permissions::ALL,
+            CachePolicy::MEMORY,
+        )
+        .unwrap();
+    }
+    (memory, ept)
+}
+
+/// How many tables of all levels these frames need.
+fn tables_for(frames: &[u64]) -> usize {
+    let at = |shift: u32| {
+        let places: BTreeSet<u64> = frames.iter().map(|gfn| gfn >> shift).collect();
+        places.len()
+    };
+    at(9) + at(18) + at(27) + 1
+}
+
+/// The frames of 64 GiB.
+const FRAMES_64G: u64 = 1 << 24;
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 50, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Much address space with little of it in use needs tables for that little only.
+    #[test]
+    fn tables_follow_what_is_touched(frames in prop::collection::vec(0..FRAMES_64G, 0..200)) {
+        let (memory, _ept) = map_small(&frames);
+        prop_assert_eq!(memory.tables.len(), tables_for(&frames));
+    }
+
+    /// Taking 64 GiB out costs what is there, and no call more than it was allowed.
+    #[test]
+    fn unmapping_is_bounded(frames in prop::collection::vec(0..FRAMES_64G, 0..200), steps in 1u32..64) {
+        let (mut memory, ept) = map_small(&frames);
+        let tables = memory.tables.len() as u64;
+        let mut next = Some(Gfn::new(0));
+        let mut total = 0;
+        while let Some(gfn) = next {
+            memory.accesses.set(0);
+            next = ept.unmap(&mut memory, gfn, Gfn::new(FRAMES_64G), steps).next;
+            // Each step is one descent; the last may free one GiB's tables, 512 entries looked at.
+            prop_assert!(memory.accesses.get() <= 5 * u64::from(steps) + 517);
+            total += memory.accesses.get();
+        }
+        // 64 entries of the third level, and below them what is there.
+        prop_assert!(total <= 64 * 5 + tables * 512, "{total} accesses for {tables} tables");
+        prop_assert_eq!(memory.tables.len(), if frames.is_empty() { 1 } else { 2 });
+    }
+}
+
+#[test]
+fn a_table_of_one_gib_is_freed_in_one_step() {
+    let frames: Vec<u64> = (0..512).map(|table| table << 9).collect();
+    let (mut memory, ept) = map_small(&frames);
+    assert_eq!(memory.tables.len(), 515);
+    let part = ept.unmap(&mut memory, Gfn::new(0), Gfn::new(1 << 18), 1);
+    assert_eq!(
+        part,
+        Unmapped {
+            flush: true,
+            next: None
+        }
+    );
+    assert_eq!(memory.tables.len(), 2);
 }

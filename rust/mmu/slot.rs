@@ -63,6 +63,31 @@ impl Slot {
         Some(self.hva.wrapping_add(frames << PAGE_SHIFT))
     }
 
+    /// The frames that a range of the process's addresses backs, to the page: first and end.
+    #[inline]
+    pub const fn frames_of(&self, start: Hva, end: Hva) -> Option<(Gfn, Gfn)> {
+        let slot_start = self.hva.raw();
+        let slot_end = slot_start.saturating_add(self.pages << PAGE_SHIFT);
+        let mut from = start.page_start().raw();
+        if from < slot_start {
+            from = slot_start;
+        }
+        let mut to = end.raw().saturating_add(PAGE_SIZE - 1);
+        if to > slot_end {
+            to = slot_end;
+        }
+        let first = from.saturating_sub(slot_start) >> PAGE_SHIFT;
+        let last = to.saturating_sub(slot_start) >> PAGE_SHIFT;
+        if first >= last {
+            return None;
+        }
+        let base = self.base.raw();
+        Some((
+            Gfn::new(base.wrapping_add(first)),
+            Gfn::new(base.wrapping_add(last)),
+        ))
+    }
+
     /// Whether writes are noted in the dirty log.
     #[inline]
     pub const fn logs_dirty(&self) -> bool {
@@ -127,6 +152,34 @@ pub fn find_hinted<'a>(slots: &'a [Slot], gfn: Gfn, hint: &mut usize) -> Option<
     let slot = slots.get(at).filter(|slot| slot.contains(gfn))?;
     *hint = at;
     Some(slot)
+}
+
+/// A part of a slot that a range of the process's addresses backs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Backed {
+    /// The first frame.
+    pub first: Gfn,
+    /// The first frame past it.
+    pub end: Gfn,
+    /// The first frame past the whole slot, from which to look for the next.
+    pub slot_end: Gfn,
+}
+
+/// The first part of a slot, from the frame `from` on, that the process's addresses `start..end` back.
+///
+/// Whoever goes through all of them may let the slots change meanwhile: each that stays is met.
+#[inline]
+pub fn next_backed(slots: &[Slot], from: Gfn, start: Hva, end: Hva) -> Option<Backed> {
+    let place = slots.partition_point(|slot| slot.end() <= from);
+    slots.get(place..)?.iter().find_map(|slot| {
+        let (first, last) = slot.frames_of(start, end)?;
+        let first = first.max(from);
+        (first < last).then_some(Backed {
+            first,
+            end: last,
+            slot_end: slot.end(),
+        })
+    })
 }
 
 /// The place at which a slot with this first frame belongs.
@@ -393,6 +446,77 @@ mod tests {
         giant.pages = 0x4_0000;
         giant.hva = Hva::new(0x7000_4000_0000);
         assert_eq!(giant.largest_page(Gfn::new(0x5_1234)), PageSize::Size1G);
+    }
+
+    #[test]
+    fn frames_behind_addresses() {
+        let slot = slot(0, 0x100, 0x10);
+        let at = |offset: u64| Hva::new(slot.hva.raw().wrapping_add(offset));
+        let frames = |from, to| {
+            slot.frames_of(at(from), at(to))
+                .map(|(first, end)| (first.raw(), end.raw()))
+        };
+        assert_eq!(frames(0, 0x1_0000), Some((0x100, 0x110)));
+        // Single bytes, the last of one page and the first of the next.
+        assert_eq!(frames(0xfff, 0x1001), Some((0x100, 0x102)));
+        assert_eq!(frames(0x1000, 0x1001), Some((0x101, 0x102)));
+        assert_eq!(frames(0xf000, 0x10_0000), Some((0x10f, 0x110)));
+        assert_eq!(frames(0x1_0000, 0x10_0000), None);
+        assert_eq!(frames(0x1000, 0x1000), None);
+        assert_eq!(slot.frames_of(Hva::new(0), at(0)), None);
+        assert_eq!(
+            slot.frames_of(Hva::new(0), Hva::new(u64::MAX)),
+            Some((slot.base, slot.end()))
+        );
+        assert_eq!(slot.frames_of(at(0x2000), at(0x1000)), None);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Going through the parts finds each frame that the addresses back, once, in order.
+        #[test]
+        fn backed_parts_are_all_found(
+            places in prop::collection::btree_map(0u64..40, (1u64..4, 0u64..20), 0..8),
+            (start, pages) in (0u64..24, 0u64..24),
+        ) {
+            let mut slots: Vec<Slot> = Vec::new();
+            for (id, (base, (pages, hva))) in (0..).zip(places) {
+                if slots.last().is_some_and(|last| last.end().raw() > base) {
+                    continue;
+                }
+                slots.push(Slot { hva: Hva::new(hva << 12), ..slot(id, base, pages) });
+            }
+            let range = (start << 12, (start + pages) << 12);
+            let expected: Vec<u64> = slots
+                .iter()
+                .flat_map(|slot| (slot.base.raw()..slot.end().raw()).map(Gfn::new))
+                .filter(|gfn| {
+                    let hva = find(&slots, *gfn).unwrap().hva_of(*gfn).unwrap().raw();
+                    (range.0..range.1).contains(&hva)
+                })
+                .map(Gfn::raw)
+                .collect();
+            let mut found = Vec::new();
+            let mut from = Gfn::new(0);
+            while let Some(part) =
+                next_backed(&slots, from, Hva::new(range.0), Hva::new(range.1))
+            {
+                // A frame at a time, as where the lock is given up after each.
+                found.push(part.first.raw());
+                from = Gfn::new(part.first.raw() + 1);
+            }
+            prop_assert_eq!(&found, &expected);
+            let mut whole = Vec::new();
+            from = Gfn::new(0);
+            while let Some(part) =
+                next_backed(&slots, from, Hva::new(range.0), Hva::new(range.1))
+            {
+                whole.extend(part.first.raw()..part.end.raw());
+                from = part.slot_end;
+            }
+            prop_assert_eq!(whole, expected);
+        }
     }
 
     fn requests() -> impl Strategy<Value = Request> {

@@ -4,7 +4,7 @@
 
 use super::ept::TableMemory;
 use crate::x86::address::Hpa;
-use std::collections::BTreeMap;
+use std::{cell::Cell, collections::BTreeMap};
 
 /// Tables by their address. Any use of a table that was freed or never made panics.
 pub(crate) struct TestTables {
@@ -12,6 +12,8 @@ pub(crate) struct TestTables {
     next: u64,
     /// How many more may be allocated.
     pub(crate) stock: usize,
+    /// How many entries were read and written.
+    pub(crate) accesses: Cell<u64>,
 }
 
 impl TestTables {
@@ -20,16 +22,19 @@ impl TestTables {
             tables: BTreeMap::new(),
             next: 0x10_0000,
             stock,
+            accesses: Cell::new(0),
         }
     }
 }
 
 impl TableMemory for TestTables {
     fn read(&self, table: Hpa, index: usize) -> u64 {
+        self.accesses.set(self.accesses.get() + 1);
         self.tables[&table.raw()][index]
     }
 
     fn write(&mut self, table: Hpa, index: usize, entry: u64) {
+        self.accesses.set(self.accesses.get() + 1);
         self.tables.get_mut(&table.raw()).unwrap()[index] = entry;
     }
 

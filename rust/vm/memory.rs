@@ -6,26 +6,29 @@
 //! and no other CPU is waited for. Pages of the process are taken hold of outside of it: a counter
 //! that the process's notifier advances tells whether what was learnt still holds.
 
+mod access;
+mod invalidate;
+
+use self::{access::Writers, invalidate::Unmapping};
 use super::shared::VcpuShared;
 use crate::host::{
     memory::{self, Tables, UserPage},
-    notifier::Invalidate,
     page::KernelPage,
 };
 use core::sync::atomic::{AtomicU64, Ordering};
 use kernel::{
     new_mutex, new_spinlock,
     prelude::*,
-    sync::{lock::spinlock::SpinLockGuard, Arc, Mutex, SpinLock},
-    uaccess::{UserPtr, UserSlice},
+    sync::{Arc, Mutex, SpinLock},
 };
 use rvisor_core::{
     mmu::{
+        changes::Changes,
         ept::{CachePolicy, Ept, MapError, Permissions},
         page_size::PageSize,
         slot::{self, Change, Limits, Slot, SlotError},
     },
-    x86::address::{Gfn, Gpa, Hva, PAGE_SHIFT, PAGE_SIZE},
+    x86::address::{Gfn, Gpa, Hva, Pfn, PAGE_SHIFT, PAGE_SIZE},
 };
 
 /// KVM_CAP_NR_MEMSLOTS.
@@ -45,12 +48,20 @@ struct Mmu {
     /// `None` once the process is gone.
     ept: Option<Ept>,
     tables: Tables,
-    /// Changes of the process's page tables that are under way.
-    changing: u32,
-    /// Advanced by each such change and by each change of the slots.
-    sequence: u64,
+    /// Of the process's page tables, and of the slots.
+    changes: Changes,
     /// Translations were taken away whose flush is not over.
     flushing: u32,
+}
+
+/// What backs a frame of the guest.
+enum Backing {
+    /// A slot, the address in the process, and the number of the last change of either.
+    Slot(Slot, Hva, u64),
+    /// A slot whose page the process is changing just now.
+    Changing,
+    /// No memory, or none that can be written.
+    Device,
 }
 
 /// The memory of one virtual machine.
@@ -66,6 +77,8 @@ pub(crate) struct GuestMemory {
     mmu: SpinLock<Mmu>,
     /// Advanced whenever translations were taken away; each vCPU compares it before it enters.
     generation: AtomicU64,
+    #[pin]
+    writers: Writers,
     #[pin]
     vcpus: SpinLock<KVec<Arc<VcpuShared>>>,
 }
@@ -90,8 +103,7 @@ impl GuestMemory {
             hint: 0,
             ept: Some(ept),
             tables,
-            changing: 0,
-            sequence: 0,
+            changes: Changes::new(),
             flushing: 0,
         };
         Arc::pin_init(
@@ -103,6 +115,7 @@ impl GuestMemory {
                 update <- new_mutex!(()),
                 mmu <- new_spinlock!(mmu),
                 generation: AtomicU64::new(0),
+                writers <- Writers::new(),
                 vcpus <- new_spinlock!(KVec::new()),
             }),
             GFP_KERNEL_ACCOUNT,
@@ -156,32 +169,6 @@ impl GuestMemory {
         self.generation.load(Ordering::SeqCst)
     }
 
-    /// Drops the lock after translations were taken away, and returns when no CPU uses them. Whoever
-    /// finds them gone meanwhile must not go on as if they were: `flushing` says so.
-    fn unlock_and_flush(&self, mut mmu: SpinLockGuard<'_, Mmu>) {
-        mmu.flushing = mmu.flushing.saturating_add(1);
-        let retired = mmu.tables.take_retired();
-        drop(mmu);
-        self.flush();
-        let mut mmu = self.mmu.lock();
-        mmu.flushing = mmu.flushing.saturating_sub(1);
-        drop(mmu);
-        drop(retired);
-    }
-
-    /// Returns when no CPU uses a translation that was taken away before the call.
-    fn flush(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
-        // No lock is held while another CPU is waited for: it may want the lock with interrupts off.
-        for place in 0.. {
-            let vcpu = match self.vcpus.lock().get(place) {
-                Some(vcpu) => vcpu.clone(),
-                None => break,
-            };
-            vcpu.leave_guest_and_wait();
-        }
-    }
-
     /// Carries out KVM_SET_USER_MEMORY_REGION.
     ///
     /// # Errors
@@ -223,25 +210,23 @@ impl GuestMemory {
         }
         let mut mmu = self.mmu.lock();
         core::mem::swap(&mut mmu.slots, &mut slots);
-        mmu.sequence = mmu.sequence.wrapping_add(1);
-        let flush = match removed {
-            Some(old) => mmu.unmap(old.base, old.end()),
-            None => false,
-        };
-        if flush || mmu.flushing != 0 {
-            self.unlock_and_flush(mmu);
+        mmu.changes.note();
+        if let Some(old) = removed {
+            let mut unmapping = Unmapping::new(true);
+            mmu = self.unmap(mmu, &mut unmapping, old.base, old.end());
+            self.unlock_and_flush(mmu, unmapping);
+            self.writers.wait();
         }
         Ok(())
     }
 
-    /// Sees to an EPT violation at `gpa`.
+    /// Finds what backs `gfn`, and sees to it that there are tables for a mapping.
     ///
     /// # Errors
     ///
-    /// `EFAULT` where the process has no memory at the slot's address; `ENOMEM`, `EINTR`.
-    pub(crate) fn fault(&self, gpa: Gpa, write: bool) -> Result<Fault> {
-        let gfn = gpa.frame();
-        let (slot, sequence) = loop {
+    /// `ENOMEM`.
+    fn look_up(&self, gfn: Gfn, write: bool) -> Result<Backing> {
+        loop {
             let mut mmu = self.mmu.lock();
             if !mmu.tables.has_stock() {
                 drop(mmu);
@@ -250,22 +235,42 @@ impl GuestMemory {
                 let _spare = self.mmu.lock().tables.add(page);
                 continue;
             }
-            let sequence = mmu.sequence;
-            match mmu.find(gfn) {
-                Some(slot) if !(write && slot.is_read_only()) => break (slot, sequence),
-                _ => return Ok(Fault::Device),
+            let Some(slot) = mmu.find(gfn) else {
+                return Ok(Backing::Device);
+            };
+            if write && slot.is_read_only() {
+                return Ok(Backing::Device);
             }
+            let hva = slot.hva_of(gfn).ok_or(EFAULT)?;
+            if mmu.changes.touch(hva, PAGE_SIZE) {
+                // What could be learnt of the page now would be void.
+                return Ok(Backing::Changing);
+            }
+            return Ok(Backing::Slot(slot, hva, mmu.changes.sequence()));
+        }
+    }
+
+    /// Sees to an EPT violation at `gpa`.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` where the process has no memory at the slot's address; `ENOMEM`.
+    pub(crate) fn fault(&self, gpa: Gpa, write: bool) -> Result<Fault> {
+        let gfn = gpa.frame();
+        let (slot, hva, sequence) = match self.look_up(gfn, write)? {
+            Backing::Slot(slot, hva, sequence) => (slot, hva, sequence),
+            Backing::Changing => return Ok(Fault::Resolved),
+            Backing::Device => return Ok(Fault::Device),
         };
-        let hva = slot.hva_of(gfn).ok_or(EFAULT)?;
-        let page = UserPage::get(hva, write)?;
-        let size = slot
-            .largest_page(gfn)
-            .min(self.large_pages)
-            .min(if slot.pages > 1 {
-                memory::host_mapping(hva)
-            } else {
-                PageSize::Size4K
-            });
+        let page = match UserPage::get(hva, write) {
+            // A signal, which is looked for before the guest runs on.
+            Err(error) if error == EINTR => return Ok(Fault::Resolved),
+            page => page?,
+        };
+        let mut size = slot.largest_page(gfn).min(self.large_pages);
+        if size > PageSize::Size4K {
+            size = size.min(memory::host_mapping(hva));
+        }
         let permissions = if page.writable && !slot.is_read_only() {
             Permissions::ALL
         } else {
@@ -273,9 +278,10 @@ impl GuestMemory {
         };
         let inside = gfn.raw() & size.frame_mask();
         let first = Gfn::new(gfn.raw() - inside);
-        let pfn = rvisor_core::x86::address::Pfn::new(page.frame().raw().wrapping_sub(inside));
+        let pfn = Pfn::new(page.frame().raw().wrapping_sub(inside));
+        let start = Hva::new(hva.raw() & !(size.bytes() - 1));
         let mut mmu = self.mmu.lock();
-        if mmu.changing != 0 || mmu.sequence != sequence {
+        if !mmu.changes.permit(sequence, start, size.bytes()) {
             // What was learnt may be void. The guest touches the page again.
             return Ok(Fault::Resolved);
         }
@@ -284,110 +290,18 @@ impl GuestMemory {
             let ept = ept.as_ref().ok_or(EIO)?;
             match ept.map(tables, first, pfn, size, permissions, CachePolicy::MEMORY) {
                 Ok(outcome) => outcome.flush,
-                // Another vCPU has used the stock up; or the guest frame is past all memory.
-                Err(MapError::OutOfTables) => false,
+                // Another vCPU has used the stock up.
+                Err(MapError::OutOfTables) => return Ok(Fault::Resolved),
                 Err(MapError::OutOfRange | MapError::Misaligned) => return Err(EFAULT),
             }
         };
+        if permissions.can_write() {
+            page.mark_dirty();
+        }
         if flush {
-            self.unlock_and_flush(mmu);
+            self.unlock_and_flush_replaced(mmu);
         }
         Ok(Fault::Resolved)
-    }
-
-    /// The address in the process that backs `gpa`, where memory is there and `write` is allowed.
-    fn hva(&self, gpa: Gpa, write: bool) -> Option<Hva> {
-        let slot = self.mmu.lock().find(gpa.frame())?;
-        if write && slot.is_read_only() {
-            return None;
-        }
-        Some(slot.hva_of(gpa.frame())?.wrapping_add(gpa.page_offset()))
-    }
-
-    /// The slot that holds a frame.
-    #[inline]
-    pub(crate) fn slot(&self, gfn: Gfn) -> Option<Slot> {
-        self.mmu.lock().find(gfn)
-    }
-
-    /// Whether memory is at `gpa`, which may be written if `write` is asked for.
-    pub(crate) fn is_memory(&self, gpa: Gpa, write: bool) -> bool {
-        self.hva(gpa, write).is_some()
-    }
-
-    /// Reads guest memory inside one page. `None` where no memory is there.
-    ///
-    /// # Errors
-    ///
-    /// `EFAULT` where the process has nothing at the slot's address.
-    pub(crate) fn read(&self, gpa: Gpa, data: &mut [u8]) -> Result<Option<()>> {
-        let Some(hva) = self.hva(gpa, false) else {
-            return Ok(None);
-        };
-        debug_assert!(gpa.page_offset() + data.len() as u64 <= PAGE_SIZE);
-        UserSlice::new(UserPtr::from_addr(hva.raw() as usize), data.len())
-            .reader()
-            .read_slice(data)?;
-        Ok(Some(()))
-    }
-
-    /// Writes guest memory inside one page. `None` where no memory is there or it is read-only.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::read`].
-    pub(crate) fn write(&self, gpa: Gpa, data: &[u8]) -> Result<Option<()>> {
-        let Some(hva) = self.hva(gpa, true) else {
-            return Ok(None);
-        };
-        debug_assert!(gpa.page_offset() + data.len() as u64 <= PAGE_SIZE);
-        UserSlice::new(UserPtr::from_addr(hva.raw() as usize), data.len())
-            .writer()
-            .write_slice(data)?;
-        Ok(Some(()))
-    }
-
-    /// Replaces an aligned word of 1, 2, 4 or 8 bytes if it is still `old`. `None` where no memory is
-    /// there or it is read-only.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::read`].
-    pub(crate) fn compare_exchange(
-        &self,
-        gpa: Gpa,
-        size: u32,
-        old: u64,
-        new: u64,
-    ) -> Result<Option<bool>> {
-        match self.hva(gpa, true) {
-            Some(hva) => memory::compare_exchange(hva, size, old, new).map(Some),
-            None => Ok(None),
-        }
-    }
-
-    /// Frees the tables. No vCPU may run any more.
-    pub(crate) fn destroy(&self) {
-        let mut mmu = self.mmu.lock();
-        let Mmu { ept, tables, .. } = &mut *mmu;
-        if let Some(ept) = ept.take() {
-            ept.destroy(tables);
-        }
-        self.unlock_and_flush(mmu);
-    }
-
-    /// The slots that back a range of the process, as guest frames.
-    fn frames_of(slot: &Slot, start: Hva, end: Hva) -> Option<(Gfn, Gfn)> {
-        let slot_start = slot.hva.raw();
-        let slot_end = slot_start.saturating_add(slot.pages << PAGE_SHIFT);
-        let start = start.page_start().raw().max(slot_start);
-        let end = end.raw().saturating_add(PAGE_SIZE - 1).min(slot_end);
-        if start >= end {
-            return None;
-        }
-        let first = slot.base.raw() + ((start - slot_start) >> PAGE_SHIFT);
-        let last = slot.base.raw() + ((end - slot_start).div_ceil(PAGE_SIZE));
-        Some((Gfn::new(first), Gfn::new(last.min(slot.end().raw()))))
     }
 }
 
@@ -403,70 +317,6 @@ impl Mmu {
             Some(ept) => ept.is_accessed(&mut self.tables, first, end),
             None => false,
         }
-    }
-
-    fn unmap(&mut self, first: Gfn, end: Gfn) -> bool {
-        match &self.ept {
-            Some(ept) => ept.unmap(&mut self.tables, first, end),
-            None => false,
-        }
-    }
-}
-
-impl Invalidate for GuestMemory {
-    fn start(&self, start: Hva, end: Hva) {
-        let mut mmu = self.mmu.lock();
-        mmu.changing += 1;
-        let mut flush = mmu.flushing != 0;
-        for place in 0..mmu.slots.len() {
-            let Some((first, last)) = mmu
-                .slots
-                .get(place)
-                .and_then(|slot| Self::frames_of(slot, start, end))
-            else {
-                continue;
-            };
-            flush |= mmu.unmap(first, last);
-        }
-        if flush {
-            self.unlock_and_flush(mmu);
-        }
-    }
-
-    fn end(&self) {
-        let mut mmu = self.mmu.lock();
-        mmu.sequence = mmu.sequence.wrapping_add(1);
-        mmu.changing = mmu.changing.saturating_sub(1);
-    }
-
-    fn release(&self) {
-        self.destroy();
-    }
-
-    fn was_used(&self, start: Hva, end: Hva, clear: bool) -> bool {
-        let mut used = false;
-        let mut mmu = self.mmu.lock();
-        // Where the CPU sets no accessed flag, an entry that is taken away says by its return that the
-        // page is used.
-        let unmap = clear && !self.accessed_dirty;
-        for place in 0..mmu.slots.len() {
-            let Some((first, last)) = mmu
-                .slots
-                .get(place)
-                .and_then(|slot| Self::frames_of(slot, start, end))
-            else {
-                continue;
-            };
-            used |= if unmap {
-                mmu.unmap(first, last)
-            } else {
-                mmu.was_accessed(first, last, clear)
-            };
-        }
-        if unmap && used {
-            self.unlock_and_flush(mmu);
-        }
-        used
     }
 }
 
