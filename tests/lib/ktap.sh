@@ -33,8 +33,12 @@ wait_for() {
 	return 1
 }
 
-# Messages of level warning and worse, except KVM's own and that the module is not the kernel's.
-kernel_complaints() { dmesg -r | grep '^<[0-4]>' | grep -v -e 'loading out-of-tree module taints kernel' -e '\] kvm'; }
+# Messages of level warning and worse, except KVM's own, that the module is not the kernel's, and what a test
+# has marked as meant.
+kernel_complaints() {
+	dmesg -r | sed '/rvisor-test: what follows is meant/,/rvisor-test: what follows is not meant/d' |
+		grep '^<[0-4]>' | grep -v -e 'loading out-of-tree module taints kernel' -e '\] kvm'
+}
 
 # Prints those of the names that ONLY has; all of them where it has none.
 chosen_tests() {

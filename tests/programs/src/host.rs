@@ -30,3 +30,86 @@ pub fn free_kib() -> Result<u64, Fail> {
     }
     Ok(pages * 4)
 }
+
+/// Pages that are page tables of guests, of all that there are.
+///
+/// # Errors
+///
+/// Where /proc/meminfo does not tell.
+pub fn guest_table_pages() -> Result<u64, Fail> {
+    // As in `free_kib`.
+    let _folded = std::fs::read("/proc/sys/vm/stat_refresh");
+    let text = std::fs::read_to_string("/proc/meminfo").during("/proc/meminfo")?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("SecPageTables:"))
+        .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
+        .map(|kib| kib / 4)
+        .ok_or_else(|| Fail::new("/proc/meminfo has no SecPageTables"))
+}
+
+/// A file of the kernel's that holds a number, put back to what it was at the end.
+#[derive(Debug)]
+pub struct Setting {
+    path: &'static str,
+    old: String,
+}
+
+impl Setting {
+    /// Writes a number.
+    ///
+    /// # Errors
+    ///
+    /// Where there is no such file or it does not take the number.
+    pub fn new(path: &'static str, value: u64) -> Result<Self, Fail> {
+        let old = std::fs::read_to_string(path).during(path)?;
+        let setting = Self { path, old };
+        std::fs::write(path, value.to_string()).during(path)?;
+        Ok(setting)
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        let _best_effort = std::fs::write(self.path, self.old.trim());
+    }
+}
+
+/// Swap space in the RAM disk.
+#[derive(Debug)]
+pub struct Swap(());
+
+const SWAP_DEVICE: &std::ffi::CStr = c"/dev/ram0";
+
+impl Swap {
+    /// Switches it on.
+    ///
+    /// # Errors
+    ///
+    /// A skip where there is no RAM disk; what mkswap(8) and swapon(2) give.
+    pub fn on() -> Result<Self, Fail> {
+        if !std::path::Path::new("/dev/ram0").exists() {
+            return Err(Fail::skip("there is no /dev/ram0 to swap to"));
+        }
+        // A test that was killed may have left it on.
+        drop(Self(()));
+        let made = std::process::Command::new("mkswap")
+            .arg("/dev/ram0")
+            .output()
+            .during("mkswap")?;
+        if !made.status.success() {
+            return Err(Fail::new(String::from_utf8_lossy(&made.stderr)).during("mkswap"));
+        }
+        // SAFETY: The path is a C string.
+        if unsafe { libc::swapon(SWAP_DEVICE.as_ptr(), 0) } != 0 {
+            return Err(Fail::from(std::io::Error::last_os_error()).during("swapon"));
+        }
+        Ok(Self(()))
+    }
+}
+
+impl Drop for Swap {
+    fn drop(&mut self) {
+        // SAFETY: The path is a C string.
+        unsafe { libc::swapoff(SWAP_DEVICE.as_ptr()) };
+    }
+}

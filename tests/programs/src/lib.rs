@@ -4,6 +4,7 @@
 //! Every program takes `--device PATH` (default `/dev/rvisor`) and must pass on `/dev/kvm` too: KVM is
 //! the oracle for what is expected here.
 
+pub mod cgroup;
 pub mod eventfd;
 pub mod fixture;
 pub mod guest;
@@ -14,6 +15,7 @@ pub mod layout;
 pub mod mapping;
 pub mod raw;
 pub mod uapi;
+pub mod userfault;
 pub mod vcpu;
 pub mod wakeups;
 

@@ -27,13 +27,16 @@ impl Mapping {
     /// What mmap(2) gives.
     pub fn anonymous(length: usize) -> Result<Self, std::io::Error> {
         const ALIGN: usize = 2 << 20;
-        let whole = Self::make(length + ALIGN, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let whole = Self::make(length + ALIGN, flags, -1)?;
         let skip = whole.address.align_offset(ALIGN);
         let address = whole.address.wrapping_add(skip);
         let end = address.wrapping_add(length);
         // SAFETY: Both pieces lie within the mapping that was made above and nothing refers to them.
         unsafe {
-            libc::munmap(whole.address.cast(), skip);
+            if skip != 0 {
+                libc::munmap(whole.address.cast(), skip);
+            }
             libc::munmap(end.cast(), ALIGN - skip);
         }
         std::mem::forget(whole);
@@ -48,6 +51,26 @@ impl Mapping {
     /// What mmap(2) gives.
     pub fn shared(fd: RawFd, length: usize) -> Result<Self, std::io::Error> {
         Self::make(length, libc::MAP_SHARED, fd)
+    }
+
+    /// A private mapping of a descriptor from offset 0.
+    ///
+    /// # Errors
+    ///
+    /// What mmap(2) gives.
+    pub fn private(fd: RawFd, length: usize) -> Result<Self, std::io::Error> {
+        Self::make(length, libc::MAP_PRIVATE, fd)
+    }
+
+    /// Private anonymous memory of the kernel's stock of pages of 2^`shift` bytes.
+    ///
+    /// # Errors
+    ///
+    /// What mmap(2) gives: ENOMEM where the stock is too small.
+    pub fn huge(length: usize, shift: i32) -> Result<Self, std::io::Error> {
+        let size = shift << libc::MAP_HUGE_SHIFT;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | size;
+        Self::make(length, flags, -1)
     }
 
     fn make(length: usize, flags: i32, fd: RawFd) -> Result<Self, std::io::Error> {
@@ -147,6 +170,65 @@ impl Mapping {
             return Err(std::io::Error::last_os_error());
         }
         Ok(())
+    }
+
+    /// mprotect(2) on a part. Whoever takes a right away must not use it on the part from here on.
+    ///
+    /// # Errors
+    ///
+    /// What mprotect(2) gives.
+    pub fn protect(&self, offset: u64, length: usize, access: i32) -> Result<(), std::io::Error> {
+        let offset = self.place(offset, length);
+        // SAFETY: The part lies within the mapping; an access that it does not permit ends the test.
+        let result = unsafe { libc::mprotect(self.address.add(offset).cast(), length, access) };
+        if result != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Puts fresh anonymous memory in the place of a part.
+    ///
+    /// # Errors
+    ///
+    /// What mmap(2) gives.
+    pub fn replace(&self, offset: u64, length: usize) -> Result<(), std::io::Error> {
+        let offset = self.place(offset, length);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: The part lies within the mapping; its bytes are only ever read and written volatile.
+        let result = unsafe {
+            let address = self.address.add(offset).cast();
+            libc::mmap(address, length, access, flags, -1, 0)
+        };
+        if result == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// A number of /proc/self/smaps, in KiB, for the area of the process that holds the first byte.
+    ///
+    /// # Errors
+    ///
+    /// Where the file can't be read or has no such line.
+    pub fn smaps_kib(&self, field: &str) -> Result<u64, std::io::Error> {
+        let text = std::fs::read_to_string("/proc/self/smaps")?;
+        let mut inside = false;
+        for line in text.lines() {
+            let first = line.split(' ').next().unwrap_or("");
+            if let Some((from, to)) = first.split_once('-') {
+                let number = |text| u64::from_str_radix(text, 16).unwrap_or(0);
+                inside = (number(from)..number(to)).contains(&self.start());
+            } else if inside && first.trim_end_matches(':') == field {
+                let number = line
+                    .split_whitespace()
+                    .nth(1)
+                    .and_then(|word| word.parse().ok());
+                return number.ok_or(std::io::ErrorKind::InvalidData.into());
+            }
+        }
+        Err(std::io::ErrorKind::NotFound.into())
     }
 
     fn place(&self, offset: u64, length: usize) -> usize {
