@@ -3,6 +3,7 @@
 //! Guest memory: extended page tables, memory slots, and the walk of the guest's own page tables.
 
 pub mod changes;
+pub mod dirty;
 pub mod ept;
 #[cfg(test)]
 mod ept_tests;

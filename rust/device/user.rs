@@ -62,6 +62,8 @@ plain! {
 unsafe impl Plain for u32 {}
 // SAFETY: An integer.
 unsafe impl Plain for u64 {}
+// SAFETY: Integers, without padding.
+unsafe impl Plain for [u64; 2] {}
 
 /// Reads a structure at `address` of the current process.
 ///
@@ -134,6 +136,8 @@ ioctls! {
     GET_SUPPORTED_CPUID = _IOWR::<ListHeader>(KVMIO, 0x05);
     GET_MSR_FEATURE_INDEX_LIST = _IOWR::<u32>(KVMIO, 0x0a);
     CREATE_VCPU = _IO(KVMIO, 0x41);
+    // A slot, padding, and the address of its bitmap.
+    GET_DIRTY_LOG = _IOW::<[u64; 2]>(KVMIO, 0x42);
     SET_USER_MEMORY_REGION = _IOW::<uapi::kvm_userspace_memory_region>(KVMIO, 0x46);
     SET_TSS_ADDR = _IO(KVMIO, 0x47);
     SET_IDENTITY_MAP_ADDR = _IOW::<u64>(KVMIO, 0x48);

@@ -69,6 +69,12 @@ fn vm_ioctl(vm: &Arc<Vm>, command: u32, argument: usize) -> Result<isize> {
             anon_file::open(reservation, vcpu).inspect_err(|_| vm.remove_vcpu(id))
         }
         user::SET_USER_MEMORY_REGION => set_memory(vm, argument),
+        user::GET_DIRTY_LOG => {
+            // Beside the slot's number is padding; the address space is in its upper half.
+            let [slot, bitmap]: [u64; 2] = user::read(argument)?;
+            let bitmap = usize::try_from(bitmap).map_err(|_| EFAULT)?;
+            vm.memory.dirty_log(slot as u32, bitmap).map(|()| 0)
+        }
         // An unrestricted guest needs neither the TSS nor the identity map of older CPUs.
         user::SET_USER_MEMORY_REGION2 => set_memory2(vm, argument),
         user::SET_TSS_ADDR if argument > MAX_TSS_ADDRESS => Err(EINVAL),

@@ -8,8 +8,13 @@
 
 mod access;
 mod invalidate;
+mod log;
 
-use self::{access::Writers, invalidate::Unmapping};
+use self::{
+    access::Writers,
+    invalidate::Unmapping,
+    log::{DirtyLog, LogChange, LogPlace},
+};
 use super::shared::VcpuShared;
 use crate::host::{
     memory::{self, Tables, UserPage},
@@ -44,6 +49,8 @@ pub(crate) enum Fault {
 
 struct Mmu {
     slots: KVec<Slot>,
+    /// Of the slots that have one.
+    logs: KVec<DirtyLog>,
     hint: usize,
     /// `None` once the process is gone.
     ept: Option<Ept>,
@@ -100,6 +107,7 @@ impl GuestMemory {
         let eptp = ept.eptp(accessed_dirty);
         let mmu = Mmu {
             slots: KVec::new(),
+            logs: KVec::new(),
             hint: 0,
             ept: Some(ept),
             tables,
@@ -179,7 +187,7 @@ impl GuestMemory {
         let limits = Limits {
             slots: SLOTS,
             address_spaces: 1,
-            flags: slot::READONLY,
+            flags: slot::LOG_DIRTY_PAGES | slot::READONLY,
             end_of_memory: self.end_of_memory,
         };
         if request.bytes != 0 && !memory::is_user_range(request.hva, request.bytes) {
@@ -208,8 +216,12 @@ impl GuestMemory {
                 .insert_within_capacity(place, new)
                 .map_err(|_| ENOMEM)?;
         }
+        let mut logs = LogChange::prepare(self, removed.as_ref(), added.as_ref())?;
         let mut mmu = self.mmu.lock();
         core::mem::swap(&mut mmu.slots, &mut slots);
+        if let Some(logs) = &mut logs {
+            logs.carry_out(&mut mmu);
+        }
         mmu.changes.note();
         if let Some(old) = removed {
             let mut unmapping = Unmapping::new(true);
@@ -271,7 +283,9 @@ impl GuestMemory {
         if size > PageSize::Size4K {
             size = size.min(memory::host_mapping(hva));
         }
-        let permissions = if page.writable && !slot.is_read_only() {
+        // In a slot with a log only what is written to may be written to.
+        let may_write = !slot.is_read_only() && (write || !slot.logs_dirty());
+        let permissions = if page.writable && may_write {
             Permissions::ALL
         } else {
             Permissions::READ_EXECUTE
@@ -297,6 +311,9 @@ impl GuestMemory {
         };
         if permissions.can_write() {
             page.mark_dirty();
+            if slot.logs_dirty() {
+                mmu.mark_dirty(LogPlace::of(&slot, gfn));
+            }
         }
         if flush {
             self.unlock_and_flush_replaced(mmu);
@@ -307,8 +324,13 @@ impl GuestMemory {
 
 impl Mmu {
     #[inline]
+    fn find_ref(&mut self, gfn: Gfn) -> Option<&Slot> {
+        slot::find_hinted(&self.slots, gfn, &mut self.hint)
+    }
+
+    #[inline]
     fn find(&mut self, gfn: Gfn) -> Option<Slot> {
-        slot::find_hinted(&self.slots, gfn, &mut self.hint).copied()
+        self.find_ref(gfn).copied()
     }
 
     fn was_accessed(&mut self, first: Gfn, end: Gfn, clear: bool) -> bool {

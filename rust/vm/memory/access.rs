@@ -2,7 +2,7 @@
 
 //! The kernel's own accesses to guest memory: through the process's addresses, as the process would.
 
-use super::GuestMemory;
+use super::{log::LogPlace, GuestMemory};
 use crate::host::{memory, wait::WaitQueue};
 use core::sync::atomic::{AtomicU32, Ordering};
 use kernel::{
@@ -94,14 +94,26 @@ impl Drop for Writing<'_> {
 }
 
 impl GuestMemory {
-    /// The address in the process that backs `gpa`, where memory is there and `write` is allowed.
+    /// What backs `gpa`, where memory is there and `write` is allowed.
     #[inline]
-    fn hva(&self, gpa: Gpa, write: bool) -> Option<Hva> {
-        let slot = self.mmu.lock().find(gpa.frame())?;
+    fn backing(&self, gpa: Gpa, write: bool) -> Option<(Hva, Option<LogPlace>)> {
+        let gfn = gpa.frame();
+        let mut mmu = self.mmu.lock();
+        let slot = mmu.find_ref(gfn)?;
         if write && slot.is_read_only() {
             return None;
         }
-        Some(slot.hva_of(gpa.frame())?.wrapping_add(gpa.page_offset()))
+        let log = (write && slot.logs_dirty()).then(|| LogPlace::of(slot, gfn));
+        let hva = slot.hva_of(gfn)?;
+        Some((hva.wrapping_add(gpa.page_offset()), log))
+    }
+
+    /// Notes a write in the slot's log, where it has one.
+    #[inline]
+    fn note_write(&self, log: Option<LogPlace>) {
+        if let Some(place) = log {
+            self.mmu.lock().mark_dirty(place);
+        }
     }
 
     /// The slot that holds a frame.
@@ -111,8 +123,9 @@ impl GuestMemory {
     }
 
     /// Whether memory is at `gpa`, which may be written if `write` is asked for.
+    #[inline]
     pub(crate) fn is_memory(&self, gpa: Gpa, write: bool) -> bool {
-        self.hva(gpa, write).is_some()
+        self.backing(gpa, write).is_some()
     }
 
     /// Reads guest memory inside one page. `None` where no memory is there.
@@ -121,7 +134,7 @@ impl GuestMemory {
     ///
     /// `EFAULT` where the process has nothing at the slot's address.
     pub(crate) fn read(&self, gpa: Gpa, data: &mut [u8]) -> Result<Option<()>> {
-        let Some(hva) = self.hva(gpa, false) else {
+        let Some((hva, _)) = self.backing(gpa, false) else {
             return Ok(None);
         };
         debug_assert!(gpa.page_offset() + data.len() as u64 <= PAGE_SIZE);
@@ -142,13 +155,14 @@ impl GuestMemory {
             return Ok(None);
         }
         let _writing = self.writers.begin();
-        let Some(hva) = self.hva(gpa, true) else {
+        let Some((hva, log)) = self.backing(gpa, true) else {
             return Ok(None);
         };
         debug_assert!(gpa.page_offset() + data.len() as u64 <= PAGE_SIZE);
         UserSlice::new(UserPtr::from_addr(hva.raw() as usize), data.len())
             .writer()
             .write_slice(data)?;
+        self.note_write(log);
         Ok(Some(()))
     }
 
@@ -166,9 +180,13 @@ impl GuestMemory {
         new: u64,
     ) -> Result<Option<bool>> {
         let _writing = self.writers.begin();
-        match self.hva(gpa, true) {
-            Some(hva) => memory::compare_exchange(hva, size, old, new).map(Some),
-            None => Ok(None),
+        let Some((hva, log)) = self.backing(gpa, true) else {
+            return Ok(None);
+        };
+        let done = memory::compare_exchange(hva, size, old, new)?;
+        if done {
+            self.note_write(log);
         }
+        Ok(Some(done))
     }
 }

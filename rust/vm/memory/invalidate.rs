@@ -36,11 +36,18 @@ impl Unmapping {
     fn step(&mut self, mmu: &mut Mmu, first: Gfn, end: Gfn) -> Option<Gfn> {
         let Mmu { ept, tables, .. } = mmu;
         let part = ept.as_ref()?.unmap(tables, first, end, STEPS);
-        if part.flush && !self.flush {
+        if part.flush {
+            self.note(mmu);
+        }
+        part.next
+    }
+
+    /// Something was taken away.
+    pub(super) fn note(&mut self, mmu: &mut Mmu) {
+        if !self.flush {
             self.flush = true;
             mmu.flushing = mmu.flushing.saturating_add(1);
         }
-        part.next
     }
 }
 
@@ -114,11 +121,8 @@ impl GuestMemory {
 
     /// As [`Self::unlock_and_flush`], after a translation was replaced. The caller may sleep.
     pub(super) fn unlock_and_flush_replaced(&self, mut mmu: SpinLockGuard<'_, Mmu>) {
-        mmu.flushing = mmu.flushing.saturating_add(1);
-        let replaced = Unmapping {
-            flush: true,
-            may_sleep: true,
-        };
+        let mut replaced = Unmapping::new(true);
+        replaced.note(&mut mmu);
         self.unlock_and_flush(mmu, replaced);
     }
 

@@ -1,42 +1,216 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The dirty log.
+//! The dirty log: KVM_MEM_LOG_DIRTY_PAGES and KVM_GET_DIRTY_LOG.
 
 use crate::guests::{Guest, PAGE, PLACE};
+use crate::large::Timed;
+use crate::running::{beside, move_into, wait_for_change};
 use kvm_bindings as kb;
 use rvisor_tests::mapping::Mapping;
-use rvisor_tests::raw::ioctl_with;
-use rvisor_tests::{check, check_eq, uapi, Device, Fail, Outcome};
+use rvisor_tests::raw::{expect_errno, ioctl_with, Errno};
+use rvisor_tests::{check, check_eq, uapi, Device, Outcome};
 
+/// KVM_GET_DIRTY_LOG of this slot into these words.
+fn fetch(guest: &Guest, slot: u32, words: &mut [u64]) -> Result<(), Errno> {
+    fetch_to(guest, slot, words.as_mut_ptr())
+}
+
+fn fetch_to(guest: &Guest, slot: u32, words: *mut u64) -> Result<(), Errno> {
+    let mut log = kb::kvm_dirty_log {
+        slot,
+        ..Default::default()
+    };
+    log.__bindgen_anon_1.dirty_bitmap = words.cast();
+    ioctl_with(&guest.machine.vm, uapi::GET_DIRTY_LOG, &mut log).map(|_| ())
+}
+
+fn set(guest: &Guest, flags: u32, memory: &Mapping, length: usize) -> Outcome {
+    guest.machine.set_slot(1, flags, PLACE, memory, 0, length)
+}
+
+/// What was written is in the log once; what was read is not.
 pub(crate) fn dirty_log(device: &Device) -> Outcome {
     let guest = Guest::new(device)?;
     let memory = Mapping::anonymous(64 * PAGE)?;
-    let flags = kb::KVM_MEM_LOG_DIRTY_PAGES;
-    if let Err(fail) = guest
-        .machine
-        .set_slot(1, flags, PLACE, &memory, 0, 64 * PAGE)
-    {
-        return Err(Fail::skip(format!(
-            "no slot with KVM_MEM_LOG_DIRTY_PAGES: {fail:?}"
-        )));
-    }
-    let mut bitmap = [u64::MAX];
-    let mut fetch = || -> Result<u64, Fail> {
-        let mut log = kb::kvm_dirty_log {
-            slot: 1,
-            ..Default::default()
-        };
-        log.__bindgen_anon_1.dirty_bitmap = bitmap.as_mut_ptr().cast();
-        ioctl_with(&guest.machine.vm, uapi::GET_DIRTY_LOG, &mut log)?;
-        Ok(bitmap[0])
+    set(&guest, kb::KVM_MEM_LOG_DIRTY_PAGES, &memory, 64 * PAGE)?;
+    let take = || -> Result<u64, Errno> {
+        let mut word = [u64::MAX];
+        fetch(&guest, 1, &mut word)?;
+        Ok(word[0])
     };
-    fetch()?;
+    check_eq!(take()?, 0, "the log of a new slot");
     guest.read(PLACE + 5 * 4096)?;
     guest.write(PLACE + 4096, 1)?;
     guest.write(PLACE + 63 * 4096, 1)?;
-    check_eq!(fetch()?, (1 << 63) | (1 << 1), "pages 1 and 63");
-    check_eq!(fetch()?, 0, "once more");
+    check_eq!(take()?, (1 << 63) | (1 << 1), "pages 1 and 63");
+    check_eq!(take()?, 0, "once more");
+    guest.read(PLACE + 4096)?;
+    check_eq!(take()?, 0, "after reading page 1");
     guest.write(PLACE + 4096, 2)?;
-    check_eq!(fetch()?, 1 << 1, "page 1 again");
+    check_eq!(take()?, 1 << 1, "page 1 again");
     check!(memory.read_u64(4096) == 2, "the memory");
+    // What the process itself writes is its own affair.
+    memory.write_u64(7 * 4096, 1);
+    check_eq!(take()?, 0, "after a write of the process's");
     Ok(())
+}
+
+/// A slot of more than a word, whose last word is not whole; all of it written.
+pub(crate) fn dirty_log_of_many_pages(device: &Device) -> Outcome {
+    const PAGES: usize = 64 * 70 + 3;
+    let guest = Guest::with(device, crate::guests::touch_all())?;
+    let memory = Mapping::anonymous(PAGES * PAGE)?;
+    memory.advise(0, memory.len(), libc::MADV_HUGEPAGE)?;
+    set(&guest, kb::KVM_MEM_LOG_DIRTY_PAGES, &memory, PAGES * PAGE)?;
+    let mut regs = guest.cpu.regs()?;
+    // All pages but the first two.
+    (regs.rsi, regs.rdi) = (PLACE + 2 * 4096, PLACE + (PAGES * PAGE) as u64);
+    guest.cpu.set_regs(&regs)?;
+    guest.cpu.run_until_done()?;
+    let mut words = [u64::MAX; 72];
+    fetch(&guest, 1, &mut words)?;
+    check_eq!(words[0], u64::MAX << 2, "the first word");
+    check!(
+        words[1..70].iter().all(|word| *word == u64::MAX),
+        "the words between"
+    );
+    check_eq!(words[70], 0b111, "the last word");
+    check_eq!(words[71], u64::MAX, "what lies behind the bitmap");
+    fetch(&guest, 1, &mut words)?;
+    check!(words[..71].iter().all(|word| *word == 0), "taken twice");
+    Ok(())
+}
+
+/// The answers to wrong questions.
+pub(crate) fn dirty_log_errors(device: &Device) -> Outcome {
+    let guest = Guest::new(device)?;
+    let memory = Mapping::anonymous(PAGE)?;
+    let mut word = [0];
+    expect_errno(fetch(&guest, 1, &mut word), libc::ENOENT, "no slot")?;
+    set(&guest, 0, &memory, PAGE)?;
+    expect_errno(
+        fetch(&guest, 1, &mut word),
+        libc::ENOENT,
+        "a slot without a log",
+    )?;
+    expect_errno(
+        fetch(&guest, 0xffff, &mut word),
+        libc::EINVAL,
+        "no such number",
+    )?;
+    expect_errno(
+        fetch(&guest, 0x5_0001, &mut word),
+        libc::EINVAL,
+        "no such space",
+    )?;
+    set(&guest, kb::KVM_MEM_LOG_DIRTY_PAGES, &memory, PAGE)?;
+    guest.write(PLACE, 1)?;
+    let nowhere = std::ptr::without_provenance_mut(8);
+    expect_errno(
+        fetch_to(&guest, 1, nowhere),
+        libc::EFAULT,
+        "no place for the bitmap",
+    )?;
+    // The log can be taken all the same; KVM has lost what was in it.
+    guest.write(PLACE, 2)?;
+    fetch(&guest, 1, &mut word)?;
+    check_eq!(memory.read_u64(0), 2, "the memory");
+    set(&guest, 0, &memory, PAGE)?;
+    expect_errno(
+        fetch(&guest, 1, &mut word),
+        libc::ENOENT,
+        "the log was switched off",
+    )
+}
+
+/// A log that is switched on under memory that the guest has already, moved, and switched off.
+pub(crate) fn dirty_log_switched(device: &Device) -> Outcome {
+    const LATER: u64 = PLACE + 0x40_0000;
+    let guest = Guest::new(device)?;
+    let memory = Mapping::anonymous(8 * PAGE)?;
+    set(&guest, 0, &memory, 8 * PAGE)?;
+    for page in 0..8 {
+        guest.write(PLACE + page * 4096, page)?;
+    }
+    let mut word = [u64::MAX];
+    for round in 0..3 {
+        let log = kb::KVM_MEM_LOG_DIRTY_PAGES;
+        set(&guest, log, &memory, 8 * PAGE)?;
+        guest.write(PLACE + 3 * 4096, 1)?;
+        fetch(&guest, 1, &mut word)?;
+        check_eq!(word[0], 1 << 3, "round {round}");
+        guest.write(PLACE + 2 * 4096, 1)?;
+        // It moves with its notes, which are by the page of the slot.
+        guest
+            .machine
+            .set_slot(1, log, LATER, &memory, 0, 8 * PAGE)?;
+        guest.write(LATER + 5 * 4096, 1)?;
+        fetch(&guest, 1, &mut word)?;
+        check_eq!(word[0], (1 << 5) | (1 << 2), "moved, round {round}");
+        guest
+            .machine
+            .set_slot(1, log, PLACE, &memory, 0, 8 * PAGE)?;
+        set(&guest, 0, &memory, 8 * PAGE)?;
+        guest.write(PLACE + 3 * 4096, 2)?;
+    }
+    Ok(())
+}
+
+/// Memory with a log has small pages; without it large ones again.
+pub(crate) fn dirty_log_and_huge_pages(device: &Device) -> Outcome {
+    const HUGE: usize = 2 << 20;
+    let timed = Timed::new(device)?;
+    let memory = crate::large::transparent(HUGE)?;
+    let guest = &timed.guest;
+    set(guest, 0, &memory, HUGE)?;
+    timed.check_mapped(PLACE, HUGE, PAGE, 1)?;
+    set(guest, kb::KVM_MEM_LOG_DIRTY_PAGES, &memory, HUGE)?;
+    let (faults, _) = timed.count(PLACE + 4096, HUGE - PAGE, PAGE)?;
+    check!(
+        faults >= 511,
+        "only {faults} faults for 511 pages with a log"
+    );
+    let mut words = [0; 8];
+    fetch(guest, 1, &mut words)?;
+    check_eq!(words[0], u64::MAX << 1, "the first word");
+    check!(
+        words[1..].iter().all(|word| *word == u64::MAX),
+        "{words:x?}"
+    );
+    set(guest, 0, &memory, HUGE)?;
+    timed.check_mapped(PLACE, HUGE, PAGE, 1)
+}
+
+/// What an emulated instruction writes is in the log too.
+pub(crate) fn dirty_log_of_emulation(device: &Device) -> Outcome {
+    let guest = Guest::with(device, move_into())?;
+    let memory = Mapping::anonymous(4 * PAGE)?;
+    set(&guest, kb::KVM_MEM_LOG_DIRTY_PAGES, &memory, 4 * PAGE)?;
+    guest.prepare(PLACE + 2 * 4096, None)?;
+    beside(&guest, Vec::new(), || {
+        wait_for_change(&memory, 2 * 4096)?;
+        let mut word = [u64::MAX];
+        fetch(&guest, 1, &mut word)?;
+        check_eq!(word[0], 1 << 2, "the log");
+        wait_for_change(&memory, 2 * 4096)?;
+        fetch(&guest, 1, &mut word)?;
+        check_eq!(word[0], 1 << 2, "the log, later");
+        Ok(())
+    })
+}
+
+/// A log that is taken under a guest that writes all the time: after each time the next write is in it.
+pub(crate) fn dirty_log_of_a_running_guest(device: &Device) -> Outcome {
+    let guest = Guest::with(device, crate::running::count_into())?;
+    let memory = Mapping::anonymous(2 * PAGE)?;
+    set(&guest, kb::KVM_MEM_LOG_DIRTY_PAGES, &memory, 2 * PAGE)?;
+    guest.prepare(PLACE + 4096, None)?;
+    beside(&guest, Vec::new(), || {
+        let mut word = [u64::MAX];
+        for round in 0..50 {
+            wait_for_change(&memory, 4096)?;
+            fetch(&guest, 1, &mut word)?;
+            check_eq!(word[0], 0b10, "round {round}");
+        }
+        Ok(())
+    })
 }

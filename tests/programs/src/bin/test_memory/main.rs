@@ -51,5 +51,11 @@ fn main() -> std::process::ExitCode {
         running::pages_go,
         running::rights_change,
         log::dirty_log,
+        log::dirty_log_of_many_pages,
+        log::dirty_log_errors,
+        log::dirty_log_switched,
+        log::dirty_log_and_huge_pages,
+        log::dirty_log_of_emulation,
+        log::dirty_log_of_a_running_guest,
     ])
 }

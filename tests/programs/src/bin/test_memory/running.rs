@@ -14,7 +14,7 @@ const STOP: u64 = DATA;
 
 // Counts in RCX and writes the count to [RSI], until it is told to stop.
 guest_code!(
-    count_into,
+    pub(crate) count_into,
     code64,
     [
         "sti",
@@ -30,7 +30,7 @@ guest_code!(
 
 // Moves words from a device to [RSI], which is emulated, until it is told to stop.
 guest_code!(
-    move_into,
+    pub(crate) move_into,
     code64,
     [
         "sti",
@@ -64,7 +64,7 @@ fn run_to_end(cpu: &Cpu) -> Outcome {
 }
 
 /// Runs `change` while the guest of `cpus` runs, then stops it.
-fn beside(guest: &Guest, others: Vec<Cpu>, change: impl FnOnce() -> Outcome) -> Outcome {
+pub(crate) fn beside(guest: &Guest, others: Vec<Cpu>, change: impl FnOnce() -> Outcome) -> Outcome {
     std::thread::scope(|scope| {
         let mut running = vec![scope.spawn(|| run_to_end(&guest.cpu))];
         for cpu in others {
@@ -83,7 +83,7 @@ fn beside(guest: &Guest, others: Vec<Cpu>, change: impl FnOnce() -> Outcome) -> 
 }
 
 /// Waits until the word is another one.
-fn wait_for_change(memory: &Mapping, offset: u64) -> Outcome {
+pub(crate) fn wait_for_change(memory: &Mapping, offset: u64) -> Outcome {
     let old = memory.read_u64(offset);
     let end = Instant::now() + Duration::from_secs(2);
     while memory.read_u64(offset) == old {
