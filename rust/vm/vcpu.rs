@@ -359,8 +359,8 @@ impl Core {
     /// Sets CR4 to a legal value. The caller sees to the PDPTEs.
     pub(crate) fn set_cr4(&mut self, vmcs: &mut CurrentVmcs<'_>, value: Cr4) {
         self.cr4 = value;
-        let (fixed, allowed) = self.vm.host.capabilities.cr4_fixed;
-        vmcs.write(FieldNatural::GUEST_CR4, (value.0 | fixed) & allowed);
+        let real = value.in_guest(Cr4(cpu::cr4()), self.vm.host.capabilities.cr4_fixed);
+        vmcs.write(FieldNatural::GUEST_CR4, real);
         vmcs.write(FieldNatural::CR4_READ_SHADOW, value.0);
     }
 

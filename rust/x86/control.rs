@@ -147,6 +147,19 @@ register! {
     }
 }
 
+impl Cr4 {
+    /// What the CPU's CR4 holds while it runs a guest whose CR4 is `self`. `host` is the host's own CR4,
+    /// `(fixed, allowed)` are the bits that VMX operation demands and allows.
+    ///
+    /// MCE is the host's at all times: a machine check that comes while it is clear shuts the CPU down,
+    /// and the host with it (SDM vol. 3, 2.5 and 7.15).
+    #[inline]
+    pub const fn in_guest(self, host: Self, (fixed, allowed): (u64, u64)) -> u64 {
+        let value = (self.0 & !Self::MCE) | (host.0 & Self::MCE);
+        (value | fixed) & allowed
+    }
+}
+
 register! {
     /// The extended-feature-enable MSR (SDM vol. 3, 2.2.1).
     Efer {
@@ -539,6 +552,19 @@ mod tests {
         assert_eq!(change(pae, pae | Cr4::LA57, 0, LONG), Err(Illegal));
         assert_eq!(change(pae, pae | Cr4::LA57, 0, Efer(0)), Ok(()));
         assert_eq!(change(pae, pae | Cr4::VMXE, 0, LONG), Err(Illegal));
+    }
+
+    #[test]
+    fn machine_checks_stay_enabled_for_the_host_whatever_the_guest_says() {
+        let vmx = (Cr4::VMXE, !Cr4::KL);
+        for guest in [0, Cr4::MCE, Cr4::PAE, Cr4::PAE | Cr4::MCE] {
+            for host in [Cr4::PAE | Cr4::PGE, Cr4::PAE | Cr4::PGE | Cr4::MCE] {
+                let real = Cr4(guest).in_guest(Cr4(host), vmx);
+                assert_eq!(real & Cr4::MCE, host & Cr4::MCE, "{guest:#x} {host:#x}");
+                assert_eq!(real & !Cr4::MCE, (guest & Cr4::PAE) | Cr4::VMXE);
+            }
+        }
+        assert_eq!(Cr4(Cr4::KL).in_guest(Cr4(0), vmx), Cr4::VMXE);
     }
 
     #[test]

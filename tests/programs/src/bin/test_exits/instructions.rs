@@ -313,11 +313,15 @@ guest_code!(
         "mov rdi, {other}",
         "mov cr3, rdi",
         "mov rdi, cr3",
-        // CR4: PGE and TSD on.
+        // CR4: PGE, TSD and MCE on, then MCE off.
         "mov r8, cr4",
-        "or r8, 0x84",
+        "or r8, 0xc4",
         "mov cr4, r8",
         "mov r9, cr4",
+        "mov r8, r9",
+        "and r8, -65",
+        "mov cr4, r8",
+        "mov r8, cr4",
         // CR8.
         "mov r10d, 11",
         "mov cr8, r10",
@@ -355,7 +359,8 @@ pub(crate) fn control_registers(device: &Device) -> Outcome {
         "SMSW after LMSW set TS and could not clear PE"
     );
     check_eq!(regs.rdi, DATA | 0x18, "CR3");
-    check_eq!(regs.r9, before.cr4 | 0x84, "CR4");
+    check_eq!(regs.r9, before.cr4 | 0xc4, "CR4 with PGE, TSD and MCE");
+    check_eq!(regs.r8, before.cr4 | 0x84, "CR4 without MCE");
     check_eq!(regs.r10, 11, "CR8");
     check_eq!(regs.r11, 0x1234_5678_9abc, "CR2");
     check_eq!(
