@@ -180,9 +180,8 @@ pub(crate) fn nmi(_irqs: &IrqsOff) {
     unsafe { asm!("int 2") };
 }
 
-/// Delivers the machine check that made the guest exit to the host's handler.
+/// Hands the machine check that made the guest exit, or that came while it was entered, to the host.
 pub(crate) fn machine_check(_irqs: &IrqsOff) {
-    // SAFETY: The IDT's machine-check gate is there on every kernel that has it configured, and its
-    // handler takes the state from the banks, not from how it was entered.
-    unsafe { asm!("int 18") };
+    // SAFETY: Interrupts are off, on the stack of a thread that goes back to userspace.
+    unsafe { bindings::rvisor_machine_check() };
 }

@@ -23,6 +23,7 @@
 #include <asm/fsgsbase.h>
 #include <asm/gsseg.h>
 #include <asm/ibt.h>
+#include <asm/mce.h>
 #include <asm/msr.h>
 #include <asm/nospec-branch.h>
 #include <asm/tsc.h>
@@ -281,6 +282,22 @@ void rvisor_load_selectors(u16 es, u16 ds, u16 fs, u16 gs, u16 ldtr)
 bool rvisor_hw_breakpoints_active(void)
 {
 	return hw_breakpoint_active();
+}
+
+/*
+ * Handles a machine check that came in guest mode. The guest is this thread's as its userspace is, so an
+ * error that only who ran can be made to pay for kills the thread, where one of the kernel's own would
+ * panic: that takes registers as of userspace, which "int 18" could not give.
+ */
+void rvisor_machine_check(void)
+{
+#ifdef CONFIG_X86_MCE
+	struct pt_regs regs = {};
+
+	regs.cs = __USER_CS;
+	regs.flags = X86_EFLAGS_IF;
+	do_machine_check(&regs);
+#endif
 }
 
 void rvisor_kick_cpu(unsigned int cpu)

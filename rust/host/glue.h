@@ -59,6 +59,7 @@ unsigned long rvisor_host_idt(void);
 void rvisor_restore_descriptor_limits(void);
 void rvisor_load_selectors(u16 es, u16 ds, u16 fs, u16 gs, u16 ldtr);
 bool rvisor_hw_breakpoints_active(void);
+void rvisor_machine_check(void);
 
 void rvisor_kick_cpu(unsigned int cpu);
 

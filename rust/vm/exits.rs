@@ -67,6 +67,9 @@ impl Core {
         field: ExitReasonField,
     ) -> Next {
         if field.is_entry_failure() {
+            if field.basic() == ExitReason::ENTRY_FAILURE_MACHINE_CHECK {
+                cpu::machine_check(vmcs.irqs());
+            }
             return Next::User(UserExit::FailedEntry {
                 reason: field.0.into(),
                 cpu: current_cpu(vmcs),
@@ -263,10 +266,6 @@ impl Core {
             cpu::nmi(vmcs.irqs());
             return Next::Enter;
         }
-        if info.vector() == ExceptionVector::MachineCheck.number() {
-            cpu::machine_check(vmcs.irqs());
-            return Next::Enter;
-        }
         self.save_interrupted_delivery(vmcs);
         // An IRET that faulted had already unblocked NMIs (SDM vol. 3, 29.2.3).
         if info.0 & InterruptionInfo::NMI_UNBLOCKING != 0
@@ -306,6 +305,10 @@ impl Core {
             17 => {
                 let code = vmcs.read32(Field32::EXIT_INTERRUPTION_ERROR_CODE);
                 self.raise(Exception::with_code(ExceptionVector::AlignmentCheck, code))
+            }
+            18 => {
+                cpu::machine_check(vmcs.irqs());
+                Next::Enter
             }
             _ => Next::User(UserExit::UnexpectedExit {
                 reason: ExitReason::EXCEPTION_OR_NMI.0,
