@@ -317,8 +317,9 @@ impl State {
                 Fault::Device => {}
             }
         }
-        if let Some(cut) = self.core.events.reinjection.take() {
-            // Delivering an event touched a device: nothing that can be carried out again.
+        if let Some(cut) = &self.core.events.reinjection {
+            // Delivering an event touched a device: nothing that can be emulated. Userspace may make
+            // memory of it, or put the stack elsewhere.
             return Ok(Some(UserExit::Delivery {
                 data: [
                     u64::from(cut.info.0),

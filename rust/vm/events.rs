@@ -5,7 +5,6 @@
 use super::vcpu::Core;
 use crate::vmx::hardware::CurrentVmcs;
 use rvisor_core::x86::{
-    address::Gva,
     control::{Dr7, Rflags},
     controls::primary,
     vector::{Exception, ExceptionVector, Vector},
@@ -20,12 +19,33 @@ pub(crate) struct Reinjection {
     pub(crate) instruction_length: u32,
 }
 
+impl Reinjection {
+    /// An event without an instruction of its own, as userspace gives it.
+    pub(crate) fn new(kind: u32, vector: u8, error_code: Option<u32>) -> Self {
+        Self {
+            info: InterruptionInfo::new(kind, vector, error_code.is_some()),
+            error_code: error_code.unwrap_or(0),
+            instruction_length: 0,
+        }
+    }
+
+    /// Whether an exception can have the vector: 0 to 31, but for the NMI's.
+    pub(crate) fn is_exception(&self) -> bool {
+        self.info.vector() < 32 && self.info.vector() != 2
+    }
+
+    /// The vector, where it is an event of this kind.
+    pub(crate) fn vector_of(&self, kind: u32) -> Option<u8> {
+        (self.info.kind() == kind).then(|| self.info.vector())
+    }
+}
+
 /// What waits to be delivered.
 #[derive(Default)]
 pub(crate) struct Events {
-    /// Cut short: first in line.
+    /// Cut short: first in line but for `exception`.
     pub(crate) reinjection: Option<Reinjection>,
-    /// An exception that rvisor raises.
+    /// An exception that rvisor raises: of the instruction, or of the delivery that was cut short.
     pub(crate) exception: Option<Exception>,
     /// NMIs that were not injected yet, at most 2.
     pub(crate) nmis: u32,
@@ -92,17 +112,19 @@ impl Events {
 
 impl Core {
     /// Takes note of an event whose delivery this exit cut short.
-    pub(crate) fn save_interrupted_delivery(&mut self, vmcs: &CurrentVmcs<'_>) {
+    pub(crate) fn save_interrupted_delivery(&mut self, vmcs: &mut CurrentVmcs<'_>) {
         let info = InterruptionInfo(vmcs.read32(Field32::IDT_VECTORING_INFO));
         if !info.is_valid() {
             return;
         }
         self.events.attention = true;
         if info.kind() == InterruptionInfo::NMI {
-            // Delivered again as a new one; delivery blocks NMIs once more.
-            self.events.nmis = (self.events.nmis + 1).min(2);
-            self.unblock_nmi = true;
-            return;
+            // Its delivery has blocked NMIs, and will once more.
+            let state = vmcs.read32(Field32::GUEST_INTERRUPTIBILITY);
+            vmcs.write32(
+                Field32::GUEST_INTERRUPTIBILITY,
+                state & !interruptibility::NMI,
+            );
         }
         self.events.reinjection = Some(Reinjection {
             info: info.for_reinjection(),
@@ -115,28 +137,47 @@ impl Core {
         });
     }
 
+    /// Takes the event back that a failed VM entry was to deliver: the CPU leaves it in the VMCS, where
+    /// neither userspace nor the next event would find it.
+    #[cold]
+    pub(crate) fn take_back_injection(&mut self, vmcs: &mut CurrentVmcs<'_>) {
+        let info = InterruptionInfo(vmcs.read32(Field32::ENTRY_INTERRUPTION_INFO));
+        if !info.is_valid() {
+            return;
+        }
+        vmcs.write32(Field32::ENTRY_INTERRUPTION_INFO, 0);
+        self.events.attention = true;
+        self.events.reinjection = Some(Reinjection {
+            info,
+            error_code: vmcs.read32(Field32::ENTRY_EXCEPTION_ERROR_CODE),
+            instruction_length: vmcs.read32(Field32::ENTRY_INSTRUCTION_LENGTH),
+        });
+    }
+
     /// Puts the first event in line into the VMCS, and asks for an exit when the next can go.
     pub(crate) fn inject_events(&mut self, vmcs: &mut CurrentVmcs<'_>) {
-        if self.unblock_nmi {
-            self.unblock_nmi = false;
-            let state = vmcs.read32(Field32::GUEST_INTERRUPTIBILITY);
-            vmcs.write32(
-                Field32::GUEST_INTERRUPTIBILITY,
-                state & !interruptibility::NMI,
-            );
-        }
         let mut injected = true;
-        if let Some(cut) = self.events.reinjection.take() {
-            inject(vmcs, cut.info, cut.error_code, cut.instruction_length);
-        } else if let Some(exception) = self.events.exception.take() {
+        if let Some(exception) = self.events.exception.take() {
+            // Behind the event that was cut short it would come at a RIP that is not its own. That event
+            // goes, as it does on KVM: a later moment need not be one that allows it.
+            self.events.reinjection = None;
             self.inject_exception(vmcs, &exception);
+        } else if let Some(cut) = self.events.reinjection.take() {
+            let info = if self.is_protected() {
+                cut.info
+            } else {
+                // In real mode no exception pushes an error code.
+                cut.info.without_error_code()
+            };
+            inject(vmcs, info, cut.error_code, cut.instruction_length);
         } else {
             injected = false;
         }
         let mut window = 0;
         if self.events.nmis > 0 {
             let blocked = interruptibility::NMI | interruptibility::STI | interruptibility::MOV_SS;
-            if !injected && vmcs.read32(Field32::GUEST_INTERRUPTIBILITY) & blocked == 0 {
+            let state = vmcs.read32(Field32::GUEST_INTERRUPTIBILITY);
+            if !injected && state & blocked == 0 {
                 self.events.nmis -= 1;
                 inject(
                     vmcs,
@@ -147,7 +188,14 @@ impl Core {
                 injected = true;
             }
             if self.events.nmis > 0 {
-                window |= primary::NMI_WINDOW_EXITING;
+                // STI's shadow does not keep every CPU from an NMI-window exit, which would come again
+                // and again before any instruction (SDM vol. 3, 28.7.6). Interrupts are on under it, so
+                // an interrupt window opens right behind it. Delivery of an event ends the shadow.
+                window |= if !injected && state & interruptibility::STI != 0 {
+                    primary::INTERRUPT_WINDOW_EXITING
+                } else {
+                    primary::NMI_WINDOW_EXITING
+                };
             }
         }
         if self.has_interrupt() {
@@ -172,12 +220,12 @@ impl Core {
             window |= primary::INTERRUPT_WINDOW_EXITING;
         }
         self.set_windows(vmcs, window);
-        self.events.attention = self.events.exception.is_some();
+        self.events.attention = false;
     }
 
     fn inject_exception(&mut self, vmcs: &mut CurrentVmcs<'_>, exception: &Exception) {
         if let Some(address) = exception.address {
-            vmcs.hardware.cr2 = Gva::new(address.raw());
+            vmcs.hardware.cr2 = address;
         }
         if exception.vector == ExceptionVector::Debug {
             // Delivery switches general detect off (SDM vol. 3, 19.2.4).

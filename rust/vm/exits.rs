@@ -70,6 +70,7 @@ impl Core {
             if field.basic() == ExitReason::ENTRY_FAILURE_MACHINE_CHECK {
                 cpu::machine_check(vmcs.irqs());
             }
+            self.take_back_injection(vmcs);
             return Next::User(UserExit::FailedEntry {
                 reason: field.0.into(),
                 cpu: current_cpu(vmcs),

@@ -232,10 +232,11 @@ impl Vcpu {
                     Next::User(exit) => return Ok(Outer::User(exit)),
                 },
                 Err(error) => {
+                    core.take_back_injection(&mut vmcs);
                     return Ok(Outer::User(UserExit::FailedEntry {
                         reason: error.into(),
                         cpu: irqs.cpu(),
-                    }))
+                    }));
                 }
             }
         }

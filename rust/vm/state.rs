@@ -4,6 +4,7 @@
 //! VCPU_EVENTS, XCRS, XSAVE, CPUID2, LAPIC.
 
 use super::{
+    events::Reinjection,
     shared::Request,
     vcpu::{Core, MpState, State, Vcpu},
 };
@@ -26,7 +27,7 @@ use rvisor_core::{
         },
         msr::MsrIndex,
         segment::{AccessRights, Segment},
-        vector::{Exception, ExceptionVector, Vector},
+        vector::{ExceptionVector, Vector},
         vmcs::{interruptibility, Field32, FieldNatural, InterruptionInfo, VmcsSegment},
     },
 };
@@ -183,6 +184,7 @@ impl State {
     /// Carries out KVM_GET_SREGS.
     pub(crate) fn sregs(&mut self) -> Result<uapi::kvm_sregs> {
         self.with_vmcs(|core, vmcs| {
+            core.settle_exception(vmcs);
             let [es, cs, ss, ds, fs, gs, ldt, tr] =
                 SEGMENTS.map(|segment| to_kvm_segment(&vmcs.segment(segment)));
             let mut sregs = uapi::kvm_sregs {
@@ -216,7 +218,7 @@ impl State {
                 apic_base: core.apic_base(),
                 interrupt_bitmap: [0; 4],
             };
-            if let Some(vector) = core.events.interrupt {
+            if let Some(vector) = core.given_interrupt() {
                 sregs.interrupt_bitmap[usize::from(vector.0 >> 6)] |= 1 << (vector.0 & 63);
             }
             sregs
@@ -288,7 +290,9 @@ impl State {
                 Some(lapic) => lapic.set_cr8((sregs.cr8 & 0xf) as u8),
                 None => core.cr8 = sregs.cr8 & 0xf,
             }
-            core.events.interrupt = lowest_bit(&sregs.interrupt_bitmap);
+            if let Some(vector) = lowest_bit(&sregs.interrupt_bitmap) {
+                core.give_interrupt(vector);
+            }
             core.flush_guest = true;
             core.start_bootstrap_at_reset(vmcs);
         })
@@ -324,44 +328,41 @@ impl State {
     pub(crate) fn events(&mut self) -> Result<uapi::kvm_vcpu_events> {
         self.with_vmcs(|core, vmcs| {
             core.take_posted();
+            core.settle_exception(vmcs);
             let mut events = uapi::kvm_vcpu_events::default();
             let state = vmcs.read32(Field32::GUEST_INTERRUPTIBILITY);
-            if let Some(exception) = &core.events.exception {
-                events.exception.injected = 1;
-                events.exception.nr = exception.vector.number();
-                events.exception.has_error_code = exception.error_code.is_some().into();
-                events.exception.error_code = exception.error_code.unwrap_or(0);
+            let cut = core.events.reinjection.as_ref();
+            let cut_exception = cut.and_then(|cut| {
+                let vector = cut.vector_of(InterruptionInfo::HARDWARE_EXCEPTION)?;
+                let code = cut.info.has_error_code().then_some(cut.error_code);
+                Some((vector, code))
+            });
+            let exception = match &core.events.exception {
+                Some(exception) => Some((exception.vector.number(), exception.error_code)),
+                None => cut_exception,
+            };
+            if let Some((vector, code)) = exception {
+                events.exception.injected = (!is_software_exception(vector)).into();
+                events.exception.nr = vector;
+                events.exception.has_error_code = code.is_some().into();
+                events.exception.error_code = code.unwrap_or(0);
             }
-            if let Some(cut) = &core.events.reinjection {
-                match cut.info.kind() {
-                    InterruptionInfo::EXTERNAL_INTERRUPT => {
-                        events.interrupt.injected = 1;
-                        events.interrupt.nr = cut.info.vector();
-                    }
-                    InterruptionInfo::SOFTWARE_INTERRUPT => {
-                        events.interrupt.injected = 1;
-                        events.interrupt.soft = 1;
-                        events.interrupt.nr = cut.info.vector();
-                    }
-                    _ => {
-                        events.exception.injected = 1;
-                        events.exception.nr = cut.info.vector();
-                        events.exception.has_error_code = cut.info.has_error_code().into();
-                        events.exception.error_code = cut.error_code;
-                    }
-                }
-            }
-            if let Some(vector) = core.events.interrupt {
+            // INT n, INT3 and INTO that were cut short are not told: RIP stands on them still, and there
+            // is no place for their length.
+            if let Some(vector) = core.given_interrupt() {
                 events.interrupt.injected = 1;
                 events.interrupt.nr = vector.0;
             }
+            events.nmi.injected = cut
+                .is_some_and(|cut| cut.info.kind() == InterruptionInfo::NMI)
+                .into();
             if state & interruptibility::STI != 0 {
                 events.interrupt.shadow |= uapi::KVM_X86_SHADOW_INT_STI as u8;
             }
             if state & interruptibility::MOV_SS != 0 {
                 events.interrupt.shadow |= uapi::KVM_X86_SHADOW_INT_MOV_SS as u8;
             }
-            events.nmi.pending = (core.events.nmis > 0).into();
+            events.nmi.pending = core.events.nmis as u8;
             events.nmi.masked = (state & interruptibility::NMI != 0).into();
             events.flags = uapi::KVM_VCPUEVENT_VALID_NMI_PENDING | uapi::KVM_VCPUEVENT_VALID_SHADOW;
             events
@@ -372,7 +373,7 @@ impl State {
     ///
     /// # Errors
     ///
-    /// `EINVAL` for flags that are not offered and for vectors that are no exceptions.
+    /// `EINVAL` for flags that are not offered and for vectors that are no exception's.
     pub(crate) fn set_events(&mut self, events: &uapi::kvm_vcpu_events) -> Result {
         const KNOWN: u32 = uapi::KVM_VCPUEVENT_VALID_NMI_PENDING
             | uapi::KVM_VCPUEVENT_VALID_SIPI_VECTOR
@@ -380,28 +381,37 @@ impl State {
         if events.flags & !KNOWN != 0 {
             return Err(EINVAL);
         }
-        let exception = match events.exception.injected {
-            0 => None,
-            _ => Some(exception_of(
+        let exception = (events.exception.injected != 0).then(|| {
+            let code =
+                (events.exception.has_error_code != 0).then_some(events.exception.error_code);
+            Reinjection::new(
+                InterruptionInfo::HARDWARE_EXCEPTION,
                 events.exception.nr,
-                (events.exception.has_error_code != 0).then_some(events.exception.error_code),
-            )?),
-        };
+                code,
+            )
+        });
+        if exception.is_some_and(|exception| !exception.is_exception()) {
+            return Err(EINVAL);
+        }
         self.with_vmcs(|core, vmcs| {
-            core.events.reinjection = None;
-            core.events.exception = exception;
-            core.events.interrupt = None;
+            core.events.exception = None;
+            // As on KVM an exception goes before an NMI, and that before an interrupt.
+            core.events.reinjection = exception.or_else(|| {
+                (events.nmi.injected != 0).then(|| Reinjection::new(InterruptionInfo::NMI, 2, None))
+            });
+            if core.lapic.is_none() {
+                core.events.interrupt = None;
+            }
             if events.interrupt.injected != 0 {
-                let kind = if events.interrupt.soft != 0 {
-                    InterruptionInfo::SOFTWARE_INTERRUPT
-                } else {
-                    InterruptionInfo::EXTERNAL_INTERRUPT
-                };
-                core.events.reinjection = Some(super::events::Reinjection {
-                    info: InterruptionInfo::new(kind, events.interrupt.nr, false),
-                    error_code: 0,
-                    instruction_length: 0,
-                });
+                if events.interrupt.soft == 0 {
+                    core.give_interrupt(Vector(events.interrupt.nr));
+                } else if core.events.reinjection.is_none() {
+                    core.events.reinjection = Some(Reinjection::new(
+                        InterruptionInfo::SOFTWARE_INTERRUPT,
+                        events.interrupt.nr,
+                        None,
+                    ));
+                }
             }
             let mut state = vmcs.read32(Field32::GUEST_INTERRUPTIBILITY);
             let mut put = |bit: u32, on: bool| {
@@ -421,7 +431,7 @@ impl State {
             put(interruptibility::NMI, events.nmi.masked != 0);
             vmcs.write32(Field32::GUEST_INTERRUPTIBILITY, state);
             if events.flags & uapi::KVM_VCPUEVENT_VALID_NMI_PENDING != 0 {
-                core.events.nmis = events.nmi.pending.min(1).into();
+                core.events.nmis = events.nmi.pending.min(2).into();
             }
             core.events.attention = true;
         })
@@ -530,17 +540,14 @@ impl State {
     ///
     /// # Errors
     ///
-    /// `EINVAL` past vector 255, `ENXIO` with controllers in the kernel, `EEXIST` where one waits.
+    /// `EINVAL` past vector 255, `ENXIO` with controllers in the kernel.
     pub(crate) fn queue_interrupt(&mut self, vector: u32) -> Result {
         let vector = u8::try_from(vector).map_err(|_| EINVAL)?;
         if self.core.lapic.is_some() {
             return Err(ENXIO);
         }
-        if self.core.events.interrupt.is_some() {
-            return Err(EEXIST);
-        }
-        self.core.events.interrupt = Some(Vector(vector));
-        self.core.events.attention = true;
+        // One that waits gives way, as on KVM.
+        self.core.give_interrupt(Vector(vector));
         Ok(())
     }
 }
@@ -571,6 +578,38 @@ impl Core {
         }
     }
 
+    /// The external interrupt that is on its way into the guest: cut short, or userspace's own.
+    fn given_interrupt(&self) -> Option<Vector> {
+        let cut = self.events.reinjection.as_ref();
+        cut.and_then(|cut| cut.vector_of(InterruptionInfo::EXTERNAL_INTERRUPT))
+            .map(Vector)
+            .or(self.events.interrupt.filter(|_| self.lapic.is_none()))
+    }
+
+    /// Takes an external interrupt of userspace's. With a local APIC in the kernel it was on its way into
+    /// the guest when the state was saved, and the local APIC has it in service.
+    fn give_interrupt(&mut self, vector: Vector) {
+        let events = &mut self.events;
+        events.attention = true;
+        if self.lapic.is_none() {
+            events.interrupt = Some(vector);
+        } else if events
+            .reinjection
+            .is_none_or(|cut| cut.info.kind() == InterruptionInfo::EXTERNAL_INTERRUPT)
+        {
+            let kind = InterruptionInfo::EXTERNAL_INTERRUPT;
+            events.reinjection = Some(Reinjection::new(kind, vector.0, None));
+        }
+    }
+
+    /// Puts the address of a page fault that waits into CR2, where userspace looks for it.
+    fn settle_exception(&mut self, vmcs: &mut CurrentVmcs<'_>) {
+        let exception = self.events.exception.as_mut();
+        if let Some(address) = exception.and_then(|exception| exception.address.take()) {
+            vmcs.hardware.cr2 = address;
+        }
+    }
+
     /// Older userspace wakes the bootstrap processor by putting it at the reset vector.
     fn start_bootstrap_at_reset(&mut self, vmcs: &CurrentVmcs<'_>) {
         let is_bootstrap = self
@@ -596,32 +635,7 @@ fn lowest_bit(bitmap: &[u64; 4]) -> Option<Vector> {
         .map(|(word, place)| Vector(place * 64 + word.trailing_zeros() as u8))
 }
 
-/// The exception with this number.
-fn exception_of(number: u8, error_code: Option<u32>) -> Result<Exception> {
-    use ExceptionVector as E;
-    let vector = match number {
-        0 => E::DivideError,
-        1 => E::Debug,
-        3 => E::Breakpoint,
-        4 => E::Overflow,
-        5 => E::BoundRange,
-        6 => E::InvalidOpcode,
-        7 => E::DeviceNotAvailable,
-        8 => E::DoubleFault,
-        10 => E::InvalidTss,
-        11 => E::SegmentNotPresent,
-        12 => E::StackFault,
-        13 => E::GeneralProtection,
-        14 => E::PageFault,
-        16 => E::FloatingPoint,
-        17 => E::AlignmentCheck,
-        18 => E::MachineCheck,
-        19 => E::SimdFloatingPoint,
-        _ => return Err(EINVAL),
-    };
-    Ok(Exception {
-        vector,
-        error_code,
-        address: None,
-    })
+/// Whether an instruction of its own raises the exception: INT3 and INTO.
+fn is_software_exception(vector: u8) -> bool {
+    vector == ExceptionVector::Breakpoint.number() || vector == ExceptionVector::Overflow.number()
 }

@@ -84,8 +84,6 @@ impl Core {
         let mut state = vmcs.read32(Field32::GUEST_INTERRUPTIBILITY);
         state &= !(interruptibility::STI | interruptibility::MOV_SS);
         if switch.is_nmi {
-            self.events.nmis = self.events.nmis.saturating_sub(1);
-            self.unblock_nmi = false;
             state |= interruptibility::NMI;
         }
         vmcs.write32(Field32::GUEST_INTERRUPTIBILITY, state);

@@ -81,7 +81,6 @@ pub(crate) struct Core {
     pub(crate) dr6: u64,
     pub(crate) lapic: Option<KBox<LocalApic>>,
     pub(crate) events: Events,
-    pub(crate) unblock_nmi: bool,
     /// Userspace waits for the moment when the guest can take an interrupt.
     pub(crate) wants_window: bool,
     pub(crate) primary_controls: u32,
@@ -207,7 +206,6 @@ impl Vcpu {
             },
             lapic,
             events: Events::default(),
-            unblock_nmi: false,
             wants_window: false,
             primary_controls: capabilities.controls.primary,
             entry_controls: capabilities.controls.entry,

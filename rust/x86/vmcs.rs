@@ -382,6 +382,12 @@ impl InterruptionInfo {
         Self(self.0 & (Self::VALID | Self::HAS_ERROR_CODE | 0x7ff))
     }
 
+    /// The same event, which pushes no error code.
+    #[inline]
+    pub const fn without_error_code(self) -> Self {
+        Self(self.0 & !Self::HAS_ERROR_CODE)
+    }
+
     /// Whether delivery pushes the address behind the instruction, so that its length is needed.
     #[inline]
     pub const fn needs_instruction_length(self) -> bool {

@@ -78,5 +78,6 @@ fn main() -> std::process::ExitCode {
         halt::pic_wakes_another,
         window::interrupt,
         window::request_window,
+        window::second_interrupt,
     ])
 }

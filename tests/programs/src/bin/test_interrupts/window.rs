@@ -69,3 +69,25 @@ pub(crate) fn request_window(device: &Device) -> Outcome {
     check_eq!(count(&machine.memory, 0x61), 1, "interrupts");
     Ok(())
 }
+
+/// KVM_INTERRUPT in the place of one that waits still.
+pub(crate) fn second_interrupt(device: &Device) -> Outcome {
+    let machine = Machine::new(device)?;
+    let cpu = machine.vcpu(0)?;
+    guest::load(&machine, &cpu, Mode::Long, open_window())?;
+    cpu.run_until_done()?;
+    cpu.run_until_done()?;
+    let mut regs = cpu.regs()?;
+    regs.rip = CODE;
+    cpu.set_regs(&regs)?;
+    for mut vector in [0x60_u32, 0x61] {
+        rvisor_tests::raw::ioctl_with(&cpu.fd, rvisor_tests::uapi::INTERRUPT, &mut vector)?;
+    }
+    cpu.run_until_done()?;
+    check_eq!(
+        (count(&machine.memory, 0x60), count(&machine.memory, 0x61)),
+        (0, 1),
+        "interrupts with vectors 0x60 and 0x61"
+    );
+    Ok(())
+}

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Guests in each mode, and the processor's state in and out.
 
+mod events;
 mod modes;
 mod state;
 mod tasks;
@@ -31,5 +32,14 @@ fn main() -> std::process::ExitCode {
         state::msrs_refused,
         state::events_exception,
         state::events_nmi,
+        events::cut_nmi,
+        events::cut_interrupt,
+        events::cut_software_events,
+        events::injected_nmi,
+        events::exception_goes_first,
+        events::exception_vectors,
+        events::nmi_behind_sti,
+        events::failed_entry_keeps_event,
+        events::sregs_interrupt,
     ])
 }
