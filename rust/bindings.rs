@@ -18,7 +18,9 @@
     clippy::undocumented_unsafe_blocks
 )]
 
-use kernel::bindings::{file, file_operations, list_head, mm_struct, page, workqueue_struct};
+use kernel::bindings::{
+    file, file_operations, list_head, mm_struct, mutex, page, workqueue_struct,
+};
 use kernel::ffi;
 
 // What bindgen calls C's types of these names.

@@ -9,6 +9,7 @@ pub(crate) mod fpu;
 pub(crate) mod hotplug;
 pub(crate) mod irq;
 pub(crate) mod memory;
+pub(crate) mod mutex;
 pub(crate) mod notifier;
 pub(crate) mod page;
 pub(crate) mod preempt;

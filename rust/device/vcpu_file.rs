@@ -179,8 +179,10 @@ fn set_signal_mask(vcpu: &Vcpu, argument: usize) -> Result<isize> {
             argument.checked_add(size_of::<u32>()).ok_or(EFAULT)?,
         )?)
     };
-    vcpu.with_state(|state| state.signal_mask = mask.map(SignalMask::new));
-    Ok(0)
+    vcpu.with_state(|state| {
+        state.signal_mask = mask.map(SignalMask::new);
+        Ok(0)
+    })
 }
 
 fn set_cpuid(vcpu: &Vcpu, argument: usize) -> Result<isize> {

@@ -6,6 +6,7 @@
 #include <linux/kprobes.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/mutex.h>
 #include <linux/pgtable.h>
 #include <linux/preempt.h>
 #include <linux/percpu.h>
@@ -213,6 +214,11 @@ void rvisor_preempt_enable(void)
 unsigned int rvisor_cpu_id(void)
 {
 	return raw_smp_processor_id();
+}
+
+int rvisor_mutex_lock_killable(struct mutex *mutex)
+{
+	return mutex_lock_killable(mutex);
 }
 
 unsigned long rvisor_thread_flags(void)

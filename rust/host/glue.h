@@ -6,6 +6,7 @@
 #include <linux/types.h>
 
 struct mm_struct;
+struct mutex;
 struct page;
 struct preempt_notifier;
 
@@ -48,6 +49,7 @@ void rvisor_preempt_enable(void);
 unsigned int rvisor_cpu_id(void);
 unsigned int rvisor_online_cpus(void);
 
+int rvisor_mutex_lock_killable(struct mutex *mutex);
 unsigned long rvisor_thread_flags(void);
 unsigned long rvisor_guest_mode_work(void);
 struct mm_struct *rvisor_current_mm(void);

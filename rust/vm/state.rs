@@ -110,7 +110,8 @@ impl Vcpu {
     ///
     /// # Errors
     ///
-    /// `EIO` where VMX was switched off under us.
+    /// `EIO` where VMX was switched off under us, `EINTR` where the thread is killed while another has the
+    /// virtual CPU.
     pub(crate) fn mp_state(&self) -> Result<u32> {
         self.with_state(|state| {
             // An INIT or SIPI that waits is part of the state.

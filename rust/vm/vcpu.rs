@@ -16,6 +16,7 @@ use crate::{
         cpu,
         fpu::GuestFpu,
         irq::IrqsOff,
+        mutex,
         preempt::Preemptible,
         signal::SignalMask,
         timer::{self, Timer},
@@ -250,8 +251,12 @@ impl Vcpu {
 
 impl Vcpu {
     /// Runs `f` with the state, which no other thread has meanwhile.
-    pub(crate) fn with_state<R>(&self, f: impl FnOnce(&mut State) -> R) -> R {
-        let mut guard = self.state.lock();
+    ///
+    /// # Errors
+    ///
+    /// `EINTR` where the thread is killed while another has the state, and those of `f`.
+    pub(crate) fn with_state<R>(&self, f: impl FnOnce(&mut State) -> Result<R>) -> Result<R> {
+        let mut guard = mutex::lock_killable(&self.state)?;
         // SAFETY: The state is not moved out of its place.
         f(unsafe { guard.as_mut().get_unchecked_mut() })
     }

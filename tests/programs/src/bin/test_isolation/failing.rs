@@ -4,7 +4,7 @@
 use crate::{counting, start, Bystander};
 use rvisor_tests::guest::{self, Mode};
 use rvisor_tests::host::free_kib;
-use rvisor_tests::{check, check_eq, guest_code, Device, Exit, Machine, Outcome};
+use rvisor_tests::{check, check_eq, guest_code, Cpu, Device, Exit, Machine, Outcome};
 use std::io::Read;
 
 guest_code!(undefined, code64, ["ud2"]);
@@ -89,6 +89,50 @@ pub(crate) fn killed_in_loop(device: &Device) -> Outcome {
         })?;
         bystander.go_on()?;
     }
+    Ok(())
+}
+
+/// KVM_GET_REGS of the vCPU behind the pointer; nothing else, since it runs in its parent's memory.
+extern "C" fn get_regs(cpu: *mut libc::c_void) -> libc::c_int {
+    // SAFETY: The caller's vCPU, which lives on.
+    let cpu = unsafe { &*cpu.cast::<Cpu>() };
+    i32::from(cpu.fd.get_regs().is_err())
+}
+
+/// Who waits for a vCPU that another runs, for as long as its guest likes, can be killed.
+pub(crate) fn killed_while_it_waits(device: &Device) -> Outcome {
+    let (machine, cpu) = start(device, forever())?;
+    // Both stay until the process ends, and so does the thread that runs the guest.
+    std::mem::forget(machine);
+    let cpu: &'static Cpu = Box::leak(Box::new(cpu));
+    std::thread::spawn(|| cpu.run());
+    std::thread::sleep(std::time::Duration::from_millis(30));
+    // A process of its own with the same memory, which is what a vCPU asks of its callers.
+    let stack = Box::leak(vec![0_u128; 0x1000].into_boxed_slice());
+    let argument = std::ptr::from_ref(cpu).cast_mut().cast();
+    let flags = libc::CLONE_VM | libc::CLONE_FILES | libc::SIGCHLD;
+    // SAFETY: The child has a stack of its own; it makes one ioctl and ends.
+    let pid = unsafe {
+        let top = stack.as_mut_ptr_range().end.cast();
+        libc::clone(get_regs, top, flags, argument)
+    };
+    check!(pid > 0, "clone: {}", std::io::Error::last_os_error());
+    std::thread::sleep(std::time::Duration::from_millis(30));
+    let mut status = 0;
+    // SAFETY: `pid` is our child; `status` is a place for its end.
+    unsafe {
+        check_eq!(
+            libc::waitpid(pid, &raw mut status, libc::WNOHANG),
+            0,
+            "it waits"
+        );
+        libc::kill(pid, libc::SIGKILL);
+        libc::waitpid(pid, &raw mut status, 0);
+    }
+    check!(
+        libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL,
+        "the child ended with status {status:#x} and not by the signal"
+    );
     Ok(())
 }
 

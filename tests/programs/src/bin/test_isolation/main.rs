@@ -63,6 +63,7 @@ fn main() -> std::process::ExitCode {
         failing::triple_fault,
         failing::bad_entry_state,
         failing::killed_in_loop,
+        failing::killed_while_it_waits,
         failing::killed_in_hlt,
         failing::close_orders,
         failing::many_rounds,
