@@ -306,9 +306,17 @@ void rvisor_machine_check(void)
 #endif
 }
 
+/*
+ * The kernel warns of a reschedule interrupt to an offline CPU. With preemption off the CPU can't go
+ * offline between the question and the interrupt; the caller may be late with a CPU that has gone.
+ */
 void rvisor_kick_cpu(unsigned int cpu)
 {
-	smp_send_reschedule(cpu);
+	unsigned int here = get_cpu();
+
+	if (cpu != here && cpu_online(cpu))
+		smp_send_reschedule(cpu);
+	put_cpu();
 }
 
 /* 2^ORDER pages that belong to no process. */

@@ -71,6 +71,6 @@ pub(crate) fn cpu_id() -> u32 {
 /// Makes `cpu` leave the guest that it may be running: a reschedule interrupt, whose handler does nothing else.
 #[inline]
 pub(crate) fn kick(cpu: u32) {
-    // SAFETY: `cpu` was a CPU that a task of ours ran on; an offline one ignores it.
+    // SAFETY: `cpu` was a CPU that a task of ours ran on; where it is offline now nothing happens.
     unsafe { bindings::rvisor_kick_cpu(cpu) };
 }
