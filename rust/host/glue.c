@@ -149,6 +149,11 @@ bool rvisor_is_other_guest(u64 guest)
 	return true;
 }
 
+bool rvisor_cpu_has_pebs(void)
+{
+	return boot_cpu_has(X86_FEATURE_PEBS);
+}
+
 void rvisor_irq_disable(void)
 {
 	local_irq_disable();

@@ -14,6 +14,7 @@ unsigned long rvisor_kernel_symbol(const char *name);
 
 bool rvisor_cpu_has_vmx(void);
 bool rvisor_cpu_has_fred(void);
+bool rvisor_cpu_has_pebs(void);
 
 /* What the host's kernel does against speculative execution, for rvisor_host_speculation(). */
 #define RVISOR_HOST_SPEC_CTRL		(1u << 0)

@@ -56,7 +56,7 @@ impl Core {
                 let dr7 = dr7_written(value)?;
                 vmcs.write(FieldNatural::GUEST_DR7, dr7.0);
                 // Bits 7:0 arm the four breakpoints.
-                vmcs.hardware.debug_armed = dr7.0 & 0xff != 0;
+                vmcs.hardware.arm_breakpoints(dr7.0 & 0xff != 0);
             }
             number => {
                 if let Some(address) = vmcs.hardware.debug.address.get_mut(usize::from(number)) {

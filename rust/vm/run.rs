@@ -186,6 +186,7 @@ impl Vcpu {
         } = state;
         let irqs = IrqsOff::with_vmx()?;
         let mut vmcs = CurrentVmcs::new(hardware.get_mut(&irqs), &irqs)?;
+        vmcs.hardware.note_host_tracing(&irqs);
         if vmcs.has_moved() {
             // This CPU may hold translations from an earlier stay.
             core.generation = core.vm.memory.generation();

@@ -289,7 +289,7 @@ impl Core {
             .into();
         self.dr6 = Dr6::RESET;
         vmcs.hardware.debug = cpu::DebugRegisters::default();
-        vmcs.hardware.debug_armed = false;
+        vmcs.hardware.arm_breakpoints(false);
         vmcs.hardware.cr2 = rvisor_core::x86::address::Gva::new(0);
         vmcs.hardware.guard.set_spec_ctrl(0);
         self.events = Events::default();

@@ -41,7 +41,18 @@ pub(crate) const SWITCHED_MSRS: [MsrIndex; 4] = [
 /// How many of them every CPU has; the last comes with RDTSCP.
 const ALWAYS_SWITCHED: usize = 3;
 const DEBUGCTL: MsrIndex = MsrIndex(bindings::MSR_IA32_DEBUGCTLMSR);
+const PEBS_ENABLE: MsrIndex = MsrIndex(bindings::MSR_IA32_PEBS_ENABLE);
 const KERNEL_GS_BASE: MsrIndex = MsrIndex(bindings::MSR_KERNEL_GS_BASE);
+
+/// What is done around an entry at certain times only, a set of bits, so that all of it costs one test.
+mod seldom {
+    /// The guest's DR7 arms a breakpoint: DR0 to DR3 are loaded.
+    pub(super) const BREAKPOINTS: u8 = 1 << 0;
+    /// The host's IA32_DEBUGCTL, which VM exit clears, is not 0.
+    pub(super) const DEBUGCTL: u8 = 1 << 1;
+    /// The host samples with PEBS, which writes records to linear addresses: in the guest to its memory.
+    pub(super) const PEBS: u8 = 1 << 2;
+}
 
 /// The host's values of what the VMCS's host-state area holds and what can change under a thread.
 #[derive(Default, PartialEq, Eq)]
@@ -94,10 +105,13 @@ pub(crate) struct Hardware {
     host_xcr0: u64,
     /// The host's IA32_DEBUGCTL, which VM exit clears.
     host_debugctl: u64,
+    /// The host's IA32_PEBS_ENABLE while the guest runs.
+    host_pebs: u64,
+    has_pebs: bool,
     /// The guest's DR0 to DR3, loaded where its DR7 arms one.
     pub(crate) debug: DebugRegisters,
-    /// Whether to load them.
-    pub(crate) debug_armed: bool,
+    /// Of [`seldom`].
+    seldom: u8,
     /// The guest's CR2.
     pub(crate) cr2: Gva,
     /// Which MSRs the guest accesses by itself.
@@ -149,8 +163,12 @@ impl Hardware {
             // SAFETY: Reads a register of the host's, where it has it.
             host_xcr0: unsafe { bindings::rvisor_host_xcr0() },
             host_debugctl: 0,
+            host_pebs: 0,
+            // SAFETY: Reads the kernel's own table of features.
+            has_pebs: unsafe { bindings::rvisor_cpu_has_pebs() }
+                && cpu::rdmsr_safe(PEBS_ENABLE).is_some(),
             debug: DebugRegisters::default(),
-            debug_armed: false,
+            seldom: 0,
             cr2: Gva::new(0),
             msr_bitmap: MsrBitmap::new()?,
             guard: Guard::new(mitigations),
@@ -163,6 +181,57 @@ impl Hardware {
         if !running {
             self.restore_host();
             self.clear();
+        }
+    }
+
+    /// Says whether the guest's DR7 arms a breakpoint.
+    pub(crate) fn arm_breakpoints(&mut self, armed: bool) {
+        self.seldom &= !seldom::BREAKPOINTS;
+        if armed {
+            self.seldom |= seldom::BREAKPOINTS;
+        }
+    }
+
+    /// Takes note of how the host traces itself, which interrupts may change: perf does so by IPI.
+    pub(crate) fn note_host_tracing(&mut self, _irqs: &IrqsOff) {
+        self.seldom &= seldom::BREAKPOINTS;
+        // SAFETY: Every CPU with VMX has the MSR.
+        self.host_debugctl = unsafe { cpu::rdmsr(DEBUGCTL) };
+        if self.host_debugctl != 0 {
+            self.seldom |= seldom::DEBUGCTL;
+        }
+        // SAFETY: The CPU has the MSR by `has_pebs`.
+        if self.has_pebs && unsafe { cpu::rdmsr(PEBS_ENABLE) } != 0 {
+            self.seldom |= seldom::PEBS;
+        }
+    }
+
+    #[cold]
+    fn prepare_seldom(&mut self) {
+        if self.seldom & seldom::BREAKPOINTS != 0 {
+            // SAFETY: VM entry loads the guest's DR7; the host's are put back after the exit.
+            unsafe { self.debug.load() };
+        }
+        if self.seldom & seldom::PEBS != 0 {
+            // Not by the VMCS's lists: records that are under way must be written before the guest's
+            // page tables are in use. Read anew, since an NMI's handler may have changed it.
+            // SAFETY: The CPU has the MSR by `has_pebs`; the host's value follows after the exit.
+            unsafe {
+                self.host_pebs = cpu::rdmsr(PEBS_ENABLE);
+                cpu::wrmsr(PEBS_ENABLE, 0);
+            }
+        }
+    }
+
+    #[cold]
+    fn restore_seldom(&mut self) {
+        if self.seldom & seldom::DEBUGCTL != 0 {
+            // SAFETY: The host's own value.
+            unsafe { cpu::wrmsr(DEBUGCTL, self.host_debugctl) };
+        }
+        if self.seldom & seldom::PEBS != 0 {
+            // SAFETY: The host's own value.
+            unsafe { cpu::wrmsr(PEBS_ENABLE, self.host_pebs) };
         }
     }
 
@@ -228,8 +297,6 @@ impl Hardware {
         self.displaced.ldtr = cpu::ldtr();
         // SAFETY: Interrupts are off, and current's FS base is in the CPU.
         self.displaced.fs_base = unsafe { bindings::rvisor_user_fs_base() } as u64;
-        // SAFETY: Every CPU with VMX has the MSR.
-        self.host_debugctl = unsafe { cpu::rdmsr(DEBUGCTL) };
         let switched = self.switched();
         for ((index, guest), host) in SWITCHED_MSRS
             .iter()
@@ -459,9 +526,8 @@ impl<'a> CurrentVmcs<'a> {
     ) -> core::result::Result<ExitReasonField, u32> {
         self.prepare();
         let hardware = &mut *self.hardware;
-        if hardware.debug_armed {
-            // SAFETY: VM entry loads the guest's DR7; the host's are put back below.
-            unsafe { hardware.debug.load() };
+        if hardware.seldom & (seldom::BREAKPOINTS | seldom::PEBS) != 0 {
+            hardware.prepare_seldom();
         }
         if cpu::cr2() != hardware.cr2.raw() {
             cpu::set_cr2(hardware.cr2, self.irqs);
@@ -490,9 +556,8 @@ impl<'a> CurrentVmcs<'a> {
         }
         hardware.cr2 = Gva::new(cpu::cr2());
         hardware.symbols.restore_breakpoints(self.irqs);
-        if hardware.host_debugctl != 0 {
-            // SAFETY: The host's own value.
-            unsafe { cpu::wrmsr(DEBUGCTL, hardware.host_debugctl) };
+        if hardware.seldom & (seldom::DEBUGCTL | seldom::PEBS) != 0 {
+            hardware.restore_seldom();
         }
         match outcome {
             Outcome::Exit => {
