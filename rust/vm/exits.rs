@@ -198,6 +198,9 @@ impl Core {
     }
 
     fn exit_cpuid(&mut self, vmcs: &mut CurrentVmcs<'_>) -> Next {
+        if self.msrs.faults_cpuid() && self.cpl(vmcs) != 0 {
+            return self.raise(Exception::GENERAL_PROTECTION);
+        }
         let runtime = Runtime {
             cr4: self.cr4,
             apic_enabled: self.apic_enabled(),

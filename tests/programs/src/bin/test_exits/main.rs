@@ -2,6 +2,7 @@
 //! Exits: to userspace with their data, and those that the hypervisor answers itself.
 
 mod exceptions;
+mod faulting;
 mod instructions;
 mod mmio;
 mod pio;
@@ -42,6 +43,7 @@ fn main() -> std::process::ExitCode {
         running::changed_rip,
         running::shared_page,
         instructions::cpuid,
+        faulting::cpuid_faulting,
         instructions::msr_values,
         instructions::msr_unknown,
         instructions::vmcall,
