@@ -223,11 +223,12 @@ pub(super) fn write_cpuid(argument: usize, table: &[CpuidEntry]) -> Result {
 }
 
 /// Goes through a list of MSRs until `access` says that one can't be, and says how many there were
-/// before it. `is_read` writes the values back.
+/// before it. `is_read` writes the values back. The list is read whole before the first access, so that
+/// one that can't be read changes nothing.
 ///
 /// # Errors
 ///
-/// `E2BIG` for too many, `EFAULT`, and what `access` gives.
+/// `E2BIG` for too many, `EFAULT`, `ENOMEM`, and what `access` gives.
 pub(super) fn for_each_msr(
     argument: usize,
     is_read: bool,
@@ -237,15 +238,22 @@ pub(super) fn for_each_msr(
     if count >= MAX_MSRS {
         return Err(E2BIG);
     }
+    let place_of = |place| element::<uapi::kvm_msr_entry>(argument, LIST_HEADER, place);
+    let mut list = KVec::with_capacity(count as usize, GFP_KERNEL_ACCOUNT)?;
     for place in 0..count as usize {
-        let address = element::<uapi::kvm_msr_entry>(argument, LIST_HEADER, place)?;
-        let mut entry: uapi::kvm_msr_entry = user::read(address)?;
-        if !access(&mut entry)? {
-            return Ok(place as isize);
+        list.push_within_capacity(user::read::<uapi::kvm_msr_entry>(place_of(place)?)?)?;
+    }
+    let mut done = 0;
+    for entry in &mut list {
+        if !access(entry)? {
+            break;
         }
-        if is_read {
-            user::write(address, &entry)?;
+        done += 1;
+    }
+    if is_read {
+        for (place, entry) in list.iter().enumerate() {
+            user::write(place_of(place)?, entry)?;
         }
     }
-    Ok(count as isize)
+    Ok(done)
 }

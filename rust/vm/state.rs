@@ -261,7 +261,8 @@ impl State {
             .map_err(|_| EINVAL)?;
         let pae = cr0.has(Cr0::PG) && cr4.has(Cr4::PAE) && sregs.efer & Efer::LMA == 0;
         let pdptes = if pae {
-            self.read_pdptes(sregs.cr3)?
+            // Where there is nothing to read, or nothing legal, the old ones stay, as on KVM.
+            self.read_pdptes(sregs.cr3).unwrap_or(None)
         } else {
             None
         };

@@ -44,6 +44,8 @@ fn main() -> std::process::ExitCode {
         vcpu::run_argument,
         vcpu::mapping,
         vcpu::msr_lists,
+        vcpu::msr_list_out_of_memory,
+        vcpu::sregs_without_root_entries,
         vcpu::cpuid_rules,
         vcpu::bad_pointers,
         vcpu::signal_mask_length,

@@ -145,6 +145,53 @@ pub(crate) fn msr_lists(device: &Device) -> Outcome {
     Ok(())
 }
 
+/// A list that can't be read to its end changes nothing.
+pub(crate) fn msr_list_out_of_memory(device: &Device) -> Outcome {
+    let (_vm, vcpu) = new_vcpu(device, false)?;
+    ioctl_words(&vcpu, uapi::SET_MSRS, &mut msrs(&[(0x174, 0x10)]))?;
+    let pages = Mapping::anonymous(2 * 4096).during("two pages")?;
+    // The header and the first entry end with the first page.
+    let at = 4096 - 24;
+    let bytes: Vec<u8> = msrs(&[(0x174, 0x77), (0x175, 0x1000)])
+        .into_iter()
+        .flat_map(u32::to_le_bytes)
+        .collect();
+    pages.write(at, &bytes);
+    // SAFETY: The second page is the mapping's own, which is not looked at again.
+    let result = unsafe { libc::mprotect(pages.address().add(4096).cast(), 4096, libc::PROT_NONE) };
+    check_eq!(result, 0, "mprotect");
+    for (request, name) in [(uapi::SET_MSRS, "SET"), (uapi::GET_MSRS, "GET")] {
+        expect_errno(
+            ioctl(&vcpu, request, pages.start() + at),
+            libc::EFAULT,
+            &format!("KVM_{name}_MSRS of half a list"),
+        )?;
+    }
+    let mut words = msrs(&[(0x174, 0)]);
+    ioctl_words(&vcpu, uapi::GET_MSRS, &mut words)?;
+    check_eq!(words[4], 0x10, "what the first entry would have set");
+    Ok(())
+}
+
+/// KVM_SET_SREGS for PAE paging takes root entries that are not there, or not to be read.
+pub(crate) fn sregs_without_root_entries(device: &Device) -> Outcome {
+    const SLOT: u64 = 0x4000_0000;
+    let machine = Machine::new(device)?;
+    let cpu = machine.vcpu(0)?;
+    let gone = Mapping::anonymous(4096)?;
+    machine.set_slot(1, 0, SLOT, &gone, 0, 4096)?;
+    // SAFETY: The mapping is only the guest's, and is not looked at again.
+    let result = unsafe { libc::mprotect(gone.address().cast(), 4096, libc::PROT_NONE) };
+    check_eq!(result, 0, "mprotect");
+    for cr3 in [SLOT, SLOT + 0x1000] {
+        let mut sregs = cpu.sregs()?;
+        (sregs.cr0, sregs.cr3, sregs.cr4) = (0x8000_0011, cr3, 0x20);
+        cpu.set_sregs(&sregs)?;
+        check_eq!(cpu.sregs()?, sregs, "the registers that were set");
+    }
+    Ok(())
+}
+
 pub(crate) fn cpuid_rules(device: &Device) -> Outcome {
     let machine = Machine::new(device)?;
     let cpu = machine.vcpu(0)?;
