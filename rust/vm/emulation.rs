@@ -380,7 +380,7 @@ impl State {
         instruction: &Instruction,
         bytes: [u8; MAX_LENGTH],
     ) -> Result<Option<UserExit>> {
-        self.core.replay.restart();
+        self.core.replay.restart(snapshot.rip);
         let mut emulated = Emulated {
             rsp: self.core.registers[4],
             state: self,

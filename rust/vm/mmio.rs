@@ -28,6 +28,8 @@ const MAX_ACCESSES: usize = 4;
 #[derive(Default)]
 pub(crate) struct Replay {
     reads: [Option<Access>; MAX_ACCESSES],
+    /// The RIP of the instruction that they are for.
+    rip: u64,
     /// The next read to be given out.
     cursor: usize,
     /// The access that userspace was asked to read.
@@ -38,8 +40,13 @@ pub(crate) struct Replay {
 }
 
 impl Replay {
-    /// Begins an instruction, from its first read on.
-    pub(super) fn restart(&mut self) {
+    /// Begins the instruction at `rip`, from its first read on. What was read for one elsewhere is void:
+    /// an interrupt or userspace came between.
+    pub(super) fn restart(&mut self, rip: u64) {
+        if self.rip != rip {
+            self.rip = rip;
+            self.reads = [None; MAX_ACCESSES];
+        }
         self.cursor = 0;
         self.writes = [None; MAX_ACCESSES];
     }

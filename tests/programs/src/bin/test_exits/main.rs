@@ -36,6 +36,7 @@ fn main() -> std::process::ExitCode {
         mmio::page_crossing,
         mmio::protected_mode,
         mmio::unknown_form,
+        mmio::read_of_another_instruction,
         running::immediate_exit,
         running::immediate_exit_completes,
         running::signal,

@@ -3,7 +3,9 @@
 
 use crate::start;
 use rvisor_tests::guest::{self, Mode};
-use rvisor_tests::layout::{DATA, DONE_PORT, HOLE, MEMORY};
+use rvisor_tests::layout::{CODE, DATA, DONE_PORT, HOLE, MEMORY};
+use rvisor_tests::mapping::Mapping;
+use rvisor_tests::raw::Errno;
 use rvisor_tests::{check, check_eq, guest_code, Cpu, Device, Exit, Machine, Outcome};
 
 guest_code!(
@@ -331,5 +333,43 @@ pub(crate) fn unknown_form(device: &Device) -> Outcome {
     let bytes = data[1].to_le_bytes();
     check!(bytes[0] >= 2, "{} bytes", bytes[0]);
     check_eq!(bytes[1..3], [0xdd, 0x03], "the instruction's bytes");
+    Ok(())
+}
+
+guest_code!(
+    move_then_read,
+    code64,
+    ["movsq", "mov rax, [rsi]", "out {done}, al"],
+    done = DONE_PORT
+);
+
+/// What was read for an instruction that could not be finished does not serve another one.
+pub(crate) fn read_of_another_instruction(device: &Device) -> Outcome {
+    const SLOT: u64 = 0x0c00_0000;
+    let (machine, cpu) = start(device, move_then_read())?;
+    let gone = Mapping::anonymous(4096)?;
+    machine.set_slot(1, 0, SLOT, &gone, 0, 4096)?;
+    // SAFETY: The mapping is only the guest's, and is not looked at again.
+    let result = unsafe { libc::mprotect(gone.address().cast(), 4096, libc::PROT_NONE) };
+    check_eq!(result, 0, "mprotect");
+    let mut regs = cpu.regs()?;
+    (regs.rsi, regs.rdi) = (HOLE, SLOT);
+    cpu.set_regs(&regs)?;
+    answer_read(&cpu, HOLE, &[0x11; 8])?;
+    // There is nothing to write to. KVM makes device memory of it.
+    let result = cpu.run_raw();
+    check!(
+        matches!(
+            result,
+            Err(Errno(libc::EFAULT)) | Ok(kvm_bindings::KVM_EXIT_MMIO)
+        ),
+        "{result:?}"
+    );
+    // Behind MOVSQ.
+    regs.rip = CODE + 2;
+    cpu.set_regs(&regs)?;
+    answer_read(&cpu, HOLE, &[0x22; 8])?;
+    cpu.run_until_done()?;
+    check_eq!(cpu.regs()?.rax, 0x2222_2222_2222_2222, "RAX");
     Ok(())
 }
