@@ -92,6 +92,13 @@ test_module_for_a_kernel_without_rust() {
 	refuses "without CONFIG_RUST" "$scripts/module" "$work/tree"
 }
 
+test_module_for_a_realtime_kernel() {
+	mkdir -p "$work/tree"
+	touch "$work/tree/Makefile"
+	printf 'CONFIG_RUST=y\nCONFIG_PREEMPT_RT=y\n' >"$work/tree/.config"
+	refuses "has CONFIG_PREEMPT_RT" "$scripts/module" "$work/tree"
+}
+
 test_module_names_all_that_is_missing() {
 	mkdir -p "$work/tree/rust" "$work/tree/include/config"
 	touch "$work/tree/Makefile" "$work/tree/rust/libcore.rmeta"
@@ -105,4 +112,5 @@ test_module_names_all_that_is_missing() {
 }
 
 run_tests not_root unknown_host no_network too_little_disk no_place_for_the_cache interrupted \
-	module_without_a_tree module_for_a_kernel_without_rust module_names_all_that_is_missing
+	module_without_a_tree module_for_a_kernel_without_rust module_for_a_realtime_kernel \
+	module_names_all_that_is_missing
