@@ -15,6 +15,10 @@ pub(crate) trait SwitchOut {
 /// The callback for `T`, together with `T` itself, which both the thread and the callback use: never
 /// at once, since the callback runs on the thread's own CPU while the thread does not.
 ///
+/// While the thread holds `&mut` to this or to what it is part of, the callback makes a reference of its
+/// own to `value`. Neither may be told to the compiler as the only way there: the type is not `Unpin`, by
+/// its `Opaque`s, so that `&mut` to it promises nothing of the kind ([`assert_not_unpin`]).
+///
 /// # Invariants
 ///
 /// `value` is reached only by the owning thread with interrupts off, or with the notifier not
@@ -54,23 +58,26 @@ impl<T: SwitchOut> Preemptible<T> {
         notifier: *mut kb::preempt_notifier,
         _next: *mut kb::task_struct,
     ) {
-        // SAFETY: `notifier` is the first field of a `Self` whose thread is being switched out, so
-        // that nothing else uses the value.
+        // SAFETY: `arm` made `notifier` of a pointer to the whole `Self`, whose first field it is. Its
+        // thread is being switched out, so that nothing else uses the value.
         let value = unsafe { &mut *(*notifier.cast::<Self>()).value.get() };
         value.switch_out();
     }
 
-    /// Registers the callback for the current thread.
+    /// Registers the callback for the current thread, after `prepare` has had the value.
     ///
     /// # Safety
     ///
     /// `self` must not move, and [`Self::disarm`] must be called on the same thread.
-    pub(crate) unsafe fn arm(&mut self) {
+    pub(crate) unsafe fn arm(&mut self, prepare: impl FnOnce(&mut T)) {
+        prepare(self.value.get_mut());
+        // The callback finds all of `self` by this pointer, so it must be one to all of it.
+        let this: *mut Self = self;
+        let notifier: *mut kb::preempt_notifier = this.cast();
         // SAFETY: Both are ours and not registered: `disarm` has been called for each `arm`.
         unsafe {
-            let notifier = self.notifier.get();
             *notifier = kb::preempt_notifier::default();
-            (*notifier).ops = self.ops.get();
+            (*notifier).ops = (*this).ops.get();
             kb::preempt_notifier_register(notifier);
         }
     }
@@ -92,6 +99,23 @@ impl<T: SwitchOut> Preemptible<T> {
         unsafe { &mut *self.value.get() }
     }
 }
+
+/// Fails to compile where `T` is `Unpin`: then both blanket implementations name the function.
+macro_rules! assert_not_unpin {
+    ($type:ty) => {
+        const _: fn() = {
+            trait Named<Way> {
+                fn once() {}
+            }
+            struct Always;
+            struct WhereUnpin;
+            impl<T: ?Sized> Named<Always> for T {}
+            impl<T: ?Sized + Unpin> Named<WhereUnpin> for T {}
+            <$type as Named<_>>::once
+        };
+    };
+}
+pub(crate) use assert_not_unpin;
 
 /// Keeps the scheduler's hook for such callbacks switched on.
 pub(crate) struct NotifiersOn(());

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     bindings,
     host::{irq::IrqsOff, signal::SignalMask},
-    vmx::hardware::CurrentVmcs,
+    vmx::hardware::{CurrentVmcs, Hardware},
 };
 use kernel::{current, prelude::*};
 use rvisor_core::{
@@ -64,11 +64,7 @@ impl Vcpu {
         state.core.events.attention = true;
         state.fpu.load();
         // SAFETY: `state` stays where it is, pinned by `self`, and the notifier is taken back below.
-        unsafe { state.hardware.arm() };
-        {
-            let irqs = IrqsOff::new();
-            state.hardware.get_mut(&irqs).set_running(true, &irqs);
-        }
+        unsafe { state.hardware.arm(Hardware::start_running) };
         // What userspace owes an earlier exit comes first, even where it wants to leave at once.
         let result = match state.complete(&self.run) {
             Ok(None) if self.run.immediate_exit() => Err(EINTR),
@@ -80,7 +76,7 @@ impl Vcpu {
         let reported = self.report_state(state);
         {
             let irqs = IrqsOff::new();
-            state.hardware.get_mut(&irqs).set_running(false, &irqs);
+            state.hardware.get_mut(&irqs).stop_running(&irqs);
         }
         // SAFETY: Registered above by this thread.
         unsafe { state.hardware.disarm() };

@@ -17,7 +17,7 @@ use crate::{
         fpu::GuestFpu,
         irq::IrqsOff,
         mutex,
-        preempt::Preemptible,
+        preempt::{assert_not_unpin, Preemptible},
         signal::SignalMask,
         timer::{self, Timer},
     },
@@ -128,6 +128,9 @@ pub(crate) struct State {
     /// KVM_SET_SIGNAL_MASK.
     pub(crate) signal_mask: Option<SignalMask>,
 }
+
+// `hardware` is shared with a callback while RUN holds the whole by `&mut`.
+assert_not_unpin!(State);
 
 /// A virtual CPU.
 #[pin_data]

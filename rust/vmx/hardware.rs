@@ -175,13 +175,17 @@ impl Hardware {
         })
     }
 
-    /// Says that a RUN begins or has ended; at its end the thread's own state is put back.
-    pub(crate) fn set_running(&mut self, running: bool, _irqs: &IrqsOff) {
-        self.running = running;
-        if !running {
-            self.restore_host();
-            self.clear();
-        }
+    /// Says that a RUN begins.
+    #[inline]
+    pub(crate) fn start_running(&mut self) {
+        self.running = true;
+    }
+
+    /// Says that a RUN has ended: the thread's own state is put back.
+    pub(crate) fn stop_running(&mut self, _irqs: &IrqsOff) {
+        self.running = false;
+        self.restore_host();
+        self.clear();
     }
 
     /// Says whether the guest's DR7 arms a breakpoint.
