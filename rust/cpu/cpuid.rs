@@ -154,6 +154,12 @@ fn put(register: &mut u32, mask: u32, on: bool) {
     }
 }
 
+/// Whether [`Runtime`] may have something to say of a leaf.
+#[inline]
+const fn shows_registers(function: u32) -> bool {
+    matches!(function, 1 | 7 | 0xd)
+}
+
 impl Runtime<'_> {
     /// Brings an entry up to date.
     #[inline]
@@ -186,24 +192,27 @@ impl Runtime<'_> {
     }
 }
 
-/// Executes CPUID with `function` in EAX and `index` in ECX and gives EAX, EBX, ECX and EDX.
+/// Executes CPUID with `function` in EAX and `index` in ECX and gives EAX, EBX, ECX and EDX. `runtime` is
+/// asked for the leaves that show registers only.
 ///
 /// A leaf that is out of range answers as the highest basic leaf does, with the same subleaf, as
 /// Intel's CPUs have it; one that is in range and absent answers zeroes (SDM vol. 2, CPUID).
 #[inline]
-pub fn execute(
+pub fn execute<'a>(
     entries: &[CpuidEntry],
     table: &Index,
-    runtime: &Runtime<'_>,
+    runtime: impl FnOnce() -> Runtime<'a>,
     function: u32,
     index: u32,
 ) -> [u32; 4] {
     if let Some(entry) = table.find(entries, function, index) {
         let mut entry = *entry;
-        runtime.apply(&mut entry);
+        if shows_registers(entry.function) {
+            runtime().apply(&mut entry);
+        }
         return entry.registers();
     }
-    execute_absent(entries, table, runtime, function, index)
+    execute_absent(entries, table, &runtime(), function, index)
 }
 
 /// CPUID for what has no entry.
@@ -302,7 +311,7 @@ mod tests {
             xss: 0,
             layout: &layout,
         };
-        execute(entries, &Index::new(entries), &runtime, function, index)
+        execute(entries, &Index::new(entries), || runtime, function, index)
     }
 
     #[test]

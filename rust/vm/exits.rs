@@ -67,14 +67,7 @@ impl Core {
         field: ExitReasonField,
     ) -> Next {
         if field.is_entry_failure() {
-            if field.basic() == ExitReason::ENTRY_FAILURE_MACHINE_CHECK {
-                cpu::machine_check(vmcs.irqs());
-            }
-            self.take_back_injection(vmcs);
-            return Next::User(UserExit::FailedEntry {
-                reason: field.0.into(),
-                cpu: current_cpu(vmcs),
-            });
+            return self.entry_failed(vmcs, field);
         }
         match field.basic() {
             ExitReason::CPUID => self.exit_cpuid(vmcs),
@@ -90,6 +83,19 @@ impl Core {
             ExitReason::INTERRUPT_WINDOW => self.exit_interrupt_window(),
             reason => self.handle_rare_exit(vmcs, reason),
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn entry_failed(&mut self, vmcs: &mut CurrentVmcs<'_>, field: ExitReasonField) -> Next {
+        if field.basic() == ExitReason::ENTRY_FAILURE_MACHINE_CHECK {
+            cpu::machine_check(vmcs.irqs());
+        }
+        self.take_back_injection(vmcs);
+        Next::User(UserExit::FailedEntry {
+            reason: field.0.into(),
+            cpu: current_cpu(vmcs),
+        })
     }
 
     #[inline(never)]
@@ -201,7 +207,7 @@ impl Core {
         if self.msrs.faults_cpuid() && self.cpl(vmcs) != 0 {
             return self.raise(Exception::GENERAL_PROTECTION);
         }
-        let runtime = Runtime {
+        let runtime = || Runtime {
             cr4: self.cr4,
             apic_enabled: self.apic_enabled(),
             xcr0: vmcs.hardware.xcr0,
@@ -211,7 +217,7 @@ impl Core {
         let [eax, ebx, ecx, edx] = cpuid::execute(
             &self.cpuid,
             &self.cpuid_index,
-            &runtime,
+            runtime,
             self.registers[0] as u32,
             self.registers[1] as u32,
         );
