@@ -160,9 +160,14 @@ pub(crate) fn msr_list_out_of_memory(device: &Device) -> Outcome {
     // SAFETY: The second page is the mapping's own, which is not looked at again.
     let result = unsafe { libc::mprotect(pages.address().add(4096).cast(), 4096, libc::PROT_NONE) };
     check_eq!(result, 0, "mprotect");
+    // SAFETY: The words up to the end of the first page, in which nothing else is.
+    let words = unsafe {
+        let first = pages.address().add(at as usize).cast::<u32>();
+        std::slice::from_raw_parts_mut(first, 6)
+    };
     for (request, name) in [(uapi::SET_MSRS, "SET"), (uapi::GET_MSRS, "GET")] {
         expect_errno(
-            ioctl(&vcpu, request, pages.start() + at),
+            ioctl_words(&vcpu, request, words),
             libc::EFAULT,
             &format!("KVM_{name}_MSRS of half a list"),
         )?;

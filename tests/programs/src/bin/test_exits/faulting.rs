@@ -25,7 +25,9 @@ pub(crate) fn cpuid_faulting(device: &Device) -> Outcome {
             let value = machine.memory.read_u64(entry);
             machine.memory.write_u64(entry, value | USER);
         }
-        machine.memory.write_u64(TSS + 4, STACK - 0x800);
+        machine
+            .memory
+            .write(TSS + 4, &(STACK - 0x800).to_le_bytes());
         let mut sregs = cpu.sregs()?;
         for segment in [&mut sregs.cs, &mut sregs.ss] {
             segment.dpl = privilege;
