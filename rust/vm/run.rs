@@ -121,13 +121,13 @@ impl Vcpu {
     fn run_loop(&self, state: &mut State) -> Result<UserExit> {
         state.core.has_run = true;
         loop {
-            let awake = state.core.mp_state == MpState::Runnable || self.sleep(state)?;
-            self.see_to_thread()?;
-            if !awake {
+            if state.core.mp_state != MpState::Runnable && !self.sleep(state)? {
+                self.see_to_thread()?;
                 continue;
             }
             match self.run_inner(state)? {
-                Outer::Again => {}
+                // What the kernel wants of the thread, `run_inner` has looked for before each entry.
+                Outer::Again => self.see_to_thread()?,
                 Outer::Slow(slow) => {
                     if let Some(exit) = state.handle_slow(slow)? {
                         return Ok(exit);
