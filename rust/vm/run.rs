@@ -295,6 +295,11 @@ impl Core {
     pub(super) fn accept_init_or_sipi(&mut self, vmcs: &mut CurrentVmcs<'_>) {
         use rvisor_core::{irqchip::lapic::ResetKind, x86::vmcs::VmcsSegment};
         let startup = self.shared.mailbox.take_startup();
+        let given = core::mem::take(&mut self.sipi_given);
+        if let Some(vector) = startup.sipi {
+            self.sipi_vector = vector;
+        }
+        let sipi = startup.sipi.is_some() || (given && !startup.init);
         if startup.init {
             // What was on its way is lost with the state that it was for.
             self.shared.mailbox.forget_interrupts();
@@ -316,9 +321,10 @@ impl Core {
                 MpState::InitReceived
             };
         }
-        let (MpState::InitReceived, Some(vector)) = (self.mp_state, startup.sipi) else {
+        if self.mp_state != MpState::InitReceived || !sipi {
             return;
-        };
+        }
+        let vector = self.sipi_vector;
         let mut cs = vmcs.segment(VmcsSegment::Cs);
         cs.selector = u16::from(vector.0) << 8;
         cs.base = u64::from(vector.0) << 12;

@@ -133,13 +133,23 @@ impl Vcpu {
     pub(crate) fn set_mp_state(&self, value: u32) -> Result {
         self.with_state(|state| {
             let has_lapic = state.core.lapic.is_some();
+            let sipi_given = value == uapi::KVM_MP_STATE_SIPI_RECEIVED;
             state.core.mp_state = match value {
                 uapi::KVM_MP_STATE_RUNNABLE => MpState::Runnable,
                 uapi::KVM_MP_STATE_UNINITIALIZED if has_lapic => MpState::Uninitialized,
-                uapi::KVM_MP_STATE_INIT_RECEIVED if has_lapic => MpState::InitReceived,
+                // The latter is what older kernels give: it waits for SIPI, and one has come.
+                uapi::KVM_MP_STATE_INIT_RECEIVED | uapi::KVM_MP_STATE_SIPI_RECEIVED
+                    if has_lapic =>
+                {
+                    MpState::InitReceived
+                }
                 uapi::KVM_MP_STATE_HALTED if has_lapic => MpState::Halted,
                 _ => return Err(EINVAL),
             };
+            if sipi_given {
+                state.core.sipi_given = true;
+                state.core.shared.request_self(Request::INIT_OR_SIPI);
+            }
             Ok(())
         })
     }
@@ -434,6 +444,9 @@ impl State {
             vmcs.write32(Field32::GUEST_INTERRUPTIBILITY, state);
             if events.flags & uapi::KVM_VCPUEVENT_VALID_NMI_PENDING != 0 {
                 core.events.nmis = events.nmi.pending.min(2).into();
+            }
+            if events.flags & uapi::KVM_VCPUEVENT_VALID_SIPI_VECTOR != 0 && core.lapic.is_some() {
+                core.sipi_vector = Vector(events.sipi_vector as u8);
             }
             core.events.attention = true;
         })

@@ -87,6 +87,10 @@ pub(crate) struct Core {
     pub(crate) primary_controls: u32,
     entry_controls: u32,
     pub(crate) mp_state: MpState,
+    /// The last SIPI's vector, userspace's included.
+    pub(crate) sipi_vector: Vector,
+    /// Userspace says that a SIPI has come (KVM_MP_STATE_SIPI_RECEIVED).
+    pub(crate) sipi_given: bool,
     pub(crate) cpuid: KVec<CpuidEntry>,
     pub(crate) cpuid_index: Index,
     pub(crate) cpu: GuestCpu,
@@ -208,6 +212,8 @@ impl Vcpu {
             } else {
                 MpState::Uninitialized
             },
+            sipi_vector: Vector(0),
+            sipi_given: false,
             lapic,
             events: Events::default(),
             wants_window: false,

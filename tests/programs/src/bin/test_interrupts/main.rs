@@ -47,6 +47,7 @@ fn main() -> std::process::ExitCode {
         apic::sti_shadow,
         smp::init_sipi,
         smp::ipi_both_ways,
+        smp::sipi_received,
         x2apic::x2apic_transitions,
         x2apic::x2apic_registers,
         x2apic::x2apic_self_ipi,

@@ -164,3 +164,37 @@ pub(crate) fn ipi_both_ways(device: &Device) -> Outcome {
     }
     Ok(())
 }
+
+/// A SIPI that userspace says has come, with the vector that it gives before or after.
+pub(crate) fn sipi_received(device: &Device) -> Outcome {
+    for vector_first in [true, false] {
+        let machine = Machine::with_irqchip(device)?;
+        let _first = machine.vcpu(0)?;
+        let second = machine.vcpu(1)?;
+        guest::write_tables(&machine, Mode::Long);
+        machine.memory.write(AP_CODE, other());
+        let give_vector = || -> Outcome {
+            let mut events = second.fd.get_vcpu_events()?;
+            events.sipi_vector = (AP_CODE >> 12) as u32;
+            events.flags = kb::KVM_VCPUEVENT_VALID_SIPI_VECTOR;
+            Ok(second.fd.set_vcpu_events(&events)?)
+        };
+        if vector_first {
+            give_vector()?;
+        }
+        second.fd.set_mp_state(kb::kvm_mp_state {
+            mp_state: kb::KVM_MP_STATE_SIPI_RECEIVED,
+        })?;
+        if !vector_first {
+            give_vector()?;
+        }
+        second.run_until_done()?;
+        check_eq!(second.sregs()?.cs.base, AP_CODE, "CS");
+        check_eq!(
+            second.fd.get_mp_state()?.mp_state,
+            kb::KVM_MP_STATE_RUNNABLE,
+            "its state"
+        );
+    }
+    Ok(())
+}
