@@ -21,16 +21,19 @@ const ABOUT: &str = "Runs virtual machines on rvisor, a hypervisor in the Linux 
 const LONG_ABOUT: &str = "\
 Runs virtual machines on rvisor, a hypervisor in the Linux kernel.
 
-'rvisor run' starts a Linux kernel as a guest and joins this terminal to the guest's serial console. \
+'rvisor run' starts a kernel or firmware as a guest and joins this terminal to the guest's console. \
 'rvisor check' tells whether this host can run guests, and what to do where it can't.";
 
 const RUN_LONG_ABOUT: &str = "\
-Starts a Linux kernel as a guest and stays until the guest ends.
+Starts a Linux kernel, or firmware, as a guest and stays until the guest ends.
 
 The guest is a PC with the CPUs and the memory that were asked for, a serial port (ttyS0), a clock, \
 ACPI for switching off, and nothing else: no disk, no network, no screen. Its userspace comes from the \
 initial RAM disk. The serial port is joined to standard input and standard output; a terminal is put \
-into raw mode meanwhile, so that every key goes to the guest.";
+into raw mode meanwhile, so that every key goes to the guest.
+
+Firmware starts where a PC's does, at the reset vector in real mode, and finds the sizes of memory and the \
+number of CPUs in the clock's memory. What it prints on the debug port, 0x402, comes out here too.";
 
 const RUN_AFTER_HELP: &str = "\
 Keys, on the guest's console:
@@ -57,7 +60,8 @@ Exit status:
 Examples:
   rvisor run --kernel bzImage --initrd initramfs.cpio.gz
   rvisor run --kernel vmlinux --memory 1G --cpus 2 --cmdline 'quiet init=/bin/sh'
-  rvisor run --kernel bzImage --device /dev/kvm";
+  rvisor run --kernel bzImage --device /dev/kvm
+  rvisor run --firmware /usr/share/seabios/bios-256k.bin";
 
 const CHECK_LONG_ABOUT: &str = "\
 Tells, line by line, what this host has of what guests need: the CPU, its firmware's settings, the \
@@ -76,7 +80,7 @@ struct Arguments {
 /// What the user wants done.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Start a Linux kernel as a guest
+    /// Start a kernel or firmware as a guest
     #[command(long_about = RUN_LONG_ABOUT, after_long_help = RUN_AFTER_HELP)]
     Run(RunOptions),
     /// Tell whether this host can run guests
@@ -87,9 +91,13 @@ pub enum Command {
 /// The options of `rvisor run`.
 #[derive(Args, Debug)]
 pub struct RunOptions {
-    /// The guest's kernel: a bzImage or an ELF vmlinux, for x86-64
-    #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    /// The guest's kernel: a bzImage of 64 or 32 bits, or an ELF vmlinux for x86-64
+    #[arg(long, value_name = "FILE", required_unless_present = "firmware")]
+    pub kernel: Option<PathBuf>,
+
+    /// Firmware for the guest instead of a kernel: a PC's, such as SeaBIOS
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline"])]
+    pub firmware: Option<PathBuf>,
 
     /// The guest's initial RAM disk
     #[arg(long, value_name = "FILE")]

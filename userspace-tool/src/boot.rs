@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Loading a kernel by Linux's 64-bit boot protocol (Documentation/arch/x86/boot.rst).
+//! Loading what the guest starts with: a kernel by Linux's boot protocols for 64 and 32 bits
+//! (Documentation/arch/x86/boot.rst), or firmware.
 
 pub mod entry;
+mod firmware;
 mod image;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemory, ReadVolatile};
@@ -14,7 +16,11 @@ use crate::layout;
 use crate::memory::Memory;
 use crate::size;
 
-pub use image::{Images, Kernel};
+use crate::acpi;
+use crate::arguments::RunOptions;
+use entry::Entry;
+use firmware::Firmware;
+use image::{Images, Kernel};
 
 /// `type_of_loader` of a boot loader without a number of its own.
 const LOADER_UNDEFINED: u8 = 0xff;
@@ -24,19 +30,89 @@ const HEADER_MAGIC: u32 = 0x5372_6448;
 /// The memory map of the zero page has that many places.
 const E820_PLACES: usize = 128;
 
+/// What the guest starts with, opened and looked at.
+#[derive(Debug)]
+pub enum Software {
+    /// A kernel, and its initial RAM disk.
+    Kernel(Images),
+    /// Firmware.
+    Firmware(Firmware),
+}
+
+/// How the CPUs start.
+#[derive(Clone, Copy, Debug)]
+pub enum Start {
+    /// As reset leaves them: the first one at the reset vector.
+    Reset,
+    /// As firmware leaves them for a kernel: the first one at its entry.
+    Kernel(Entry),
+}
+
+impl Software {
+    /// Opens the files that the options name.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`] where one can't be read or is something else.
+    pub fn open(options: &RunOptions) -> Result<Self> {
+        match (&options.kernel, &options.firmware) {
+            (_, Some(firmware)) => Firmware::open(firmware).map(Self::Firmware),
+            (Some(kernel), None) => {
+                Images::open(kernel, options.initrd.as_deref()).map(Self::Kernel)
+            }
+            // The command line's rules do not let it through.
+            (None, None) => Err(Error::input(
+                "nothing to run",
+                "give --kernel or --firmware",
+            )),
+        }
+    }
+
+    /// How much memory the firmware needs for itself, in bytes.
+    #[must_use]
+    pub fn rom_size(&self) -> u64 {
+        match self {
+            Self::Kernel(_) => 0,
+            Self::Firmware(firmware) => firmware.size(),
+        }
+    }
+
+    /// Writes it into `memory`, with all that it wants to find there. Says how the CPUs start.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`] where it does not fit, or is not what it looked like.
+    pub fn load(&mut self, memory: &Memory, options: &RunOptions) -> Result<Start> {
+        match self {
+            Self::Firmware(firmware) => {
+                firmware.load(memory)?;
+                Ok(Start::Reset)
+            }
+            Self::Kernel(images) => {
+                let command_line = options.guest_command_line();
+                let size = options.memory;
+                let entry = load_kernel(images, memory, size, &command_line, layout::ACPI_TABLES)?;
+                entry::write_tables(memory, entry.mode)?;
+                acpi::write(memory, options.cpus as u8)?;
+                Ok(Start::Kernel(entry))
+            }
+        }
+    }
+}
+
 /// Loads the kernel, the initial RAM disk, the command line and the zero page into `memory`, of
-/// `memory_size` bytes. Returns the address at which the CPU enters the kernel.
+/// `memory_size` bytes. Returns where the CPU enters the kernel.
 ///
 /// # Errors
 ///
 /// [`Error::Input`] where the images do not fit, or are no images.
-pub fn load(
+fn load_kernel(
     images: &mut Images,
     memory: &Memory,
     memory_size: u64,
     command_line: &str,
     rsdp: u64,
-) -> Result<u64> {
+) -> Result<Entry> {
     let kernel = images.load_kernel(memory, memory_size)?;
     let mut parameters = boot_params {
         hdr: kernel.header,

@@ -3,6 +3,7 @@
 //! The devices that are not the hypervisor's, on the I/O ports where a PC has them.
 
 pub mod cmos;
+pub mod debug;
 pub mod power;
 pub mod serial;
 
@@ -14,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::machine::Control;
 use crate::outcome::Outcome;
 use cmos::Cmos;
+use debug::Debug;
 use power::Power;
 use serial::Serial;
 
@@ -47,17 +49,19 @@ pub struct Ports {
     /// The serial port, which the console feeds too.
     pub serial: Mutex<Serial>,
     cmos: Mutex<Cmos>,
+    debug: Option<Debug>,
     power: Mutex<Power>,
     i8042: Mutex<I8042Device<ResetLine>>,
 }
 
 impl Ports {
-    /// The ports of a machine that `control` ends, with that serial port.
+    /// The ports of a machine that `control` ends, with those devices.
     #[must_use]
-    pub fn new(control: Control, serial: Serial) -> Self {
+    pub fn new(control: Control, serial: Serial, cmos: Cmos, debug: Option<Debug>) -> Self {
         Self {
             serial: Mutex::new(serial),
-            cmos: Mutex::new(Cmos::default()),
+            cmos: Mutex::new(cmos),
+            debug,
             power: Mutex::new(Power::default()),
             i8042: Mutex::new(I8042Device::new(ResetLine(control.clone()))),
             control,
@@ -72,7 +76,7 @@ impl Ports {
     ///
     /// # Errors
     ///
-    /// [`Error::Call`] where the serial port can't raise its interrupt.
+    /// [`Error::Call`] where the serial port can't raise its interrupt, or the console can't be written.
     pub fn write(&self, port: u16, data: &[u8]) -> Result<()> {
         if let Some(offset) = offset(port, serial::BASE, serial::PORTS) {
             let mut serial = lock(&self.serial);
@@ -82,6 +86,14 @@ impl Ports {
             return Ok(());
         }
         let event = match port {
+            debug::PORT => {
+                if let Some(debug) = &self.debug {
+                    debug
+                        .write(data)
+                        .map_err(|error| Error::call("writing the console", error))?;
+                }
+                None
+            }
             cmos::INDEX | cmos::DATA => {
                 data.iter()
                     .for_each(|byte| lock(&self.cmos).write(port, *byte));
@@ -109,6 +121,7 @@ impl Ports {
             return;
         }
         match port {
+            debug::PORT if self.debug.is_some() => data.fill(debug::LISTENING),
             cmos::INDEX | cmos::DATA => {
                 data.iter_mut()
                     .for_each(|byte| *byte = lock(&self.cmos).read(port));

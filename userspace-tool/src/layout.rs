@@ -3,7 +3,7 @@
 //! Where everything lies in the guest's physical address space: a PC's, with a hole for devices below
 //! 4 GiB. All addresses are guest-physical, all sizes in bytes.
 
-use crate::size::GIB;
+use crate::size::{GIB, KIB, MIB};
 
 /// Granularity of guest memory.
 pub const PAGE_SIZE: u64 = 4096;
@@ -34,10 +34,18 @@ pub const ABOVE_4G: u64 = 4 * GIB;
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// Base address of each CPU's local APIC.
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
-/// One page that Intel CPUs without unrestricted guest need for KVM's identity map.
-pub const IDENTITY_MAP: u64 = 0xfffb_c000;
+/// One page that Intel CPUs without unrestricted guest need for KVM's identity map, below the firmware.
+pub const IDENTITY_MAP: u64 = 0xfeff_c000;
 /// Three pages that Intel CPUs without unrestricted guest need for KVM's task state segment.
-pub const TSS: usize = 0xfffb_d000;
+pub const TSS: usize = 0xfeff_d000;
+
+/// Firmware ends with the address space of 32 bits: the reset vector is 16 bytes below.
+pub const FIRMWARE_END: u64 = 4 * GIB;
+/// The least and the most that a firmware image has: the segment of the reset vector, and what lies above
+/// the other things here.
+pub const FIRMWARE_SIZE: std::ops::RangeInclusive<u64> = 64 * KIB..=16 * MIB;
+/// The end of the firmware also lies at the end of the first MiB, where real mode reaches it: that much.
+pub const FIRMWARE_SHADOW: u64 = 128 * KIB;
 
 /// A range of guest-physical addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +88,22 @@ pub fn ram(memory: u64) -> Vec<Range> {
     ranges
 }
 
+/// The ranges of `ram` and one of `size` bytes for firmware, where that is not 0, in ascending order.
+#[must_use]
+pub fn with_rom(mut ram: Vec<Range>, size: u64) -> Vec<Range> {
+    if size > 0 {
+        ram.push(Range::between(FIRMWARE_END - size, FIRMWARE_END));
+        ram.sort_unstable_by_key(|range| range.start);
+    }
+    ram
+}
+
+/// Whether there is firmware, and no RAM, at `address`, which is one of the guest's memory.
+#[must_use]
+pub const fn is_rom(address: u64) -> bool {
+    HOLE <= address && address < FIRMWARE_END
+}
+
 /// What a range of the memory map is for; the values are those of the e820 call (ACPI 6.5, table 15.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -112,7 +136,6 @@ pub fn e820(memory: u64) -> Vec<(Range, Kind)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::size::MIB;
 
     const SIZES: [u64; 7] = [
         MIB + PAGE_SIZE,
@@ -148,6 +171,18 @@ mod tests {
                 size: PAGE_SIZE
             }
         );
+    }
+
+    #[test]
+    fn firmware_overlaps_nothing() {
+        let lowest = FIRMWARE_END - FIRMWARE_SIZE.end();
+        assert!(TSS as u64 + 3 * PAGE_SIZE <= lowest);
+        assert!(IDENTITY_MAP + PAGE_SIZE <= TSS as u64);
+        assert!(u64::from(LOCAL_APIC.max(IOAPIC)) + PAGE_SIZE <= IDENTITY_MAP);
+        let ranges = with_rom(ram(4 * GIB), *FIRMWARE_SIZE.end());
+        assert_eq!(ranges[1], Range::between(lowest, FIRMWARE_END));
+        assert!(ranges.windows(2).all(|pair| pair[0].end() <= pair[1].start));
+        assert!(is_rom(lowest) && !is_rom(HOLE - 1) && !is_rom(ABOVE_4G));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! `rvisor`: launches and watches one guest on `/dev/rvisor`, or on any other device that speaks KVM's
 //! API (`Documentation/virt/kvm/api.rst`).
 //!
-//! The path of a guest through the modules: [`arguments`] and [`boot::Images`] take what the user gave
+//! The path of a guest through the modules: [`arguments`] and [`boot::Software`] take what the user gave
 //! and say in one line what is wrong with it, [`hypervisor`] opens the device, [`machine`] builds the
 //! PC ([`memory`], [`boot`], [`acpi`], [`cpuid`], [`devices`]) and runs one [`vcpu`] thread a virtual CPU
 //! and one [`console`] thread until the first of them ends the guest with an [`outcome`].

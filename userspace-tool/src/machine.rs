@@ -13,15 +13,17 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vmm_sys_util::signal::{register_signal_handler, Killable, SIGRTMIN};
 
 use crate::arguments::RunOptions;
-use crate::boot::{self, Images};
+use crate::boot::Software;
 use crate::console::{Console, Output, Raw, Signals, Wake};
 use crate::cpuid::Template;
+use crate::devices::cmos::Cmos;
+use crate::devices::debug::Debug;
 use crate::devices::serial::{Drained, Line, Serial};
 use crate::devices::Ports;
 use crate::error::{failed, Error, Result};
 use crate::outcome::Outcome;
 use crate::vcpu::Vcpu;
-use crate::{acpi, hypervisor, layout, memory};
+use crate::{hypervisor, layout, memory};
 
 /// How long a thread gets to leave the guest before it is asked again.
 const KICK_AGAIN: Duration = Duration::from_millis(1);
@@ -79,19 +81,10 @@ impl Control {
 pub fn run(options: &RunOptions) -> Result<Outcome> {
     // Everything that the device is not needed for comes first: it can be checked anywhere.
     hypervisor::check_cpus_early(options.cpus)?;
-    let mut images = Images::open(&options.kernel, options.initrd.as_deref())?;
+    let mut software = Software::open(options)?;
     memory::check_size(options.memory)?;
-    let memory = memory::allocate(options.memory)?;
-    let command_line = options.guest_command_line();
-    let entry = boot::load(
-        &mut images,
-        &memory,
-        options.memory,
-        &command_line,
-        layout::ACPI_TABLES,
-    )?;
-    boot::entry::write_tables(&memory)?;
-    acpi::write(&memory, options.cpus as u8)?;
+    let memory = memory::allocate(options.memory, software.rom_size())?;
+    let start = software.load(&memory, options)?;
 
     let kvm = hypervisor::open(&options.device)?;
     hypervisor::check_cpus(&kvm, options.cpus)?;
@@ -99,9 +92,9 @@ pub fn run(options: &RunOptions) -> Result<Outcome> {
     memory::give(&vm, &memory)?;
     let cpuid = Template::new(&kvm, options.cpus)?;
     let vcpus = (0..options.cpus)
-        .map(|id| Vcpu::new(&vm, id, &cpuid, (id == 0).then_some(entry)))
+        .map(|id| Vcpu::new(&vm, id, &cpuid, start))
         .collect::<Result<Vec<_>>>()?;
-    run_to_end(vm, vcpus)
+    run_to_end(vm, vcpus, options)
 }
 
 /// Makes a VM with the interrupt controllers and the timer in the hypervisor.
@@ -141,12 +134,15 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd> {
 extern "C" fn kicked(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 /// Runs the CPUs and the console until the guest has ended and all threads are gone.
-fn run_to_end(vm: Arc<VmFd>, vcpus: Vec<Vcpu>) -> Result<Outcome> {
+fn run_to_end(vm: Arc<VmFd>, vcpus: Vec<Vcpu>, options: &RunOptions) -> Result<Outcome> {
     let (control, outcomes) = Control::new();
     let wake = Wake::new().map_err(failed("making an eventfd"))?;
     let output = Output::new(wake.clone()).map_err(failed("opening the console"))?;
     let serial = Serial::with_events(Line(vm), Drained(wake.clone()), output.clone());
-    let ports = Arc::new(Ports::new(control.clone(), serial));
+    let cmos = Cmos::new(options.memory, options.cpus);
+    // An operating system has no use for firmware's console.
+    let debug = options.firmware.as_ref().map(|_| Debug(output.clone()));
+    let ports = Arc::new(Ports::new(control.clone(), serial, cmos, debug));
     register_signal_handler(SIGRTMIN(), kicked).map_err(failed("catching a signal"))?;
     // Caught before the terminal changes, so that no signal can leave it changed.
     let signals = Signals::catch()?;

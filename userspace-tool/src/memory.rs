@@ -4,8 +4,8 @@
 
 use std::fs;
 
-use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::VmFd;
+use kvm_bindings::{kvm_userspace_memory_region, KVM_MEM_READONLY};
+use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::error::{failed, Error, Result};
@@ -85,12 +85,13 @@ pub fn check_size(bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// Maps `bytes` of memory for a guest. The pages come when they are first touched.
+/// Maps `bytes` of memory for a guest, and `rom` bytes for its firmware, 0 where it has none. The pages
+/// come when they are first touched.
 ///
 /// # Errors
 ///
 /// [`Error::Input`] where the kernel refuses a mapping of that size.
-pub fn allocate(bytes: u64) -> Result<Memory> {
+pub fn allocate(bytes: u64, rom: u64) -> Result<Memory> {
     let refused = |why: String| {
         Error::input(
             format!("the host gives no {} of memory: {why}", size::text(bytes)),
@@ -98,7 +99,7 @@ pub fn allocate(bytes: u64) -> Result<Memory> {
         )
     };
     let mut ranges = Vec::new();
-    for range in layout::ram(bytes) {
+    for range in layout::with_rom(layout::ram(bytes), rom) {
         let length = usize::try_from(range.size).map_err(|e| refused(e.to_string()))?;
         ranges.push((GuestAddress(range.start), length));
     }
@@ -106,19 +107,22 @@ pub fn allocate(bytes: u64) -> Result<Memory> {
     Memory::from_ranges(&ranges).map_err(|e| refused(e.to_string()))
 }
 
-/// Gives `memory` to `vm`, one slot a region.
+/// Gives `memory` to `vm`, one slot a region. The guest can't write to its firmware, where the hypervisor
+/// offers that.
 ///
 /// # Errors
 ///
 /// [`Error::Call`] where the hypervisor refuses a slot.
 pub fn give(vm: &VmFd, memory: &Memory) -> Result<()> {
+    let protect = vm.check_extension(Cap::ReadonlyMem);
     for (slot, region) in (0..).zip(memory.iter()) {
+        let rom = layout::is_rom(region.start_addr().raw_value());
         let host = memory
             .get_host_address(region.start_addr())
             .map_err(|e| Error::call("finding the guest's memory", std::io::Error::other(e)))?;
         let slot = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags: if rom && protect { KVM_MEM_READONLY } else { 0 },
             guest_phys_addr: region.start_addr().raw_value(),
             memory_size: region.len(),
             userspace_addr: host as u64,
@@ -159,7 +163,7 @@ mod tests {
 
     #[test]
     fn memory_above_the_hole_is_mapped() -> Result<()> {
-        let memory = allocate(layout::HOLE + layout::PAGE_SIZE)?;
+        let memory = allocate(layout::HOLE + layout::PAGE_SIZE, 0)?;
         assert_eq!(memory.num_regions(), 2);
         assert!(memory.address_in_range(GuestAddress(layout::ABOVE_4G)));
         assert!(!memory.address_in_range(GuestAddress(layout::HOLE)));

@@ -7,7 +7,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
-use crate::boot::entry;
+use crate::boot::{entry, Start};
 use crate::cpuid::Template;
 use crate::devices::Ports;
 use crate::error::{failed, Error, Result};
@@ -36,20 +36,22 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// Makes the CPU with that number, which is its APIC ID as well. The first one gets the address
-    /// where it enters the kernel; the others wait for it.
+    /// Makes the CPU with that number, which is its APIC ID as well. The first one starts as `start` says;
+    /// the others wait for it.
     ///
     /// # Errors
     ///
     /// [`Error::Call`] where the hypervisor refuses.
-    pub fn new(vm: &VmFd, id: u32, cpuid: &Template, entry: Option<u64>) -> Result<Self> {
+    pub fn new(vm: &VmFd, id: u32, cpuid: &Template, start: Start) -> Result<Self> {
         let fd = vm.create_vcpu(id.into()).map_err(failed("making a CPU"))?;
         fd.set_cpuid2(&cpuid.for_cpu(id)?)
             .map_err(failed("setting a CPU's features"))?;
-        set_msrs(&fd, cpuid)?;
-        if let Some(entry) = entry {
-            entry::set_registers(&fd, entry)?;
-            wire_interrupts(&fd)?;
+        if let Start::Kernel(entry) = start {
+            set_msrs(&fd, cpuid)?;
+            if id == 0 {
+                entry::set_registers(&fd, entry)?;
+                wire_interrupts(&fd)?;
+            }
         }
         Ok(Self { fd, id })
     }

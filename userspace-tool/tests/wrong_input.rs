@@ -97,6 +97,7 @@ fn run(kernel: &Path, more: &[&str], words: &[&str]) {
 #[test]
 fn a_kernel_is_needed() {
     refused(&["run"], &["--kernel", "--help"]);
+    refused(&["run", "--initrd", "i"], &["--kernel", "--help"]);
 }
 
 #[test]
@@ -170,12 +171,84 @@ fn a_program_of_another_machine_is_no_kernel() {
 }
 
 #[test]
-fn a_kernel_without_a_64_bit_entry_is_refused() {
+fn a_kernel_of_32_bits_is_one() {
     let files = Files::new();
     let path = files.bzimage(MIB);
     let mut image = fs::read(&path).unwrap();
     image[header::XLOADFLAGS] = 0;
-    run(&files.write("old", &image), &[], &["64-bit"]);
+    let device = files.path("no-device");
+    // The device is the next thing that is looked at.
+    run(
+        &files.write("small", &image),
+        &["--device", device.to_str().unwrap()],
+        &["there is no", "no-device"],
+    );
+}
+
+#[test]
+fn a_kernel_of_an_old_protocol_is_refused() {
+    let files = Files::new();
+    let path = files.bzimage(MIB);
+    let mut image = fs::read(&path).unwrap();
+    image[header::VERSION..][..2].copy_from_slice(&0x0209_u16.to_le_bytes());
+    run(&files.write("old", &image), &[], &["old", "2.9", "2.10"]);
+}
+
+/// `rvisor run --firmware`, which must be refused.
+fn run_firmware(firmware: &Path, more: &[&str], words: &[&str]) {
+    let firmware = firmware.to_str().expect("its name is text");
+    refused(&[&["run", "--firmware", firmware], more].concat(), words);
+}
+
+#[test]
+fn what_is_no_firmware_is_refused() {
+    let files = Files::new();
+    let mut image = vec![0x90; 64 << 10];
+    run_firmware(
+        &files.path("nothing"),
+        &[],
+        &["there is no file", "nothing", "--firmware"],
+    );
+    run_firmware(files.0.path(), &[], &["is not a file"]);
+    // Too short, too long, no whole pages.
+    for size in [0, 32 << 10, 17 * MIB, (64 << 10) + 1] {
+        run_firmware(
+            &files.write("size", &vec![0x90; size]),
+            &[],
+            &["size", "64 KiB", "16 MiB"],
+        );
+    }
+    for empty in [0, 0xff] {
+        let end = image.len() - 16;
+        image[end..].fill(empty);
+        run_firmware(
+            &files.write("empty", &image),
+            &[],
+            &["empty", "reset vector"],
+        );
+    }
+}
+
+#[test]
+fn firmware_is_a_guests_whole_software() {
+    let files = Files::new();
+    let firmware = files.write("firmware", &vec![0x90; 64 << 10]);
+    let kernel = files.bzimage(MIB);
+    for (option, value) in [
+        ("--kernel", kernel.to_str().unwrap()),
+        ("--initrd", "i"),
+        ("--cmdline", "c"),
+    ] {
+        run_firmware(&firmware, &[option, value], &["--firmware", option]);
+    }
+    // Alone it is right: the device is the next thing that is looked at.
+    let device = files.path("no-device");
+    run_firmware(
+        &firmware,
+        &["--device", device.to_str().unwrap()],
+        &["there is no", "no-device"],
+    );
+    run_firmware(&firmware, &["--memory", "1M"], &["too small"]);
 }
 
 #[test]

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The state in which the first CPU enters the kernel: long mode, memory mapped one to one, flat segments
-//! (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol"). The other CPUs wait for it as the in-kernel
-//! local APIC has them.
+//! The state in which the first CPU enters the kernel, with flat segments: long mode with memory mapped one
+//! to one, or protected mode without paging (Documentation/arch/x86/boot.rst, "64-bit Boot Protocol" and
+//! "32-bit Boot Protocol"). The other CPUs wait for it as the in-kernel local APIC has them.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
@@ -11,8 +11,10 @@ use crate::error::{failed, Result};
 use crate::layout;
 use crate::memory::Memory;
 
-/// CR0 (SDM volume 3, 2.5): PE, ET, NE, PG.
-const CR0: u64 = 1 | (1 << 4) | (1 << 5) | (1 << 31);
+/// CR0 (SDM volume 3, 2.5): PE, ET, NE.
+const CR0: u64 = 1 | (1 << 4) | (1 << 5);
+/// CR0.PG.
+const CR0_PAGING: u64 = 1 << 31;
 /// CR4.PAE.
 const CR4_PAE: u64 = 1 << 5;
 /// IA32_EFER: LME and LMA.
@@ -28,10 +30,35 @@ const LARGE_PAGE: u64 = 2 << 20;
 const DIRECTORIES: u64 = 4;
 const ENTRIES: u64 = layout::PAGE_SIZE / 8;
 
-/// Descriptors of the GDT: none, none, `__BOOT_CS` (0x10), `__BOOT_DS` (0x18).
-const DESCRIPTORS: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 const BOOT_CS: u16 = 0x10;
 const BOOT_DS: u16 = 0x18;
+
+/// The mode in which a kernel is entered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// 64 bits, with paging.
+    Long,
+    /// 32 bits, without paging.
+    Protected,
+}
+
+/// Where and how the first CPU enters the kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// The mode.
+    pub mode: Mode,
+    /// The instruction's address.
+    pub address: u64,
+}
+
+/// Descriptors of the GDT: none, none, `__BOOT_CS` (0x10), `__BOOT_DS` (0x18).
+const fn descriptors(mode: Mode) -> [u64; 4] {
+    let code = match mode {
+        Mode::Long => 0x00af_9b00_0000_ffff,
+        Mode::Protected => 0x00cf_9b00_0000_ffff,
+    };
+    [0, 0, code, 0x00cf_9300_0000_ffff]
+}
 
 /// The page tables as they lie from [`layout::PAGE_TABLES`] on: PML4, PDPT, page directories.
 fn page_tables() -> Vec<u64> {
@@ -48,25 +75,29 @@ fn page_tables() -> Vec<u64> {
     entries
 }
 
-/// Writes the GDT and the page tables.
+/// Writes the GDT and the page tables that the mode needs.
 ///
 /// # Errors
 ///
 /// [`crate::error::Error::Call`] where the guest's memory is not there.
-pub fn write_tables(memory: &Memory) -> Result<()> {
+pub fn write_tables(memory: &Memory, mode: Mode) -> Result<()> {
     let bytes = |words: &[u64]| {
         words
             .iter()
             .flat_map(|word| word.to_le_bytes())
             .collect::<Vec<u8>>()
     };
-    super::write(memory, layout::GDT, &bytes(&DESCRIPTORS))?;
-    super::write(memory, layout::PAGE_TABLES, &bytes(&page_tables()))
+    super::write(memory, layout::GDT, &bytes(&descriptors(mode)))?;
+    match mode {
+        Mode::Long => super::write(memory, layout::PAGE_TABLES, &bytes(&page_tables())),
+        Mode::Protected => Ok(()),
+    }
 }
 
 /// A flat segment with the descriptor at `selector`.
-fn segment(selector: u16) -> kvm_segment {
+fn segment(selector: u16, mode: Mode) -> kvm_segment {
     let code = selector == BOOT_CS;
+    let long = code && mode == Mode::Long;
     kvm_segment {
         base: 0,
         limit: 0xffff_ffff,
@@ -75,41 +106,44 @@ fn segment(selector: u16) -> kvm_segment {
         type_: if code { 0xb } else { 0x3 },
         present: 1,
         dpl: 0,
-        db: u8::from(!code),
+        db: u8::from(!long),
         s: 1,
-        l: u8::from(code),
+        l: u8::from(long),
         g: 1,
         ..Default::default()
     }
 }
 
-fn long_mode(sregs: &mut kvm_sregs) {
-    sregs.cs = segment(BOOT_CS);
-    let data = segment(BOOT_DS);
+fn enter_mode(sregs: &mut kvm_sregs, mode: Mode) {
+    sregs.cs = segment(BOOT_CS, mode);
+    let data = segment(BOOT_DS, mode);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.gdt.base = layout::GDT;
-    sregs.gdt.limit = size_of_val(&DESCRIPTORS) as u16 - 1;
+    sregs.gdt.limit = size_of_val(&descriptors(mode)) as u16 - 1;
     sregs.cr0 = CR0;
-    sregs.cr3 = layout::PAGE_TABLES;
-    sregs.cr4 = CR4_PAE;
-    sregs.efer = EFER_LONG_MODE;
+    if mode == Mode::Long {
+        sregs.cr0 |= CR0_PAGING;
+        sregs.cr3 = layout::PAGE_TABLES;
+        sregs.cr4 = CR4_PAE;
+        sregs.efer = EFER_LONG_MODE;
+    }
 }
 
-/// Sets the first CPU's registers so that it enters the kernel at `entry`.
+/// Sets the first CPU's registers so that it enters the kernel.
 ///
 /// # Errors
 ///
 /// [`crate::error::Error::Call`] where the hypervisor refuses them.
-pub fn set_registers(vcpu: &VcpuFd, entry: u64) -> Result<()> {
-    // What is not about long mode stays as reset left it.
+pub fn set_registers(vcpu: &VcpuFd, entry: Entry) -> Result<()> {
+    // What is not about the mode stays as reset left it.
     let mut sregs = vcpu
         .get_sregs()
         .map_err(failed("reading a CPU's system registers"))?;
-    long_mode(&mut sregs);
+    enter_mode(&mut sregs, entry.mode);
     vcpu.set_sregs(&sregs)
         .map_err(failed("setting a CPU's system registers"))?;
     let regs = kvm_regs {
-        rip: entry,
+        rip: entry.address,
         rsi: layout::ZERO_PAGE,
         rflags: RFLAGS,
         ..Default::default()
@@ -158,10 +192,24 @@ mod tests {
     }
 
     #[test]
+    fn protected_mode_has_no_paging() {
+        let mut sregs = kvm_sregs::default();
+        enter_mode(&mut sregs, Mode::Protected);
+        assert_eq!((sregs.cr0 & (1 << 31), sregs.cr0 & 1), (0, 1));
+        assert_eq!((sregs.cr4, sregs.efer), (0, 0));
+        assert_eq!((sregs.cs.l, sregs.cs.db), (0, 1));
+    }
+
+    #[test]
     fn segments_agree_with_their_descriptors() {
-        for selector in [BOOT_CS, BOOT_DS] {
-            let descriptor = DESCRIPTORS[usize::from(selector / 8)];
-            let segment = segment(selector);
+        for (selector, mode) in [
+            (BOOT_CS, Mode::Long),
+            (BOOT_CS, Mode::Protected),
+            (BOOT_DS, Mode::Long),
+            (BOOT_DS, Mode::Protected),
+        ] {
+            let descriptor = descriptors(mode)[usize::from(selector / 8)];
+            let segment = segment(selector, mode);
             // SDM volume 3, figure 3-8.
             assert_eq!(((descriptor >> 40) & 0xf) as u8, segment.type_);
             assert_eq!(((descriptor >> 44) & 1) as u8, segment.s);

@@ -11,6 +11,7 @@ use linux_loader::loader::elf::Error as ElfError;
 use linux_loader::loader::{BzImage, Elf, Error as LoaderError, KernelLoader};
 use vm_memory::GuestAddress;
 
+use super::entry::{Entry, Mode};
 use super::too_small;
 use crate::error::{Error, Result};
 use crate::layout;
@@ -21,6 +22,8 @@ use crate::size::{self, MIB};
 const HEADER_MAGIC: usize = 0x202;
 /// What has to be read of a file to know its form: the setup header ends below 0x270.
 const HEAD_SIZE: usize = 0x280;
+/// The oldest version that tells how much memory the kernel needs: 2.10 brought `init_size`.
+const VERSION_LEAST: u16 = 0x020a;
 /// Version 2.12 brought `xloadflags`.
 const VERSION_XLOADFLAGS: u16 = 0x020c;
 /// `xloadflags`: there is a 64-bit entry at offset 0x200.
@@ -43,7 +46,7 @@ const ELF_OF_PROGRAMS: [u32; 2] = [3, 7];
 const INITRD_END: u64 = 0x8000_0000;
 const COMMAND_LINE_MOST: u32 = 2047;
 
-const NOT_A_KERNEL: &str = "give a bzImage or an ELF vmlinux for x86-64";
+const NOT_A_KERNEL: &str = "give a bzImage, or an ELF vmlinux for x86-64";
 
 /// A file of the user's.
 #[derive(Debug)]
@@ -55,7 +58,7 @@ pub(super) struct Image {
 }
 
 impl Image {
-    fn open(path: &Path, option: &str) -> Result<Self> {
+    pub(super) fn open(path: &Path, option: &str) -> Result<Self> {
         let give = format!("give the path of a file that can be read with {option}");
         let cannot = |error: io::Error| match error.kind() {
             io::ErrorKind::NotFound => {
@@ -134,11 +137,11 @@ fn is_program(head: &[u8]) -> bool {
 
 /// A kernel in the guest's memory.
 #[derive(Debug)]
-pub struct Kernel {
+pub(super) struct Kernel {
     /// What the kernel says of itself; zeros for one in ELF form.
     pub header: setup_header,
-    /// Where the CPU enters it.
-    pub entry: u64,
+    /// Where and how the CPU enters it.
+    pub entry: Entry,
     /// The first address that it does not need before it has read its memory map.
     pub end: u64,
     /// The first address behind which an initial RAM disk must end.
@@ -217,19 +220,34 @@ fn load_bzimage(image: &mut Image, memory: &Memory, memory_size: u64) -> Result<
     )
     .map_err(|error| broken(&image.path, &error))?;
     let header = loaded.setup_header.unwrap_or_default();
-    if header.version < VERSION_XLOADFLAGS || header.xloadflags & XLF_KERNEL_64 == 0 {
+    let version = header.version;
+    if version < VERSION_LEAST {
         return Err(Error::input(
             format!(
-                "{} is a kernel without a 64-bit entry",
-                image.path.display()
+                "{} is a kernel of boot protocol {}.{}, older than 2.10",
+                image.path.display(),
+                version >> 8,
+                version & 0xff
             ),
-            NOT_A_KERNEL,
+            "give a newer kernel",
         ));
     }
     let load = loaded.kernel_load.0;
+    let long = version >= VERSION_XLOADFLAGS && header.xloadflags & XLF_KERNEL_64 != 0;
+    let entry = if long {
+        Entry {
+            mode: Mode::Long,
+            address: load + ENTRY_64,
+        }
+    } else {
+        Entry {
+            mode: Mode::Protected,
+            address: load,
+        }
+    };
     let unpacked_end = run_address(&header, load).saturating_add(u64::from(header.init_size));
     Ok(Kernel {
-        entry: load + ENTRY_64,
+        entry,
         end: loaded.kernel_end.max(unpacked_end),
         initrd_end: u64::from(header.initrd_addr_max) + 1,
         command_line_most: header
@@ -269,7 +287,10 @@ fn load_elf(image: &mut Image, memory: &Memory, memory_size: u64) -> Result<Kern
     })?;
     Ok(Kernel {
         header: setup_header::default(),
-        entry: loaded.kernel_load.0,
+        entry: Entry {
+            mode: Mode::Long,
+            address: loaded.kernel_load.0,
+        },
         end: loaded.kernel_end,
         initrd_end: INITRD_END,
         command_line_most: COMMAND_LINE_MOST,
@@ -283,7 +304,7 @@ fn broken(path: &Path, error: &LoaderError) -> Error {
     )
 }
 
-fn unreadable(path: &Path, error: &io::Error) -> Error {
+pub(super) fn unreadable(path: &Path, error: &io::Error) -> Error {
     Error::input(
         format!("{} can't be read: {error}", path.display()),
         "check the file",

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! The battery-backed clock and memory of a PC, an MC146818. Guests read the time of day here; it is the
-//! host's, in UTC. Alarms and periodic interrupts never come. vm-superio has only Arm's PL031 clock.
+//! host's, in UTC. Alarms and periodic interrupts never come. Firmware learns from its memory what the
+//! machine has. vm-superio has only Arm's PL031 clock.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::acpi::CMOS_CENTURY;
+use crate::layout;
+use crate::size::{KIB, MIB};
 
 /// Selects a byte.
 pub const INDEX: u16 = 0x70;
@@ -24,6 +27,15 @@ const HOURS_24: u8 = 0x02;
 const VALID: u8 = 0x80;
 const BYTES: usize = 128;
 
+/// Where firmware looks for the size of memory, low byte first: below 640 KiB and above 1 MiB in KiB, the
+/// latter twice; above 16 MiB and, in 3 bytes, above 4 GiB in units of 64 KiB. The last two and the number
+/// of CPUs, less 1, are where emulated PCs have them.
+const BASE_MEMORY: usize = 0x15;
+const EXTENDED_MEMORY: [usize; 2] = [0x17, 0x30];
+const MEMORY_ABOVE_16M: usize = 0x34;
+const MEMORY_ABOVE_4G: usize = 0x5b;
+const MORE_CPUS: usize = 0x5f;
+
 /// The device.
 #[derive(Debug)]
 pub struct Cmos {
@@ -41,6 +53,31 @@ impl Default for Cmos {
 }
 
 impl Cmos {
+    /// The one of a machine with `memory` bytes and that number of CPUs.
+    #[must_use]
+    pub fn new(memory: u64, cpus: u32) -> Self {
+        let mut cmos = Self::default();
+        let mut put = |at: usize, value: u64, length: usize| {
+            // A field says as much as it can.
+            let most = (1 << (8 * length)) - 1;
+            let value = value.min(most).to_le_bytes();
+            cmos.bytes[at..at + length].copy_from_slice(&value[..length]);
+        };
+        let low = memory.min(layout::HOLE);
+        put(BASE_MEMORY, 640, 2);
+        for at in EXTENDED_MEMORY {
+            put(at, low.saturating_sub(MIB) / KIB, 2);
+        }
+        put(
+            MEMORY_ABOVE_16M,
+            low.saturating_sub(16 * MIB) / (64 * KIB),
+            2,
+        );
+        put(MEMORY_ABOVE_4G, (memory - low) / (64 * KIB), 3);
+        put(MORE_CPUS, u64::from(cpus.saturating_sub(1)), 1);
+        cmos
+    }
+
     /// The guest writes a byte. The clock can't be set: what is written to it is forgotten.
     pub fn write(&mut self, port: u16, byte: u8) {
         match port {
@@ -165,6 +202,33 @@ mod tests {
         assert_eq!(cmos.read(DATA) & 0x80, 0);
         cmos.write(INDEX, STATUS_D);
         assert_ne!(cmos.read(DATA) & 0x80, 0);
+    }
+
+    #[test]
+    fn firmware_learns_of_memory_and_cpus() {
+        for (memory, cpus, fields) in [
+            (8 * MIB, 1, [640, 7168, 7168, 0, 0, 0]),
+            (256 * MIB, 2, [640, 0xffff, 0xffff, 3840, 0, 1]),
+            // 3 GiB below the hole, 2 GiB above it.
+            (5120 * MIB, 4, [640, 0xffff, 0xffff, 48896, 32768, 3]),
+        ] {
+            let mut cmos = Cmos::new(memory, cpus);
+            let mut field = |at: u8, length: u8| {
+                (0..length).rev().fold(0, |value, index| {
+                    cmos.write(INDEX, at + index);
+                    (value << 8) | u32::from(cmos.read(DATA))
+                })
+            };
+            let read = [
+                field(0x15, 2),
+                field(0x17, 2),
+                field(0x30, 2),
+                field(0x34, 2),
+                field(0x5b, 3),
+                field(0x5f, 1),
+            ];
+            assert_eq!(read, fields, "{memory:#x}");
+        }
     }
 
     #[test]
