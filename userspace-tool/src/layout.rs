@@ -44,8 +44,10 @@ pub const FIRMWARE_END: u64 = 4 * GIB;
 /// The least and the most that a firmware image has: the segment of the reset vector, and what lies above
 /// the other things here.
 pub const FIRMWARE_SIZE: std::ops::RangeInclusive<u64> = 64 * KIB..=16 * MIB;
-/// The end of the firmware also lies at the end of the first MiB, where real mode reaches it: that much.
-pub const FIRMWARE_SHADOW: u64 = 128 * KIB;
+/// The end of the firmware also lies at the end of the first MiB, where real mode reaches it: that much. A
+/// PC has 128 KiB of its ROM there, and firmware copies more into the RAM below once it has switched that on
+/// in its chipset. Here the RAM is always on, with the copy in it.
+pub const FIRMWARE_SHADOW: u64 = 256 * KIB;
 
 /// A range of guest-physical addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -67,8 +67,7 @@ impl Firmware {
         self.bytes.len() as u64
     }
 
-    /// Writes it to its place below 4 GiB, and its end to the end of the first MiB. There it lies in
-    /// RAM, as firmware has it once it has set up its chipset.
+    /// Writes it to its place below 4 GiB, and its end to the end of the first MiB.
     pub(super) fn load(&self, memory: &Memory) -> Result<()> {
         let shadow = self.size().min(FIRMWARE_SHADOW);
         let end = &self.bytes[(self.size() - shadow) as usize..];
@@ -99,7 +98,7 @@ mod tests {
 
     #[test]
     fn it_ends_below_4_gib_and_below_1_mib() -> Result<()> {
-        for pages in [16_u64, 32, 64] {
+        for pages in [16_u64, 32, 64, 128] {
             let firmware = Firmware {
                 bytes: image((pages * PAGE_SIZE) as usize),
             };
@@ -114,9 +113,10 @@ mod tests {
             assert_eq!(page_at(0x1_0000_0000 - pages * PAGE_SIZE), 0);
             assert_eq!((page_at(0xffff_f000), page_at(0xf_f000)), (last, last));
             assert_eq!(page_at(0xf_0000), last - 15);
-            // A segment more where the image has it.
-            let before = if pages > 16 { last - 31 } else { 0 };
-            assert_eq!(page_at(0xe_0000), before);
+            // More segments where the image has them.
+            let before = |count| if pages >= count { pages - count } else { 0 };
+            assert_eq!(u64::from(page_at(0xe_0000)), before(32));
+            assert_eq!(u64::from(page_at(0xc_0000)), before(64));
         }
         Ok(())
     }
