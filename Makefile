@@ -12,13 +12,14 @@ DESTDIR ?=
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help module tool programs check test test-models demo shell bench wakeups install clean distclean
+.PHONY: help module tool programs check test test-guests test-models demo shell bench wakeups install clean distclean
 
 help: ## this text
 	@echo 'make demo        load rvisor.ko in a machine with VMX and boot a Linux guest there, on this screen'
 	@echo 'make test        all checks and tests, those inside the test host too'
 	@echo '  HOST=debian    each with Debian'\''s stock kernel in that machine; so with shell and bench'
 	@echo 'make test-models a guest on each CPU model that Bochs has'
+	@echo 'make test-guests guests that others have made: stock kernels of 64 and 32 bits, memtest86+ (minutes)'
 	@echo
 	@echo 'make module      build/rvisor.ko for the test host'
 	@echo '  KDIR=stock     for Debian'\''s stock 7.3 kernel: build/RELEASE/rvisor.ko, ready for insmod'
@@ -47,6 +48,9 @@ check:
 
 test:
 	@scripts/test
+
+test-guests:
+	@scripts/test --no-check guests
 
 test-models:
 	@scripts/test --no-check models
