@@ -2,7 +2,7 @@
 
 //! Firmware of the user's: a ROM image that the first CPU enters at its reset vector.
 
-use std::io::{Read, Seek};
+use std::io::Read;
 use std::path::Path;
 
 use vm_memory::{Bytes, GuestAddress};
@@ -48,7 +48,6 @@ impl Firmware {
         (&mut image.file)
             .take(image.size)
             .read_to_end(&mut bytes)
-            .and_then(|_| image.file.rewind())
             .map_err(|e| unreadable(&image.path, &e))?;
         let entry = bytes.len().checked_sub(RESET_VECTOR).map(|at| bytes[at]);
         // Neither what an empty flash chip holds nor zeros are a jump.
