@@ -113,7 +113,7 @@ mod tests {
             assert_eq!((page_at(0xffff_f000), page_at(0xf_f000)), (last, last));
             assert_eq!(page_at(0xf_0000), last - 15);
             // More segments where the image has them.
-            let before = |count| if pages >= count { pages - count } else { 0 };
+            let before = |count| pages.saturating_sub(count);
             assert_eq!(u64::from(page_at(0xe_0000)), before(32));
             assert_eq!(u64::from(page_at(0xc_0000)), before(64));
         }
