@@ -18,6 +18,7 @@ mod machine_check;
 pub(crate) mod memory;
 pub(crate) mod mmio;
 pub(crate) mod msr;
+mod pit;
 pub(crate) mod port;
 mod resample;
 pub(crate) mod run;

@@ -8,6 +8,7 @@
 use super::{
     irqfd::Resampler,
     machine::Vm,
+    pit::PitRoute,
     resample::{Ended, Resampled},
     shared::{Request, VcpuShared},
 };
@@ -23,12 +24,11 @@ use kernel::{
 };
 use rvisor_core::{
     irqchip::{
-        destination::{ApicIdentity, InterruptMessage},
+        destination::InterruptMessage,
         ioapic::{self, IoApic},
-        pic::{DualPic, PicEvents},
+        pic::DualPic,
         pit::Pit,
         routing::{Route, RoutingIndex, Target, DEFAULT_ROUTES},
-        vector_set::VectorSet,
         LineOutcome, LineSource, Nanoseconds,
     },
     x86::{
@@ -55,14 +55,14 @@ impl Messages {
         }
     }
 
-    fn push(&mut self, pin: Option<u8>, message: InterruptMessage) {
+    pub(super) fn push(&mut self, pin: Option<u8>, message: InterruptMessage) {
         if let Some(place) = self.list.get_mut(self.count) {
             *place = Some((pin, message));
             self.count += 1;
         }
     }
 
-    fn deliver(&self, vm: &Vm) {
+    pub(super) fn deliver(&self, vm: &Vm) {
         for (pin, message) in self.list.iter().take(self.count).flatten() {
             let taken = vm.deliver(message, None);
             if let (false, Some(pin), Some(chip)) = (taken, *pin, vm.irqchip()) {
@@ -80,10 +80,10 @@ pub(crate) struct Chips {
     pub(crate) pit: Option<Pit>,
     /// Port 0x61 is the PIT's too, and not userspace's.
     speaker: bool,
-    pit_route: PitRoute,
+    pub(super) pit_route: PitRoute,
     /// MSIs have 32-bit destinations.
     long_ids: bool,
-    routes: KVec<Route>,
+    pub(super) routes: KVec<Route>,
     pub(super) index: KBox<RoutingIndex>,
     pub(super) resampled: Resampled,
 }
@@ -247,27 +247,6 @@ impl IrqChip {
         }
     }
 
-    #[cold]
-    fn tell_of_lines(&self, vm: &Vm, events: PicEvents) {
-        let mut messages = Messages::new();
-        let resampled = {
-            let mut chips = self.chips.lock();
-            let lines = chips.pit_route.lines;
-            if let (true, Some(pit)) = (events.unmasked & lines != 0, &mut chips.pit) {
-                pit.unmasked();
-            }
-            if events.ended & lines != 0 {
-                chips.end_pit(&mut messages);
-            }
-            self.publish(vm, &chips);
-            events.ended & chips.resampled_lines()
-        };
-        messages.deliver(vm);
-        if resampled != 0 {
-            self.end_lines(vm, resampled);
-        }
-    }
-
     /// Drives a GSI's lines. Says whether the interrupt was taken: 0 coalesced, 1 delivered, -1 ignored.
     pub(crate) fn set_line(&self, vm: &Vm, gsi: Gsi, source: LineSource, level: bool) -> i32 {
         let mut messages = Messages::new();
@@ -305,43 +284,6 @@ impl IrqChip {
         self.tell_resamplers(&ended);
     }
 
-    /// The edge-triggered vectors whose end the local APIC `identity` is to tell: the PIT waits for it.
-    pub(crate) fn watched_vectors(&self, vm: &Vm, identity: &ApicIdentity) -> VectorSet {
-        let chips = self.chips.lock();
-        match chips.kept_pins() {
-            0 => VectorSet::EMPTY,
-            pins => chips
-                .ioapic
-                .watched_vectors(identity, vm.apics.device(), pins),
-        }
-    }
-
-    /// Makes the local APICs ask for [`Self::watched_vectors`] anew.
-    fn watch(vm: &Vm) {
-        vm.memory.with_vcpus(|vcpus| {
-            for vcpu in vcpus {
-                vcpu.request(Request::WATCH);
-            }
-        });
-    }
-
-    /// Carries out KVM_REINJECT_CONTROL: whether the PIT's interrupts are kept until the guest has ended
-    /// those before.
-    ///
-    /// # Errors
-    ///
-    /// `ENXIO` without a PIT.
-    pub(crate) fn keep_pit_interrupts(&self, vm: &Vm, keep: bool) -> Result {
-        self.chips
-            .lock()
-            .pit
-            .as_mut()
-            .ok_or(ENXIO)?
-            .keep_interrupts(keep);
-        Self::watch(vm);
-        Ok(())
-    }
-
     /// Sets the routes.
     ///
     /// # Errors
@@ -362,33 +304,6 @@ impl IrqChip {
         };
         Self::watch(vm);
         Ok(())
-    }
-
-    /// Lets the PIT's edges that are due reach the controllers, and sets its timer anew.
-    pub(crate) fn pit_due(&self, vm: &Vm) {
-        let mut messages = Messages::new();
-        let rose = {
-            let mut chips = self.chips.lock();
-            let Some(tick) = chips.pit.as_mut().map(|pit| pit.tick(now())) else {
-                return;
-            };
-            if tick.interrupts {
-                chips.pulse_pit(&mut messages);
-            }
-            self.publish(vm, &chips);
-            self.arm_pit(&chips);
-            tick.rose
-        };
-        messages.deliver(vm);
-        if rose {
-            // Where LINT0 is set up for it, each tick is an NMI too, past the PICs, as in KVM: so works
-            // the NMI watchdog of older systems.
-            vm.memory.with_vcpus(|vcpus| {
-                for vcpu in vcpus.iter().filter(|vcpu| vcpu.identity().is_watchdog) {
-                    vcpu.post_nmi();
-                }
-            });
-        }
     }
 
     /// Sets the host's timer to the PIT's next edge.
@@ -497,65 +412,7 @@ impl IrqChip {
     }
 }
 
-/// The GSI of the PIT.
-const PIT_GSI: Gsi = Gsi(0);
-
-/// Where it goes: bit n is the IOAPIC's pin or the PICs' line n.
-#[derive(Default)]
-struct PitRoute {
-    pins: u32,
-    lines: u16,
-}
-
 impl Chips {
-    /// Finds anew where the PIT's GSI goes.
-    fn find_pit_route(&mut self) {
-        let mut route = PitRoute::default();
-        for target in self.index.targets(&self.routes, PIT_GSI) {
-            match target {
-                Target::Pic(line) => route.lines |= 1 << line,
-                Target::IoApic(pin) => route.pins |= 1 << pin,
-                Target::Msi { .. } => {}
-            }
-        }
-        self.pit_route = route;
-    }
-
-    fn keeps_ticks(&self) -> bool {
-        self.pit.as_ref().is_some_and(Pit::keeps_interrupts)
-    }
-
-    /// The IOAPIC's pins whose interrupts the PIT waits to be ended, bit n for pin n.
-    fn kept_pins(&self) -> u32 {
-        if self.keeps_ticks() {
-            self.pit_route.pins
-        } else {
-            0
-        }
-    }
-
-    /// The PICs' lines whose interrupts anyone waits to be ended, bit n for line n.
-    fn awaited_lines(&self) -> u16 {
-        if self.keeps_ticks() {
-            self.pit_route.lines | self.resampled_lines()
-        } else {
-            self.resampled_lines()
-        }
-    }
-
-    /// One edge at the PIT's lines.
-    fn pulse_pit(&mut self, messages: &mut Messages) {
-        self.drive(PIT_GSI, LineSource::PIT, true, messages);
-        self.drive(PIT_GSI, LineSource::PIT, false, messages);
-    }
-
-    /// An interrupt of the PIT has ended: the next one comes, where one was kept.
-    fn end_pit(&mut self, messages: &mut Messages) {
-        if self.pit.as_mut().is_some_and(Pit::ended) {
-            self.pulse_pit(messages);
-        }
-    }
-
     /// Drives what a GSI is routed to. The status is as [`IrqChip::set_line`]'s.
     pub(super) fn drive(
         &mut self,
