@@ -58,10 +58,7 @@ pub(crate) fn hlt_costs_nothing(device: &Device) -> Outcome {
     })?;
     let (took, used) = (began.elapsed(), thread_time()? - used);
     check!(took >= PAUSE, "it woke after {took:?}");
-    check!(
-        used < Duration::from_millis(2),
-        "it used {used:?} of {took:?}"
-    );
+    check!(used < took / 20, "it used {used:?} of {took:?}");
     Ok(())
 }
 
