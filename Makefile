@@ -5,6 +5,8 @@
 RVISOR_HOST := $(if $(filter command,$(origin HOST)),$(HOST))
 KDIR ?= $(if $(filter debian,$(RVISOR_HOST)),stock)
 PREFIX ?= /usr/local
+CASES ?= 10000000
+SEED ?=
 INSTALL_MOD_PATH ?=
 DESTDIR ?=
 
@@ -12,7 +14,7 @@ DESTDIR ?=
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help module tool programs check test test-guests test-models demo shell bench wakeups install clean distclean
+.PHONY: help module tool programs check fuzz test test-guests test-models demo shell bench wakeups install clean distclean
 
 help: ## this text
 	@echo 'make demo        load rvisor.ko in a machine with VMX and boot a Linux guest there, on this screen'
@@ -27,6 +29,8 @@ help: ## this text
 	@echo 'make tool        build/rvisor, the program that runs guests'
 	@echo 'make programs    build/tests, the test programs'
 	@echo 'make check       format, lints, the tests that need no test host'
+	@echo 'make fuzz        the instruction emulator against iced-x86 and this CPU, at length'
+	@echo '  CASES=N        so many cases of each kind (10000000); SEED=N where they begin'
 	@echo 'make shell       a shell in the test host, with the module loaded'
 	@echo 'make bench       compare with KVM, in instructions'
 	@echo 'make wakeups     wake halted guests millions of times (half an hour)'
@@ -45,6 +49,9 @@ programs:
 
 check:
 	@scripts/check
+
+fuzz:
+	@scripts/fuzz
 
 test:
 	@scripts/test
@@ -76,4 +83,4 @@ clean:
 distclean:
 	@scripts/clean --all
 
-export PREFIX INSTALL_MOD_PATH DESTDIR DEVICE RVISOR_HOST
+export PREFIX INSTALL_MOD_PATH DESTDIR DEVICE RVISOR_HOST CASES SEED

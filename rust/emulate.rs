@@ -24,8 +24,8 @@ mod task;
 pub use decode::{decode, DecodeError, MAX_LENGTH};
 pub use execute::execute;
 pub use instruction::{
-    Arithmetic, Base, BitOperation, CodeSize, Gpr, Index, Instruction, Memory, Operand, Operation,
-    Repeat, Size, StringOperation, Unary, VectorMove,
+    Arithmetic, Base, BitOperation, CodeSize, Encoding, Gpr, Index, Instruction, Memory, Operand,
+    Operation, Repeat, Size, StringOperation, Unary, VectorMove,
 };
-pub use machine::{Machine, Mode, Progress, Protection, Stop};
+pub use machine::{Machine, Mode, Progress, Protection, Stop, Vector};
 pub use task::{switch_task, TaskMachine, TaskSegment, TaskStop, TaskSwitch, TaskSwitchSource};

@@ -18,4 +18,5 @@ pub(crate) mod signal;
 pub(crate) mod speculation;
 pub(crate) mod symbols;
 pub(crate) mod timer;
+mod vector;
 pub(crate) mod wait;

@@ -6,11 +6,15 @@ mod modrm;
 mod one_byte;
 mod two_byte;
 mod vector;
+mod vex;
 
 #[cfg(test)]
 mod tests;
 
-use self::modrm::{ModRm, Rm};
+use self::{
+    modrm::{ModRm, Rm},
+    vex::Vex,
+};
 use super::{
     instruction::{CodeSize, Gpr, Instruction, Operand, Operation, Repeat, Size},
     machine::Protection,
@@ -70,6 +74,7 @@ pub fn decode(bytes: &[u8], code: CodeSize) -> Result<Instruction, DecodeError> 
     };
     let form = match opcode {
         0x0f => decoder.two_byte()?,
+        0xc4 | 0xc5 => decoder.vex(opcode)?,
         _ => decoder.one_byte(opcode)?,
     };
     decoder.finish(form)
@@ -110,7 +115,7 @@ impl Cursor<'_> {
             Size::Dword => u64::from(u32::from_le_bytes(self.take()?)),
             Size::Qword => u64::from_le_bytes(self.take()?),
             // No number is that wide.
-            Size::Oword => return Err(DecodeError::Unsupported),
+            Size::Oword | Size::Yword => return Err(DecodeError::Unsupported),
         })
     }
 
@@ -137,8 +142,9 @@ struct Prefixes {
     segment: Option<SegmentRegister>,
     repeat: Option<RepeatPrefix>,
     lock: bool,
-    /// The REX prefix, which counts only right before the opcode.
+    /// The REX prefix, which counts only right before the opcode; with VEX, what stands for it there.
     rex: Option<u8>,
+    vex: Option<Vex>,
 }
 
 impl Prefixes {
@@ -259,6 +265,14 @@ impl Decoder<'_> {
             (CodeSize::Bits64, _) if self.prefixes.rex_w() => Size::Qword,
             (CodeSize::Bits16, false) | (CodeSize::Bits32 | CodeSize::Bits64, true) => Size::Word,
             (CodeSize::Bits16, true) | (CodeSize::Bits32 | CodeSize::Bits64, false) => Size::Dword,
+        }
+    }
+
+    /// The operand size of PUSH and POP: in 64-bit mode 32 bits can't be had (SDM vol. 2, PUSH).
+    fn stack_size(&self) -> Size {
+        match (self.code, self.operand_size()) {
+            (CodeSize::Bits64, Size::Dword) => Size::Qword,
+            (_, size) => size,
         }
     }
 

@@ -4,8 +4,11 @@
 
 mod address;
 mod arithmetic;
+mod bit;
+mod exchange;
 mod flags;
 mod operand;
+mod stack;
 mod string;
 mod vector;
 
@@ -40,11 +43,14 @@ pub fn execute<M: Machine>(
         Operation::Arithmetic(operation) => arithmetic::arithmetic(instruction, machine, operation),
         Operation::Test => arithmetic::test(instruction, machine),
         Operation::Unary(operation) => arithmetic::unary(instruction, machine, operation),
-        Operation::Exchange => arithmetic::exchange(instruction, machine),
-        Operation::ExchangeAdd => arithmetic::exchange_add(instruction, machine),
-        Operation::CompareExchange => arithmetic::compare_exchange(instruction, machine),
-        Operation::Bit(operation) => arithmetic::bit(instruction, machine, operation),
-        Operation::Vector(kind) => vector::vector(instruction, machine, kind),
+        Operation::Exchange => exchange::exchange(instruction, machine),
+        Operation::ExchangeAdd => exchange::exchange_add(instruction, machine),
+        Operation::CompareExchange => exchange::compare_exchange(instruction, machine),
+        Operation::CompareExchangePair => exchange::compare_exchange_pair(instruction, machine),
+        Operation::Bit(operation) => bit::bit(instruction, machine, operation),
+        Operation::Push => stack::push(instruction, machine),
+        Operation::Pop => stack::pop(instruction, machine),
+        Operation::Vector(kind, encoding) => vector::vector(instruction, machine, kind, encoding),
         Operation::String(operation) => string::string(instruction, machine, operation),
     }
 }

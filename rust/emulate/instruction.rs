@@ -26,12 +26,14 @@ pub enum Size {
     Dword,
     /// 64 bits.
     Qword,
-    /// 128 bits: a vector register, or memory as wide. No other operand has it.
+    /// 128 bits: an XMM register, or memory as wide; CMPXCHG16B's operand.
     Oword,
+    /// 256 bits: a YMM register, or memory as wide. No other operand has it.
+    Yword,
 }
 
 impl Size {
-    /// The width in bytes: 1, 2, 4, 8 or 16.
+    /// The width in bytes: 1, 2, 4, 8, 16 or 32.
     #[inline]
     pub const fn bytes(self) -> usize {
         match self {
@@ -40,10 +42,11 @@ impl Size {
             Self::Dword => 4,
             Self::Qword => 8,
             Self::Oword => 16,
+            Self::Yword => 32,
         }
     }
 
-    /// The width in bits: 8, 16, 32, 64 or 128.
+    /// The width in bits: 8, 16, 32, 64, 128 or 256.
     #[inline]
     pub const fn bits(self) -> u32 {
         match self {
@@ -52,6 +55,7 @@ impl Size {
             Self::Dword => 32,
             Self::Qword => 64,
             Self::Oword => 128,
+            Self::Yword => 256,
         }
     }
 
@@ -62,7 +66,7 @@ impl Size {
             Self::Byte => 0xff,
             Self::Word => 0xffff,
             Self::Dword => 0xffff_ffff,
-            Self::Qword | Self::Oword => u64::MAX,
+            Self::Qword | Self::Oword | Self::Yword => u64::MAX,
         }
     }
 
@@ -73,7 +77,7 @@ impl Size {
             Self::Byte => 1 << 7,
             Self::Word => 1 << 15,
             Self::Dword => 1 << 31,
-            Self::Qword | Self::Oword => 1 << 63,
+            Self::Qword | Self::Oword | Self::Yword => 1 << 63,
         }
     }
 
@@ -198,7 +202,7 @@ pub enum Operand {
     HighByte(Gpr),
     /// Memory.
     Memory(Memory),
-    /// A vector register, XMM0 to XMM15, by number.
+    /// A vector register, XMM0 to XMM15 or YMM0 to YMM15, by number.
     Vector(u8),
     /// The I/O port whose number is in DX.
     Port,
@@ -302,22 +306,43 @@ pub enum StringOperation {
     Outs,
 }
 
-/// A move from or to a vector register, by SSE's encodings.
+/// What a move from or to a vector register moves. AVX's forms are named as SSE's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VectorMove {
-    /// MOVUPS, MOVUPD, MOVDQU: 16 bytes.
+    /// MOVUPS, MOVUPD, MOVDQU, LDDQU: all of it.
     Whole,
-    /// MOVAPS, MOVAPD, MOVDQA, MOVNTPS, MOVNTPD, MOVNTDQ, MOVNTDQA: 16 bytes, aligned in memory.
+    /// MOVAPS, MOVAPD, MOVDQA, MOVNTPS, MOVNTPD, MOVNTDQ, MOVNTDQA: all of it, aligned in memory.
     Aligned,
-    /// MOVD, MOVQ, and MOVSS and MOVSD from or to memory: 4 or 8 bytes, zero-extended in a vector
-    /// register.
+    /// MOVD, MOVQ, and MOVSS and MOVSD from or to memory, MOVLPS and MOVLPD to memory: the lowest 4
+    /// or 8 bytes, zero-extended in a vector register.
     Low,
+    /// MOVLPS and MOVLPD from memory: bits 63:0; bits 127:64 come from register `other`.
+    LoadLow {
+        /// The register that the other half comes from: the destination itself without VEX.
+        other: u8,
+    },
+    /// MOVHPS and MOVHPD from memory: bits 127:64; bits 63:0 come from register `other`.
+    LoadHigh {
+        /// As with [`VectorMove::LoadLow`].
+        other: u8,
+    },
+    /// MOVHPS and MOVHPD to memory: bits 127:64.
+    StoreHigh,
+}
+
+/// How a vector instruction is encoded, which tells what happens above the bits that it writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoding {
+    /// SSE's encodings: the bits above 127 stay as they were.
+    Legacy,
+    /// With a VEX prefix: the bits above are cleared.
+    Vex,
 }
 
 /// What an instruction does: the complete list of what the emulator knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// MOV and MOVNTI: destination = source.
+    /// MOV, MOVNTI and MOVDIRI: destination = source.
     Mov,
     /// MOVZX: the source is narrower and zero-extended.
     MovZeroExtend,
@@ -337,10 +362,17 @@ pub enum Operation {
     ExchangeAdd,
     /// CMPXCHG: the accumulator takes part.
     CompareExchange,
+    /// CMPXCHG8B and CMPXCHG16B: the destination, in memory, is as wide as two registers; rDX:rAX and
+    /// rCX:rBX take part.
+    CompareExchangePair,
     /// BT, BTS, BTR, BTC: the source is the bit's offset.
     Bit(BitOperation),
+    /// PUSH: the source, to the stack.
+    Push,
+    /// POP: from the stack to the destination.
+    Pop,
     /// A move from or to a vector register.
-    Vector(VectorMove),
+    Vector(VectorMove, Encoding),
     /// MOVS, STOS, LODS, CMPS, SCAS, INS, OUTS.
     String(StringOperation),
 }
@@ -352,13 +384,19 @@ impl Operation {
         match self {
             Self::Arithmetic(operation) => !matches!(operation, Arithmetic::Cmp),
             Self::Bit(operation) => !matches!(operation, BitOperation::Test),
-            Self::Unary(_) | Self::Exchange | Self::ExchangeAdd | Self::CompareExchange => true,
+            Self::Unary(_)
+            | Self::Exchange
+            | Self::ExchangeAdd
+            | Self::CompareExchange
+            | Self::CompareExchangePair => true,
             Self::Mov
             | Self::MovZeroExtend
             | Self::MovSignExtend
             | Self::MovSwap
             | Self::Test
-            | Self::Vector(_)
+            | Self::Push
+            | Self::Pop
+            | Self::Vector(..)
             | Self::String(_) => false,
         }
     }

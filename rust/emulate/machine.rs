@@ -2,11 +2,11 @@
 
 //! The emulator's whole world: one vCPU and its memory.
 
-use super::instruction::{CodeSize, Gpr};
+use super::instruction::{CodeSize, Encoding, Gpr};
 use crate::x86::{
     address::Gva,
     segment::{Segment, SegmentRegister},
-    vector::Exception,
+    vector::{Exception, ExceptionVector},
 };
 
 /// How segments are checked.
@@ -29,6 +29,21 @@ pub struct Mode {
     pub protection: Protection,
     /// The width of a linear address in 64-bit mode: 57 if CR4.LA57 is set, else 48.
     pub linear_bits: u32,
+    /// Whether accesses must be aligned: CPL 3, CR0.AM and RFLAGS.AC (SDM vol. 3, 7.15).
+    pub checks_alignment: bool,
+}
+
+impl Mode {
+    /// The #AC(0) that an access of `length` bytes, a power of two, raises, if it does. It is for the
+    /// [`Machine`] to check, since page faults come before it.
+    #[inline]
+    pub const fn alignment_fault(&self, linear: Gva, length: usize) -> Option<Exception> {
+        let is_aligned = linear.raw() & (length as u64).wrapping_sub(1) == 0;
+        if is_aligned || !self.checks_alignment {
+            return None;
+        }
+        Some(Exception::with_code(ExceptionVector::AlignmentCheck, 0))
+    }
 }
 
 /// Why an instruction was not carried out, or a string instruction not further.
@@ -54,6 +69,9 @@ pub enum Progress {
     /// operation met another CPU's write. It is right to run the guest, or to execute it again.
     Again,
 }
+
+/// The lower 256 bits of a vector register, from the lowest 64 on.
+pub type Vector = [u64; 4];
 
 /// A vCPU and its memory.
 ///
@@ -88,7 +106,8 @@ pub trait Machine {
     /// The mode.
     fn mode(&mut self) -> Mode;
 
-    /// Reads 1 to 8 bytes, or 16 with vector moves, at a linear address whose segment was checked.
+    /// Reads 1 to 8 bytes, or 16 or 32 with vector moves, at a linear address whose segment was
+    /// checked.
     ///
     /// The bytes may cross a page but never wrap around the end of the address space. Within one
     /// instruction (one iteration of a string instruction) the reads of a second try are the same
@@ -99,7 +118,7 @@ pub trait Machine {
     /// The implementor's reason, upon which the emulator gives up with nothing committed.
     fn read(&mut self, linear: Gva, data: &mut [u8]) -> Result<(), Self::Stop>;
 
-    /// Like [`Machine::read`], of bytes that the same instruction then writes.
+    /// Like [`Machine::read`], of bytes that the same instruction then writes: 16 with CMPXCHG16B.
     ///
     /// A CPU checks such an access once, as a write. An implementor that wants the page fault's
     /// error code and the absence of side effects before it to be right overrides this.
@@ -120,7 +139,8 @@ pub trait Machine {
     /// As with [`Machine::write`].
     fn prepare_write(&mut self, linear: Gva, length: usize) -> Result<(), Self::Stop>;
 
-    /// Writes 1 to 8 bytes, or 16 with vector moves, under the same conditions as [`Machine::read`].
+    /// Writes 1 to 8 bytes, or 16 or 32 with vector moves, or 16 with CMPXCHG16B, under the same
+    /// conditions as [`Machine::read`].
     ///
     /// It is an instruction's last step that can fail. A write to device memory which userspace
     /// must see is kept, and answered with `Ok`: the implementor leaves after the instruction.
@@ -142,20 +162,21 @@ pub trait Machine {
     fn compare_exchange(&mut self, linear: Gva, old: &[u8], new: &[u8])
         -> Result<bool, Self::Stop>;
 
-    /// The vector register XMM0 to XMM15 with this number, or `None` if vector registers can't be
-    /// had: then the instruction ends in [`Stop::Unsupported`].
+    /// The vector register 0 to 15 with this number, or `None` if such registers can't be had: then
+    /// the instruction ends in [`Stop::Unsupported`]. Bits above 127 are asked for with
+    /// [`Encoding::Vex`] only.
     ///
-    /// Whether SSE is enabled (CR0.EM, CR0.TS, CR4.OSFXSR) has been checked by whoever comes here;
-    /// the CPU does so before an exit.
+    /// Whether SSE is enabled (CR0.EM, CR0.TS, CR4.OSFXSR), and AVX (CR4.OSXSAVE, XCR0), has been
+    /// checked by whoever comes here; the CPU does so before an exit.
     #[inline]
-    fn vector(&mut self, _number: u8) -> Option<[u8; 16]> {
+    fn vector(&mut self, _number: u8, _encoding: Encoding) -> Option<Vector> {
         None
     }
 
-    /// Sets bits 127:0 of a vector register, of which [`Machine::vector`] just gave the old value,
-    /// and leaves the bits above.
+    /// Sets a vector register, of which [`Machine::vector`] just gave the old value: bits 127:0, and
+    /// the bits above stay, or with [`Encoding::Vex`] bits 255:0, and the bits above are cleared.
     #[inline]
-    fn set_vector(&mut self, _number: u8, _value: [u8; 16]) {}
+    fn set_vector(&mut self, _number: u8, _value: Vector, _encoding: Encoding) {}
 
     /// Reads 1, 2 or 4 bytes from an I/O port, for INS. Whether the guest may use the port has been
     /// checked by whoever comes here (the CPU does so before an exit).

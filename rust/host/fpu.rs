@@ -2,10 +2,13 @@
 
 //! The guest's FPU, SSE, AVX and further XSAVE state, kept by the kernel's own guest-FPU code.
 
-use super::irq::IrqsOff;
-use super::symbols::Symbols;
+use super::{irq::IrqsOff, symbols::Symbols, vector};
 use crate::bindings;
 use kernel::{bindings as kb, error::to_result, prelude::*};
+use rvisor_core::{
+    emulate::{Encoding, Vector},
+    x86::control::Xcr0,
+};
 
 /// The guest's extended state.
 ///
@@ -66,6 +69,36 @@ impl GuestFpu {
         }
     }
 
+    /// A vector register of the guest's, 0 to 15, while the state is loaded: bits 127:0, or with
+    /// [`Encoding::Vex`] bits 255:0. `None` where the CPU has no more than the former.
+    pub(crate) fn vector(&self, number: u8, encoding: Encoding, irqs: &IrqsOff) -> Option<Vector> {
+        self.ensure_registers(irqs);
+        match encoding {
+            Encoding::Legacy => Some(vector::read_xmm(number, irqs)),
+            // SAFETY: The host's XCR0 has AVX.
+            Encoding::Vex if has_avx() => Some(unsafe { vector::read_ymm(number, irqs) }),
+            Encoding::Vex => None,
+        }
+    }
+
+    /// Sets a vector register: bits 127:0, or with [`Encoding::Vex`] bits 255:0, upon which those above
+    /// are cleared.
+    pub(crate) fn set_vector(
+        &mut self,
+        number: u8,
+        value: &Vector,
+        encoding: Encoding,
+        irqs: &IrqsOff,
+    ) {
+        self.ensure_registers(irqs);
+        match encoding {
+            Encoding::Legacy => vector::write_xmm(number, value, irqs),
+            // SAFETY: The host's XCR0 has AVX.
+            Encoding::Vex if has_avx() => unsafe { vector::write_ymm(number, value, irqs) },
+            Encoding::Vex => {}
+        }
+    }
+
     /// Writes the state in the XSAVE standard format; `buffer` may be longer than it.
     pub(crate) fn export(&mut self, buffer: &mut [u8], features: u64, pkru: u32) {
         // SAFETY: The function writes no more than the length given.
@@ -99,6 +132,13 @@ impl GuestFpu {
             )
         })
     }
+}
+
+/// Whether the host has enabled AVX's registers.
+fn has_avx() -> bool {
+    // SAFETY: Reads XCR0 where there is one. It is the host's own: the guest's is there in guest mode only.
+    let xcr0 = Xcr0(unsafe { bindings::rvisor_host_xcr0() });
+    xcr0.has(Xcr0::SSE | Xcr0::AVX)
 }
 
 impl Drop for GuestFpu {

@@ -498,6 +498,32 @@ int rvisor_cmpxchg_user(unsigned long address, unsigned int size, u64 old, u64 n
 	return -EFAULT;
 }
 
+/*
+ * Likewise 16 bytes, aligned; OLD and NEW have two words each. -EOPNOTSUPP where the CPU can't.
+ */
+int rvisor_cmpxchg16_user(unsigned long address, const u64 *old, const u64 *new)
+{
+	u64 __user *place = (u64 __user *)address;
+	u64 low = old[0], high = old[1];
+	bool done;
+
+	if (!boot_cpu_has(X86_FEATURE_CX16))
+		return -EOPNOTSUPP;
+	if (!user_access_begin(place, 16))
+		return -EFAULT;
+	asm_goto_output("1: lock cmpxchg16b %[place]\n"
+			_ASM_EXTABLE_UA(1b, %l[fault])
+			: "=@ccz" (done), [place] "+m" (*(u64 (*)[2])place), "+a" (low), "+d" (high)
+			: "b" (new[0]), "c" (new[1])
+			: "memory"
+			: fault);
+	user_access_end();
+	return done ? 0 : 1;
+fault:
+	user_access_end();
+	return -EFAULT;
+}
+
 unsigned int rvisor_online_cpus(void)
 {
 	return num_online_cpus();

@@ -278,3 +278,21 @@ pub(crate) fn compare_exchange(hva: Hva, size: u32, old: u64, new: u64) -> Resul
         _ => Err(EFAULT),
     }
 }
+
+/// Likewise 16 bytes, of which the lower 8 come first.
+///
+/// # Errors
+///
+/// `EFAULT`, also where they are not aligned; `EOPNOTSUPP` where this CPU has no such instruction.
+pub(crate) fn compare_exchange_16(hva: Hva, old: &[u64; 2], new: &[u64; 2]) -> Result<bool> {
+    if hva.raw() & 0xf != 0 {
+        return Err(EFAULT);
+    }
+    // SAFETY: As for `read_word`; both arrays are read only.
+    match unsafe { bindings::rvisor_cmpxchg16_user(hva.raw() as usize, old.as_ptr(), new.as_ptr()) }
+    {
+        0 => Ok(true),
+        1 => Ok(false),
+        error => Err(Error::from_errno(error)),
+    }
+}

@@ -4,14 +4,17 @@
 
 use super::{
     emulation::{split, split_mut, Halt, Snapshot},
+    mmio::MAX_BYTES,
     vcpu::{Core, State},
 };
+use crate::host::irq::IrqsOff;
 use rvisor_core::{
     bus::Bus,
-    emulate::{Gpr, Machine, Mode},
+    emulate::{Encoding, Gpr, Machine, Mode, Vector},
     mmu::walk::AccessKind,
     x86::{
         address::{Gpa, Gva},
+        control::Xcr0,
         segment::{Segment, SegmentRegister},
     },
 };
@@ -34,23 +37,79 @@ impl Emulated<'_> {
         data: &mut [u8],
         kind: AccessKind,
     ) -> core::result::Result<(), Halt> {
+        let length = data.len();
         for (address, part) in split_mut(linear, data) {
-            let gpa = self.translate(address, kind)?;
-            let core = &mut self.state.core;
-            if core.read_device(gpa, part)
-                || core
-                    .vm
-                    .memory
-                    .read(gpa, part)
-                    .map_err(Halt::Error)?
-                    .is_some()
-                || core.replay.read(gpa, part)
-            {
-                continue;
+            let mut gpa = self.translate(address, kind)?;
+            self.check_alignment(linear, length)?;
+            for piece in part.chunks_mut(MAX_BYTES) {
+                self.read_piece(gpa, piece)?;
+                gpa = gpa.wrapping_add(piece.len() as u64);
             }
-            return Err(Halt::UserRead);
         }
         Ok(())
+    }
+
+    /// Reads at most [`MAX_BYTES`] bytes inside one page.
+    fn read_piece(&mut self, gpa: Gpa, data: &mut [u8]) -> core::result::Result<(), Halt> {
+        let core = &mut self.state.core;
+        let done = core.read_device(gpa, data)
+            || core
+                .vm
+                .memory
+                .read(gpa, data)
+                .map_err(Halt::Error)?
+                .is_some()
+            || core.replay.read(gpa, data);
+        done.then_some(()).ok_or(Halt::UserRead)
+    }
+
+    /// Writes at most [`MAX_BYTES`] bytes inside one page.
+    fn write_piece(&mut self, gpa: Gpa, data: &[u8]) -> core::result::Result<(), Halt> {
+        let core = &mut self.state.core;
+        let done = core.write_device(gpa, data)
+            || core
+                .vm
+                .memory
+                .write(gpa, data)
+                .map_err(Halt::Error)?
+                .is_some()
+            || core.vm.registrations.write(Bus::Memory, gpa.raw(), data)
+            || core.replay.write(gpa, data);
+        done.then_some(()).ok_or(Halt::Unsupported)
+    }
+
+    /// #AC, which comes after page faults (SDM vol. 3, table 7-2).
+    fn check_alignment(&self, linear: Gva, length: usize) -> core::result::Result<(), Halt> {
+        match self.mode.alignment_fault(linear, length) {
+            Some(exception) => Err(Halt::Fault(exception)),
+            None => Ok(()),
+        }
+    }
+
+    /// Replaces aligned memory where it still is `old`. `None` where the address is a device's, or
+    /// not aligned.
+    fn exchange_memory(
+        &mut self,
+        linear: Gva,
+        old: &[u8],
+        new: &[u8],
+    ) -> core::result::Result<Option<bool>, Halt> {
+        let size = new.len();
+        if !matches!(size, 1 | 2 | 4 | 8 | 16) || linear.raw() % size as u64 != 0 {
+            return Ok(None);
+        }
+        let gpa = self.translate(linear, AccessKind::Write)?;
+        if self.core().is_lapic(gpa) {
+            return Ok(None);
+        }
+        let memory = &self.state.core.vm.memory;
+        let ([old, old_high], [new, new_high]) = (words(old), words(new));
+        if size == 16 {
+            memory.compare_exchange_16(gpa, &[old, old_high], &[new, new_high])
+        } else {
+            memory.compare_exchange(gpa, size as u32, old, new)
+        }
+        .map_err(Halt::Error)
     }
 
     #[inline]
@@ -133,11 +192,26 @@ impl Machine for Emulated<'_> {
     }
 
     fn prepare_write(&mut self, linear: Gva, length: usize) -> core::result::Result<(), Halt> {
-        let bytes = [0u8; 16];
+        let bytes = [0u8; 32];
         for (address, _) in split(linear, bytes.get(..length).unwrap_or(&bytes)) {
             self.translate(address, AccessKind::Write)?;
         }
-        Ok(())
+        self.check_alignment(linear, length)
+    }
+
+    fn vector(&mut self, number: u8, encoding: Encoding) -> Option<Vector> {
+        let irqs = IrqsOff::new();
+        let State { hardware, fpu, .. } = &mut *self.state;
+        let xcr0 = Xcr0(hardware.get_mut(&irqs).xcr0);
+        if encoding == Encoding::Vex && !xcr0.has(Xcr0::SSE | Xcr0::AVX) {
+            return None;
+        }
+        fpu.vector(number, encoding, &irqs)
+    }
+
+    fn set_vector(&mut self, number: u8, value: Vector, encoding: Encoding) {
+        let irqs = IrqsOff::new();
+        self.state.fpu.set_vector(number, &value, encoding, &irqs);
     }
 
     // INS and OUTS exit as I/O instructions, before they touch memory.
@@ -155,21 +229,13 @@ impl Machine for Emulated<'_> {
         for (target, (address, _)) in targets.iter_mut().zip(split(linear, data)) {
             *target = self.translate(address, AccessKind::Write)?;
         }
+        self.check_alignment(linear, data.len())?;
         for (gpa, (_, part)) in targets.into_iter().zip(split(linear, data)) {
-            let core = &mut self.state.core;
-            if core.write_device(gpa, part)
-                || core
-                    .vm
-                    .memory
-                    .write(gpa, part)
-                    .map_err(Halt::Error)?
-                    .is_some()
-                || core.vm.registrations.write(Bus::Memory, gpa.raw(), part)
-                || core.replay.write(gpa, part)
-            {
-                continue;
+            let mut gpa = gpa;
+            for piece in part.chunks(MAX_BYTES) {
+                self.write_piece(gpa, piece)?;
+                gpa = gpa.wrapping_add(piece.len() as u64);
             }
-            return Err(Halt::Unsupported);
         }
         Ok(())
     }
@@ -180,19 +246,8 @@ impl Machine for Emulated<'_> {
         old: &[u8],
         new: &[u8],
     ) -> core::result::Result<bool, Halt> {
-        let size = new.len();
-        let is_word = matches!(size, 1 | 2 | 4 | 8) && linear.raw() % size as u64 == 0;
-        if is_word {
-            let gpa = self.translate(linear, AccessKind::Write)?;
-            let done = self
-                .core()
-                .vm
-                .memory
-                .compare_exchange(gpa, size as u32, word(old), word(new))
-                .map_err(Halt::Error)?;
-            if let Some(done) = done {
-                return Ok(done);
-            }
+        if let Some(done) = self.exchange_memory(linear, old, new)? {
+            return Ok(done);
         }
         // A device, or a locked access across a boundary, which is not atomic here.
         self.write(linear, new)?;
@@ -207,10 +262,14 @@ impl Machine for Emulated<'_> {
     }
 }
 
-/// Up to 8 bytes, the lowest first.
-fn word(bytes: &[u8]) -> u64 {
-    bytes
-        .iter()
-        .rev()
-        .fold(0, |word, byte| (word << 8) | u64::from(*byte))
+/// Up to 16 bytes, the lowest first, as two words.
+fn words(bytes: &[u8]) -> [u64; 2] {
+    let mut words = [0; 2];
+    for (word, part) in words.iter_mut().zip(bytes.chunks(8)) {
+        *word = part
+            .iter()
+            .rev()
+            .fold(0, |word, byte| (word << 8) | u64::from(*byte));
+    }
+    words
 }

@@ -24,7 +24,7 @@ use rvisor_core::{
     },
     x86::{
         address::{Gpa, Gva, PAGE_SIZE},
-        control::{Cr3, Cr4, Efer, Rflags},
+        control::{Cr0, Cr3, Cr4, Efer, Rflags},
         exit::EptViolation,
         segment::Segment,
         vector::Exception,
@@ -506,7 +506,7 @@ impl Snapshot {
 
     fn mode(&self) -> Mode {
         let access = self.cs.access;
-        let protected = self.paging.cr0.has(rvisor_core::x86::control::Cr0::PE);
+        let protected = self.paging.cr0.has(Cr0::PE);
         let protection = if !protected {
             Protection::Real
         } else if self.rflags & Rflags::VM != 0 {
@@ -529,6 +529,9 @@ impl Snapshot {
             } else {
                 48
             },
+            checks_alignment: self.paging.alignment_check
+                && self.paging.cr0.has(Cr0::AM)
+                && self.privilege == Privilege::User,
         }
     }
 }

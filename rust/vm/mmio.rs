@@ -20,8 +20,11 @@ pub(crate) struct Access {
     pub(crate) data: [u8; 8],
 }
 
-/// The most accesses that one instruction makes: two operands, each across a page.
-const MAX_ACCESSES: usize = 4;
+/// The most bytes of one access of userspace's, as KVM has it.
+pub(super) const MAX_BYTES: usize = 8;
+/// The most accesses of a kind that one instruction makes: 32 bytes across a page, each part in pieces of
+/// [`MAX_BYTES`]. Two operands of 8 bytes across a page make 4.
+const MAX_ACCESSES: usize = 5;
 
 /// What userspace has read for the instruction that is executed again, and what it has yet to write
 /// for one that has retired.
@@ -74,11 +77,8 @@ impl Replay {
         self.pending = None;
     }
 
-    /// Gives out the next read, or says that userspace has to make it.
+    /// Gives out the next read, of at most [`MAX_BYTES`], or says that userspace has to make it.
     pub(super) fn read(&mut self, gpa: Gpa, data: &mut [u8]) -> bool {
-        if data.len() > 8 {
-            return false;
-        }
         if let Some(Some(access)) = self.reads.get(self.cursor) {
             if access.gpa == gpa && usize::from(access.length) == data.len() {
                 for (to, from) in data.iter_mut().zip(access.data) {

@@ -22,12 +22,15 @@ impl Decoder<'_> {
                 let register = self.register(opcode & 7, size);
                 Ok(Form::new(operation, size, register, Operand::None))
             }
+            0x50..=0x5f => self.push_pop_register(opcode),
             0x63 if self.is_64bit() => self.movsxd(),
+            0x68 | 0x6a => self.push_immediate(opcode),
             0x80..=0x83 => self.arithmetic_immediate(opcode),
             0x84 | 0x85 => self.rm_reg(Operation::Test, opcode),
             0x86 | 0x87 => self.rm_reg(Operation::Exchange, opcode),
             0x88 | 0x89 => self.rm_reg(Operation::Mov, opcode),
             0x8a | 0x8b => self.reg_rm(Operation::Mov, opcode),
+            0x8f => self.pop_rm(),
             0xa0..=0xa3 => self.mov_offset(opcode),
             0xa8 | 0xa9 => self.accumulator_immediate(Operation::Test, opcode),
             0x6c | 0x6d => self.string(StringOperation::Ins, opcode),
@@ -184,6 +187,41 @@ impl Decoder<'_> {
                 Ok(Form::new(inc_or_dec(extension), size, rm, Operand::None))
             }
             (_, 0xfe) | (7, _) => Err(DecodeError::InvalidOpcode),
+            (6, _) => {
+                let size = self.stack_size();
+                let rm = self.rm(&modrm, size);
+                Ok(Form::new(Operation::Push, size, Operand::None, rm))
+            }
+            _ => Err(DecodeError::Unsupported),
+        }
+    }
+
+    /// 50 to 5F: PUSH, then POP.
+    fn push_pop_register(&mut self, opcode: u8) -> Result<Form, DecodeError> {
+        let size = self.stack_size();
+        let register = self.register((opcode & 7) | self.prefixes.rex_b(), size);
+        Ok(match opcode & 8 {
+            0 => Form::new(Operation::Push, size, Operand::None, register),
+            _ => Form::new(Operation::Pop, size, register, Operand::None),
+        })
+    }
+
+    /// 68 and 6A, which has a byte.
+    fn push_immediate(&mut self, opcode: u8) -> Result<Form, DecodeError> {
+        let size = self.stack_size();
+        let immediate = self.immediate(if opcode == 0x6a { Size::Byte } else { size })?;
+        Ok(Form::new(Operation::Push, size, Operand::None, immediate))
+    }
+
+    /// 8F: group 1A. Its other forms are AMD's XOP.
+    fn pop_rm(&mut self) -> Result<Form, DecodeError> {
+        let size = self.stack_size();
+        let modrm = self.modrm()?;
+        match modrm.extension() {
+            0 => {
+                let rm = self.rm(&modrm, size);
+                Ok(Form::new(Operation::Pop, size, rm, Operand::None))
+            }
             _ => Err(DecodeError::Unsupported),
         }
     }

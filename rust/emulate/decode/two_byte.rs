@@ -10,9 +10,19 @@ impl Decoder<'_> {
     pub(super) fn two_byte(&mut self) -> Result<Form, DecodeError> {
         let opcode = self.cursor.byte()?;
         match opcode {
-            0x10 | 0x11 | 0x28 | 0x29 | 0x2b | 0x6e | 0x6f | 0x7e | 0x7f | 0xd6 | 0xe7 => {
-                self.vector(opcode)
-            }
+            0x10..=0x13
+            | 0x16
+            | 0x17
+            | 0x28
+            | 0x29
+            | 0x2b
+            | 0x6e
+            | 0x6f
+            | 0x7e
+            | 0x7f
+            | 0xd6
+            | 0xe7
+            | 0xf0 => self.vector(opcode),
             0x38 => self.three_byte(),
             0xa3 | 0xab | 0xb3 | 0xbb => {
                 let operation = BitOperation::from_low_bits(opcode >> 3);
@@ -25,6 +35,7 @@ impl Decoder<'_> {
             0xbe | 0xbf => self.mov_extend(Operation::MovSignExtend, opcode),
             0xc0 | 0xc1 => self.rm_reg(Operation::ExchangeAdd, opcode),
             0xc3 => self.movnti(),
+            0xc7 => self.group_9(),
             _ => Err(DecodeError::Unsupported),
         }
     }
@@ -34,6 +45,9 @@ impl Decoder<'_> {
         let opcode = self.cursor.byte()?;
         if opcode == 0x2a {
             return self.vector_nontemporal_load();
+        }
+        if opcode == 0xf9 {
+            return self.movdiri();
         }
         // With F2 these are CRC32.
         if !matches!(opcode, 0xf0 | 0xf1) || self.prefixes.repeat.is_some() {
@@ -87,6 +101,18 @@ impl Decoder<'_> {
         if self.prefixes.operand_size || self.prefixes.repeat.is_some() {
             return Err(DecodeError::InvalidOpcode);
         }
+        self.direct_store()
+    }
+
+    /// MOVDIRI: likewise.
+    fn movdiri(&mut self) -> Result<Form, DecodeError> {
+        match self.prefixes.operand_size || self.prefixes.repeat.is_some() {
+            true => Err(DecodeError::Unsupported),
+            false => self.direct_store(),
+        }
+    }
+
+    fn direct_store(&mut self) -> Result<Form, DecodeError> {
         let size = match self.prefixes.rex_w() {
             true => Size::Qword,
             false => Size::Dword,
@@ -97,5 +123,27 @@ impl Decoder<'_> {
         }
         let (rm, reg) = (self.rm(&modrm, size), self.reg(&modrm, size));
         Ok(Form::new(Operation::Mov, size, rm, reg))
+    }
+
+    /// 0F C7: group 9, of which CMPXCHG8B and CMPXCHG16B are known.
+    fn group_9(&mut self) -> Result<Form, DecodeError> {
+        let size = match self.prefixes.rex_w() {
+            true => Size::Oword,
+            false => Size::Qword,
+        };
+        let modrm = self.modrm()?;
+        match (modrm.extension(), modrm.is_register()) {
+            (1, false) => {
+                let rm = self.rm(&modrm, size);
+                Ok(Form::new(
+                    Operation::CompareExchangePair,
+                    size,
+                    rm,
+                    Operand::None,
+                ))
+            }
+            (1, true) => Err(DecodeError::InvalidOpcode),
+            _ => Err(DecodeError::Unsupported),
+        }
     }
 }

@@ -31,14 +31,32 @@ pub(super) fn linear_address<M: Machine>(
     intent: Intent,
 ) -> Result<Gva, Stop<M::Stop>> {
     let offset = effective_address(instruction, machine, memory);
+    linear(machine, memory.segment, offset, size, intent)
+}
+
+/// The linear address of `size` bytes at an offset into a segment, checked for all of them.
+pub(super) fn linear<M: Machine>(
+    machine: &mut M,
+    register: SegmentRegister,
+    offset: u64,
+    size: Size,
+    intent: Intent,
+) -> Result<Gva, Stop<M::Stop>> {
     let mode = machine.mode();
-    let segment = machine.segment(memory.segment);
     // The distance from the first byte to the last.
     let reach = size.bytes().saturating_sub(1) as u64;
     match mode.code {
-        CodeSize::Bits64 => linear_64bit(mode, memory.segment, segment, offset, reach),
+        CodeSize::Bits64 => {
+            // Only these two have a base.
+            let base = match register {
+                SegmentRegister::Fs | SegmentRegister::Gs => machine.segment(register).base,
+                _ => 0,
+            };
+            linear_64bit(mode, register, base.wrapping_add(offset), reach)
+        }
         CodeSize::Bits16 | CodeSize::Bits32 => {
-            let refusal = refusal(mode, memory.segment);
+            let segment = machine.segment(register);
+            let refusal = refusal(mode, register);
             if !is_allowed(mode, segment, intent) || !is_within(segment, offset, reach) {
                 return Err(Stop::Fault(refusal));
             }
@@ -48,6 +66,17 @@ pub(super) fn linear_address<M: Machine>(
             }
             Ok(Gva::new(linear))
         }
+    }
+}
+
+/// The width of the stack pointer: 64 bits in 64-bit mode, else as SS.B says.
+pub(super) fn stack_size<M: Machine>(machine: &mut M) -> Size {
+    if machine.mode().code == CodeSize::Bits64 {
+        return Size::Qword;
+    }
+    match machine.segment(SegmentRegister::Ss).access.is_big() {
+        true => Size::Dword,
+        false => Size::Word,
     }
 }
 
@@ -72,19 +101,14 @@ fn effective_address<M: Machine>(
     base.wrapping_add(index).wrapping_add(memory.displacement) & instruction.address_size.mask()
 }
 
-/// 64-bit mode: only FS and GS have a base, and both ends must be canonical.
+/// 64-bit mode: both ends must be canonical.
 fn linear_64bit<S>(
     mode: Mode,
     register: SegmentRegister,
-    segment: Segment,
-    offset: u64,
+    first: u64,
     reach: u64,
 ) -> Result<Gva, Stop<S>> {
-    let base = match register {
-        SegmentRegister::Fs | SegmentRegister::Gs => segment.base,
-        _ => 0,
-    };
-    let first = Gva::new(base.wrapping_add(offset));
+    let first = Gva::new(first);
     let last = first.wrapping_add(reach);
     if !first.is_canonical(mode.linear_bits) || !last.is_canonical(mode.linear_bits) {
         return Err(Stop::Fault(refusal(mode, register)));

@@ -8,16 +8,13 @@ use super::{
     retire, Outcome,
 };
 use crate::emulate::{
-    instruction::{Arithmetic, BitOperation, Gpr, Instruction, Memory, Operand, Size, Unary},
+    instruction::{Arithmetic, Instruction, Unary},
     machine::{Machine, Progress, Stop},
 };
 
-/// The accumulator as an operand.
-const ACCUMULATOR: Place = Place::Register(Gpr::Rax);
-
 /// A destination with its value.
 pub(super) struct Destination {
-    place: Place,
+    pub(super) place: Place,
     pub(super) value: u64,
 }
 
@@ -51,7 +48,7 @@ pub(super) fn set_flags<M: Machine>(machine: &mut M, affected: u64, flags: u64) 
 }
 
 /// Writes a destination that is changed, then its flags.
-fn commit<M: Machine>(
+pub(super) fn commit<M: Machine>(
     instruction: &Instruction,
     machine: &mut M,
     destination: &Destination,
@@ -136,146 +133,4 @@ pub(super) fn unary<M: Machine>(
     };
     let destination = Destination { place, value };
     commit(instruction, machine, &destination, computed, affected)
-}
-
-/// Commits an exchange: the source, a register, gets the destination's old value, and then the
-/// destination its new one.
-fn exchange_with<M: Machine>(
-    instruction: &Instruction,
-    machine: &mut M,
-    destination: &Destination,
-    computed: Computed,
-    affected: u64,
-) -> Outcome<M> {
-    let size = instruction.size;
-    let Destination {
-        place: target,
-        value,
-    } = *destination;
-    let source = place(
-        instruction,
-        machine,
-        &instruction.source,
-        size,
-        Intent::Read,
-    )?;
-    if !write_memory(instruction, machine, target, Some(value), computed.value)? {
-        return Ok(Progress::Again);
-    }
-    // The destination comes last: it wins where both are the same register.
-    set_register(machine, source, size, value);
-    set_register(machine, target, size, computed.value);
-    set_flags(machine, affected, computed.flags);
-    retire(instruction, machine)
-}
-
-/// XCHG.
-pub(super) fn exchange<M: Machine>(instruction: &Instruction, machine: &mut M) -> Outcome<M> {
-    let (destination, source) = operands(instruction, machine, Intent::Write)?;
-    let computed = Computed {
-        value: source,
-        flags: 0,
-    };
-    exchange_with(instruction, machine, &destination, computed, 0)
-}
-
-/// XADD.
-pub(super) fn exchange_add<M: Machine>(instruction: &Instruction, machine: &mut M) -> Outcome<M> {
-    let (destination, source) = operands(instruction, machine, Intent::Write)?;
-    let computed = flags::add(destination.value, source, false, instruction.size);
-    exchange_with(instruction, machine, &destination, computed, flags::STATUS)
-}
-
-/// CMPXCHG. Memory is written in any case: with its own value if it was unequal. An unequal register
-/// is left alone, so that of a 32-bit one the upper half is not cleared: CPUs do that, other than the
-/// SDM's pseudocode.
-pub(super) fn compare_exchange<M: Machine>(
-    instruction: &Instruction,
-    machine: &mut M,
-) -> Outcome<M> {
-    let size = instruction.size;
-    let (destination, source) = operands(instruction, machine, Intent::Write)?;
-    let Destination { place, value } = destination;
-    let accumulator = read(machine, ACCUMULATOR, size, Intent::Read)?;
-    let compared = flags::subtract(accumulator, value, false, size);
-    let is_equal = accumulator == value;
-    let new = if is_equal { source } else { value };
-    if !write_memory(instruction, machine, place, Some(value), new)? {
-        return Ok(Progress::Again);
-    }
-    match is_equal {
-        true => set_register(machine, place, size, new),
-        false => set_register(machine, ACCUMULATOR, size, value),
-    }
-    set_flags(machine, flags::STATUS, compared.flags);
-    retire(instruction, machine)
-}
-
-/// BT, BTS, BTR, BTC. Of the flags only CF is defined, and the others are left as they were.
-pub(super) fn bit<M: Machine>(
-    instruction: &Instruction,
-    machine: &mut M,
-    operation: BitOperation,
-) -> Outcome<M> {
-    let intent = match operation {
-        BitOperation::Test => Intent::Read,
-        _ => Intent::Write,
-    };
-    let size = instruction.size;
-    let source = place(
-        instruction,
-        machine,
-        &instruction.source,
-        size,
-        Intent::Read,
-    )?;
-    let offset = read(machine, source, size, Intent::Read)?;
-    let operand = match (instruction.destination, source) {
-        (Operand::Memory(memory), Place::Register(_)) => {
-            Operand::Memory(with_bit_offset(memory, offset, size))
-        }
-        (operand, _) => operand,
-    };
-    let place = place(instruction, machine, &operand, size, intent)?;
-    let value = read(machine, place, size, intent)?;
-    let bit = 1u64.wrapping_shl(bit_number(offset, size));
-    let new = match operation {
-        BitOperation::Test => value,
-        BitOperation::Set => value | bit,
-        BitOperation::Reset => value & !bit,
-        BitOperation::Complement => value ^ bit,
-    };
-    let carry = if value & bit != 0 { flags::CARRY } else { 0 };
-    if operation == BitOperation::Test {
-        set_flags(machine, flags::CARRY, carry);
-        return retire(instruction, machine);
-    }
-    let computed = Computed {
-        value: new,
-        flags: carry,
-    };
-    let destination = Destination { place, value };
-    commit(instruction, machine, &destination, computed, flags::CARRY)
-}
-
-/// The bit of the operand that a bit offset means.
-fn bit_number(offset: u64, size: Size) -> u32 {
-    let within = offset & u64::from(size.bits().saturating_sub(1));
-    // At most 63.
-    (within & 0x3f) as u32
-}
-
-/// A bit offset in a register is signed and reaches beyond the operand at the address, in steps of
-/// the operand's size (SDM vol. 2, BT, and vol. 2, 3.1.1.9 "Bit(BitBase, BitOffset)").
-fn with_bit_offset(memory: Memory, offset: u64, size: Size) -> Memory {
-    let bytes = match size {
-        Size::Byte => 0,
-        Size::Word => ((size.sign_extend(offset) as i64) >> 4) << 1,
-        Size::Dword => ((size.sign_extend(offset) as i64) >> 5) << 2,
-        Size::Qword | Size::Oword => ((offset as i64) >> 6) << 3,
-    };
-    Memory {
-        displacement: memory.displacement.wrapping_add(bytes as u64),
-        ..memory
-    }
 }

@@ -115,7 +115,7 @@ pub(super) fn set_register<M: Machine>(machine: &mut M, place: Place, size: Size
         Place::Register(register) => {
             let kept = match size {
                 Size::Byte | Size::Word => machine.gpr(register) & !size.mask(),
-                Size::Dword | Size::Qword | Size::Oword => 0,
+                Size::Dword | Size::Qword | Size::Oword | Size::Yword => 0,
             };
             machine.set_gpr(register, kept | (value & size.mask()));
         }

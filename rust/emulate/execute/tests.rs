@@ -6,8 +6,8 @@ use super::*;
 use crate::{
     emulate::{
         decode::decode,
-        instruction::Gpr,
-        machine::{Mode, Protection},
+        instruction::{Encoding, Gpr},
+        machine::{Mode, Protection, Vector},
     },
     x86::{
         address::Gva,
@@ -43,7 +43,9 @@ struct Fake {
     answer: Option<Vec<u8>>,
     device_writes: Vec<(u64, Vec<u8>)>,
     outputs: Vec<(u16, Vec<u8>)>,
-    vectors: Option<[[u8; 16]; 16]>,
+    vectors: Option<[Vector; 16]>,
+    /// Whether they have more than 128 bits.
+    has_avx: bool,
     /// Another CPU's write, done before the next compare-exchange.
     rival: Option<(u64, u8)>,
     continues: bool,
@@ -66,6 +68,7 @@ impl Fake {
                 code,
                 protection,
                 linear_bits: 48,
+                checks_alignment: false,
             },
             segments: [segment; 6],
             memory: vec![0; 0x10000],
@@ -73,6 +76,7 @@ impl Fake {
             device_writes: Vec::new(),
             outputs: Vec::new(),
             vectors: None,
+            has_avx: true,
             rival: None,
             continues: false,
         }
@@ -145,12 +149,19 @@ impl Machine for Fake {
         found.map(|_| ()).ok_or(Why::NotPresent)
     }
 
-    fn vector(&mut self, number: u8) -> Option<[u8; 16]> {
+    fn vector(&mut self, number: u8, encoding: Encoding) -> Option<Vector> {
+        if encoding == Encoding::Vex && !self.has_avx {
+            return None;
+        }
         self.vectors.map(|vectors| vectors[usize::from(number)])
     }
 
-    fn set_vector(&mut self, number: u8, value: [u8; 16]) {
-        self.vectors.as_mut().unwrap()[usize::from(number)] = value;
+    fn set_vector(&mut self, number: u8, value: Vector, encoding: Encoding) {
+        let vector = &mut self.vectors.as_mut().unwrap()[usize::from(number)];
+        *vector = match encoding {
+            Encoding::Legacy => [value[0], value[1], vector[2], vector[3]],
+            Encoding::Vex => value,
+        };
     }
 
     fn input(&mut self, port: u16, data: &mut [u8]) -> Result<(), Why> {
@@ -570,7 +581,7 @@ fn a_vector_move_needs_alignment_and_a_machine_that_has_vectors() {
     assert_eq!(fake.run(&[0x0f, 0x29, 0x00]), Err(Stop::Unsupported));
     assert_eq!(fake.run(&[0x0f, 0x10, 0x00]), Err(Stop::Unsupported));
     assert!(fake.answer.is_some());
-    fake.vectors = Some([[7; 16]; 16]);
+    fake.vectors = Some([[0x0707_0707_0707_0707; 4]; 16]);
     assert_eq!(
         fake.run(&[0x0f, 0x29, 0x00]),
         fault(ExceptionVector::GeneralProtection)
@@ -582,7 +593,8 @@ fn a_vector_move_needs_alignment_and_a_machine_that_has_vectors() {
     // movd xmm0, [rax] clears what is above.
     fake.answer = Some(vec![1, 2, 3, 4]);
     assert_eq!(fake.run(&[0x66, 0x0f, 0x6e, 0x00]), Ok(Progress::Retired));
-    let mut expected = [0; 16];
-    expected[..4].copy_from_slice(&[1, 2, 3, 4]);
-    assert_eq!(fake.vectors.map(|vectors| vectors[0]), Some(expected));
+    assert_eq!(
+        fake.vectors.map(|vectors| vectors[0]),
+        Some([0x0403_0201, 0, 0x0707_0707_0707_0707, 0x0707_0707_0707_0707])
+    );
 }

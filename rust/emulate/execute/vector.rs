@@ -9,33 +9,37 @@ use super::{
 };
 use crate::{
     emulate::{
-        instruction::{Instruction, Memory, Operand, VectorMove},
-        machine::{Machine, Stop},
+        instruction::{Encoding, Instruction, Memory, Operand, Size, VectorMove},
+        machine::{Machine, Stop, Vector},
     },
     x86::address::Gva,
 };
 
-/// The move. Where a size is less than 16 bytes, the bytes above it are 0.
+/// The move. What is not moved of a vector register's lower 256 bits becomes 0; SSE's encodings
+/// write the lower 128 only, of which a half load keeps the other half.
 pub(super) fn vector<M: Machine>(
     instruction: &Instruction,
     machine: &mut M,
     kind: VectorMove,
+    encoding: Encoding,
 ) -> Outcome<M> {
     let size = instruction.size;
     if let Operand::Vector(number) = instruction.destination {
         // Whether there are vector registers is told by reading one, and must be known before a
         // device is read.
-        machine.vector(number).ok_or(Stop::Unsupported)?;
+        machine.vector(number, encoding).ok_or(Stop::Unsupported)?;
     }
-    let value = source(instruction, machine, kind)?;
+    let value = source(instruction, machine, kind, encoding)?;
     match instruction.destination {
-        Operand::Vector(number) => machine.set_vector(number, value),
+        Operand::Vector(number) => machine.set_vector(number, value, encoding),
         Operand::Register(register) => {
-            set_register(machine, Place::Register(register), size, low_half(value));
+            let [low, ..] = value;
+            set_register(machine, Place::Register(register), size, low);
         }
         Operand::Memory(memory) => {
             let linear = address(instruction, machine, &memory, kind, Intent::Write)?;
-            let data = value.get(..size.bytes()).ok_or(Stop::Unsupported)?;
+            let bytes = bytes_of(value);
+            let data = bytes.get(..size.bytes()).ok_or(Stop::Unsupported)?;
             machine.write(linear, data).map_err(Stop::Machine)?;
         }
         _ => return Err(Stop::Unsupported),
@@ -43,34 +47,46 @@ pub(super) fn vector<M: Machine>(
     retire(instruction, machine)
 }
 
-/// The source's bytes.
+/// What is to be written.
 fn source<M: Machine>(
     instruction: &Instruction,
     machine: &mut M,
     kind: VectorMove,
-) -> Result<[u8; 16], Stop<M::Stop>> {
-    let mut value = [0; 16];
-    match instruction.source {
-        Operand::Vector(number) => value = machine.vector(number).ok_or(Stop::Unsupported)?,
-        Operand::Register(register) => {
-            let bytes = machine.gpr(register).to_le_bytes();
-            for (to, from) in value.iter_mut().zip(bytes) {
-                *to = from;
-            }
-        }
+    encoding: Encoding,
+) -> Result<Vector, Stop<M::Stop>> {
+    let size = instruction.size;
+    let value = match instruction.source {
+        Operand::Vector(number) => machine.vector(number, encoding).ok_or(Stop::Unsupported)?,
+        Operand::Register(register) => [machine.gpr(register), 0, 0, 0],
         Operand::Memory(memory) => {
+            // As above: before a device is read.
+            let [other_low, other_high, ..] = match kind {
+                VectorMove::LoadLow { other } | VectorMove::LoadHigh { other } => {
+                    machine.vector(other, encoding).ok_or(Stop::Unsupported)?
+                }
+                _ => [0; 4],
+            };
             let linear = address(instruction, machine, &memory, kind, Intent::Read)?;
-            let data = value.get_mut(..instruction.size.bytes());
-            machine
-                .read(linear, data.ok_or(Stop::Unsupported)?)
-                .map_err(Stop::Machine)?;
+            let mut bytes = [0; 32];
+            let data = bytes.get_mut(..size.bytes()).ok_or(Stop::Unsupported)?;
+            machine.read(linear, data).map_err(Stop::Machine)?;
+            let read = vector_of(&bytes);
+            let [half, ..] = read;
+            return Ok(match kind {
+                VectorMove::LoadLow { .. } => [half, other_high, 0, 0],
+                VectorMove::LoadHigh { .. } => [other_low, half, 0, 0],
+                _ => read,
+            });
         }
         _ => return Err(Stop::Unsupported),
-    }
-    for byte in value.iter_mut().skip(instruction.size.bytes()) {
-        *byte = 0;
-    }
-    Ok(value)
+    };
+    let [low, high, ..] = value;
+    Ok(match (kind, size) {
+        (VectorMove::StoreHigh, _) => [high, 0, 0, 0],
+        (_, Size::Yword) => value,
+        (_, Size::Oword) => [low, high, 0, 0],
+        _ => [low & size.mask(), 0, 0, 0],
+    })
 }
 
 /// The memory operand's address, checked for its alignment too.
@@ -82,14 +98,29 @@ fn address<M: Machine>(
     intent: Intent,
 ) -> Result<Gva, Stop<M::Stop>> {
     let linear = linear_address(instruction, machine, memory, instruction.size, intent)?;
-    if kind == VectorMove::Aligned && linear.raw() & 0xf != 0 {
+    let inside = match instruction.size {
+        Size::Yword => 0x1f,
+        _ => 0xf,
+    };
+    if kind == VectorMove::Aligned && linear.raw() & inside != 0 {
         return Err(Stop::Fault(general_protection(machine.mode())));
     }
     Ok(linear)
 }
 
-/// The lower half of a vector.
-fn low_half(value: [u8; 16]) -> u64 {
-    let [a, b, c, d, e, f, g, h, ..] = value;
-    u64::from_le_bytes([a, b, c, d, e, f, g, h])
+fn bytes_of(value: Vector) -> [u8; 32] {
+    let mut bytes = [0; 32];
+    let all = value.into_iter().flat_map(u64::to_le_bytes);
+    for (to, from) in bytes.iter_mut().zip(all) {
+        *to = from;
+    }
+    bytes
+}
+
+fn vector_of(bytes: &[u8; 32]) -> Vector {
+    let mut value = [0; 4];
+    for (part, bytes) in value.iter_mut().zip(bytes.chunks_exact(8)) {
+        *part = bytes.try_into().map_or(0, u64::from_le_bytes);
+    }
+    value
 }

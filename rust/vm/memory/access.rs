@@ -179,11 +179,30 @@ impl GuestMemory {
         old: u64,
         new: u64,
     ) -> Result<Option<bool>> {
+        self.exchange(gpa, |hva| memory::compare_exchange(hva, size, old, new))
+    }
+
+    /// Likewise 16 aligned bytes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::read`]; `EOPNOTSUPP` where this CPU has no such instruction.
+    pub(crate) fn compare_exchange_16(
+        &self,
+        gpa: Gpa,
+        old: &[u64; 2],
+        new: &[u64; 2],
+    ) -> Result<Option<bool>> {
+        self.exchange(gpa, |hva| memory::compare_exchange_16(hva, old, new))
+    }
+
+    #[inline]
+    fn exchange(&self, gpa: Gpa, f: impl FnOnce(Hva) -> Result<bool>) -> Result<Option<bool>> {
         let _writing = self.writers.begin();
         let Some((hva, log)) = self.backing(gpa, true) else {
             return Ok(None);
         };
-        let done = memory::compare_exchange(hva, size, old, new)?;
+        let done = f(hva)?;
         if done {
             self.note_write(log);
         }

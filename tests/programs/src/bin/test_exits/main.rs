@@ -5,6 +5,8 @@ mod exceptions;
 mod faulting;
 mod instructions;
 mod mmio;
+mod mmio_forms;
+mod mmio_vectors;
 mod pio;
 mod refused;
 mod running;
@@ -37,6 +39,20 @@ fn main() -> std::process::ExitCode {
         mmio::protected_mode,
         mmio::unknown_form,
         mmio::read_of_another_instruction,
+        mmio_forms::exchanges,
+        mmio_forms::exchange_16_bytes,
+        mmio_forms::bits,
+        mmio_forms::carries_and_counts,
+        mmio_forms::stack,
+        mmio_forms::stack_on_a_device,
+        mmio_forms::string_compares,
+        mmio_forms::real_mode,
+        mmio_forms::locked_in_read_only_memory,
+        mmio_vectors::sse_moves,
+        mmio_vectors::sse_crossing,
+        mmio_vectors::sse_parts,
+        mmio_vectors::avx_moves,
+        mmio_vectors::avx_crossing,
         running::immediate_exit,
         running::immediate_exit_completes,
         running::signal,

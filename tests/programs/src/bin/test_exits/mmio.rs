@@ -31,7 +31,8 @@ guest_code!(
     done = DONE_PORT
 );
 
-fn write(address: u64, data: &[u8]) -> Exit {
+/// The exit for a write of these bytes.
+pub(crate) fn write(address: u64, data: &[u8]) -> Exit {
     Exit::MmioWrite {
         address,
         data: data.to_vec(),
@@ -59,7 +60,7 @@ pub(crate) fn write_sizes(device: &Device) -> Outcome {
 }
 
 /// Runs until the guest reads `length` bytes of this address and answers with `data`.
-fn answer_read(cpu: &Cpu, address: u64, data: &[u8]) -> Outcome {
+pub(crate) fn answer_read(cpu: &Cpu, address: u64, data: &[u8]) -> Outcome {
     cpu.run_expecting(&Exit::MmioRead {
         address,
         length: data.len() as u32,
