@@ -8,7 +8,11 @@ use core::{
     ptr::NonNull,
     sync::atomic::{AtomicU64, Ordering},
 };
-use kernel::{bindings as kb, prelude::*};
+use kernel::{
+    bindings as kb,
+    prelude::*,
+    uaccess::{UserPtr, UserSlice},
+};
 use rvisor_core::{
     mmu::{
         ept::{TableMemory, TABLE_ENTRIES},
@@ -262,6 +266,30 @@ pub(crate) fn read_word(hva: Hva, size: u32) -> Result<u64> {
         bindings::rvisor_read_user(hva.raw() as usize, size, &mut value)
     })?;
     Ok(value)
+}
+
+/// Reads bytes of the current process: 8 and more in loads of 8, the last of which may overlap.
+///
+/// # Errors
+///
+/// `EFAULT`.
+pub(crate) fn read_bytes(hva: Hva, data: &mut [u8]) -> Result {
+    let Some(last) = data.len().checked_sub(8) else {
+        return UserSlice::new(UserPtr::from_addr(hva.raw() as usize), data.len())
+            .reader()
+            .read_slice(data);
+    };
+    let mut place = 0;
+    loop {
+        let word = read_word(hva.wrapping_add(place as u64), 8)?;
+        if let Some(part) = data.get_mut(place..).and_then(<[u8]>::first_chunk_mut) {
+            *part = word.to_le_bytes();
+        }
+        if place == last {
+            return Ok(());
+        }
+        place = last.min(place.saturating_add(8));
+    }
 }
 
 /// Replaces 1, 2, 4 or 8 bytes of the current process if they are still `old`, atomically, and says

@@ -148,17 +148,20 @@ enum Mode {
     Long(u32),
 }
 
-/// An entry that was used, to be marked accessed.
+/// An entry that was used, and what it is to become.
 #[derive(Clone, Copy, Default)]
 struct Step {
     at: Gpa,
     entry: u64,
+    new: u64,
 }
 
-/// The way that was walked, and what its entries say together.
+/// The way that was walked, and what its entries say together. It is made once and filled in place:
+/// to hand it back would copy it each time.
 struct Path {
-    steps: [Step; MAX_LEVELS],
-    used: usize,
+    /// The entries that have no accessed flag yet, or for a write the last one without a dirty flag.
+    unmarked: [Step; MAX_LEVELS],
+    count: usize,
     mapping: GuestMapping,
     key: u32,
 }
@@ -167,8 +170,8 @@ impl Path {
     /// A path that has not begun: everything is allowed until an entry takes it away.
     fn new() -> Self {
         Self {
-            steps: [Step::default(); MAX_LEVELS],
-            used: 0,
+            unmarked: [Step::default(); MAX_LEVELS],
+            count: 0,
             mapping: GuestMapping {
                 gpa: Gpa::new(0),
                 page_bytes: PAGE_SIZE,
@@ -180,12 +183,15 @@ impl Path {
         }
     }
 
-    /// Takes up an entry.
+    /// Takes up an entry, whose flags in `marks` are to be set.
     #[inline]
-    fn add(&mut self, at: Gpa, entry: u64) {
-        if let Some(step) = self.steps.get_mut(self.used) {
-            *step = Step { at, entry };
-            self.used = self.used.wrapping_add(1);
+    fn add(&mut self, at: Gpa, entry: u64, marks: u64) {
+        let new = entry | marks;
+        if new != entry {
+            if let Some(step) = self.unmarked.get_mut(self.count) {
+                *step = Step { at, entry, new };
+                self.count = self.count.wrapping_add(1);
+            }
         }
         self.mapping.writable &= entry & entry::WRITE != 0;
         self.mapping.user &= entry & entry::USER != 0;
@@ -227,8 +233,9 @@ pub fn walk<M: GuestPhysicalMemory>(
     access: Access,
 ) -> Result<GuestMapping, WalkError<M::Error>> {
     for _ in 0..ATTEMPTS {
-        let path = find(memory, paging, gva, access)?;
-        if mark(memory, paging, &path, access.kind)? {
+        let mut path = Path::new();
+        find(memory, paging, gva, access, &mut path)?;
+        if path.count == 0 || mark(memory, paging, &path)? {
             return Ok(path.mapping);
         }
     }
@@ -242,7 +249,9 @@ pub fn probe<M: GuestPhysicalMemory>(
     gva: Gva,
     access: Access,
 ) -> Result<GuestMapping, WalkError<M::Error>> {
-    find(memory, paging, gva, access).map(|path| path.mapping)
+    let mut path = Path::new();
+    find(memory, paging, gva, access, &mut path)?;
+    Ok(path.mapping)
 }
 
 /// Finds the way to the page and checks that the access may be.
@@ -251,15 +260,15 @@ fn find<M: GuestPhysicalMemory>(
     paging: &Paging,
     gva: Gva,
     access: Access,
-) -> Result<Path, WalkError<M::Error>> {
-    let path = match paging.mode() {
+    path: &mut Path,
+) -> Result<(), WalkError<M::Error>> {
+    match paging.mode() {
         Mode::Off => {
-            let mut path = Path::new();
             path.mapping.gpa = Gpa::new(gva.raw() & 0xffff_ffff);
             path.mapping.page_bytes = 1 << 32;
-            return Ok(path);
+            return Ok(());
         }
-        Mode::Bits32 => descend_32(memory, paging, gva, access)?,
+        Mode::Bits32 => descend_32(memory, paging, gva, access, path)?,
         Mode::Pae => {
             let pdpte = paging
                 .pdptes
@@ -269,28 +278,29 @@ fn find<M: GuestPhysicalMemory>(
             if pdpte & entry::PRESENT == 0 {
                 return Err(paging.fault(gva, access, 0));
             }
-            descend_64(memory, paging, gva, access, pdpte, 2)?
+            descend_64(memory, paging, gva, access, (pdpte, 2), path)?;
         }
-        Mode::Long(levels) => descend_64(memory, paging, gva, access, paging.cr3.0, levels)?,
-    };
-    match paging.violation(&path, access) {
+        Mode::Long(levels) => {
+            descend_64(memory, paging, gva, access, (paging.cr3.0, levels), path)?;
+        }
+    }
+    match paging.violation(path, access) {
         Some(code) => Err(paging.fault(gva, access, code)),
-        None => Ok(path),
+        None => Ok(()),
     }
 }
 
-/// Descends through tables of 64-bit entries. `root` has the address of the table of level `top`.
+/// Descends through tables of 64-bit entries. `root` has the address of a table, and its level.
 fn descend_64<M: GuestPhysicalMemory>(
     memory: &mut M,
     paging: &Paging,
     gva: Gva,
     access: Access,
-    root: u64,
-    top: u32,
-) -> Result<Path, WalkError<M::Error>> {
-    let mut path = Path::new();
+    root: (u64, u32),
+    path: &mut Path,
+) -> Result<(), WalkError<M::Error>> {
+    let (root, mut level) = root;
     let mut table = root & entry::ADDRESS & physical_mask(paging.physical_bits);
-    let mut level = top;
     loop {
         let shift = level.wrapping_mul(9).wrapping_add(3);
         let index = gva.raw().wrapping_shr(shift) & 511;
@@ -305,11 +315,12 @@ fn descend_64<M: GuestPhysicalMemory>(
             let code = code::PRESENT | code::RESERVED;
             return Err(paging.fault(gva, access, code));
         }
-        path.add(at, entry);
-        if level <= 1 || entry & entry::LARGE != 0 {
+        let is_last = level <= 1 || entry & entry::LARGE != 0;
+        path.add(at, entry, marks(is_last, access.kind));
+        if is_last {
             path.key = (entry.wrapping_shr(entry::KEY_SHIFT) & 0xf) as u32;
             path.end(entry & entry::ADDRESS, 1u64.wrapping_shl(shift), gva);
-            return Ok(path);
+            return Ok(());
         }
         table = entry & entry::ADDRESS;
         level = level.wrapping_sub(1);
@@ -322,8 +333,8 @@ fn descend_32<M: GuestPhysicalMemory>(
     paging: &Paging,
     gva: Gva,
     access: Access,
-) -> Result<Path, WalkError<M::Error>> {
-    let mut path = Path::new();
+    path: &mut Path,
+) -> Result<(), WalkError<M::Error>> {
     let mut read = |table: u64, shift: u32| {
         let index = gva.raw().wrapping_shr(shift) & 1023;
         let at = Gpa::new((table & 0xffff_f000) | (index << 2));
@@ -339,49 +350,48 @@ fn descend_32<M: GuestPhysicalMemory>(
         let code = code::PRESENT | code::RESERVED;
         return Err(paging.fault(gva, access, code));
     }
-    path.add(at, directory);
+    path.add(at, directory, marks(is_large, access.kind));
     if is_large {
         // Bits 20:13 hold the address's bits 39:32 (PSE-36).
         let high = (directory >> 13) & 0xff;
         path.end((directory & 0xffc0_0000) | (high << 32), 1 << 22, gva);
-        return Ok(path);
+        return Ok(());
     }
     let (at, page) = read(directory, 12)?;
-    path.add(at, page);
+    path.add(at, page, marks(true, access.kind));
     path.end(page & 0xffff_f000, PAGE_SIZE, gva);
-    Ok(path)
+    Ok(())
 }
 
-/// Sets the accessed flags of the path, and for a write the dirty flag of its last entry. `false`
-/// says that the guest changed an entry meanwhile.
+/// The flags that an entry gets: accessed, and the last one for a write dirty.
+#[inline]
+const fn marks(is_last: bool, kind: AccessKind) -> u64 {
+    match (is_last, kind) {
+        (true, AccessKind::Write) => entry::ACCESSED | entry::DIRTY,
+        _ => entry::ACCESSED,
+    }
+}
+
+/// Sets the flags that the path's entries lack. `false` says that the guest changed an entry meanwhile.
+#[cold]
 fn mark<M: GuestPhysicalMemory>(
     memory: &mut M,
     paging: &Paging,
     path: &Path,
-    kind: AccessKind,
 ) -> Result<bool, WalkError<M::Error>> {
     let is_32 = paging.mode() == Mode::Bits32;
-    let mut rest = path.steps.get(..path.used).unwrap_or(&[]);
-    while let [step, others @ ..] = rest {
-        let is_last = others.is_empty();
-        let mut new = step.entry | entry::ACCESSED;
-        if is_last && kind == AccessKind::Write {
-            new |= entry::DIRTY;
+    for step in path.unmarked.iter().take(path.count) {
+        let swapped = if is_32 {
+            let (old, new) = (low_half(step.entry), low_half(step.new));
+            memory.compare_exchange_u32(step.at, old, new)
+        } else {
+            memory.compare_exchange_u64(step.at, step.entry, step.new)
+        };
+        match swapped {
+            Ok(true) => {}
+            Ok(false) => return Ok(false),
+            Err(error) => return Err(WalkError::Memory(step.at, error)),
         }
-        if new != step.entry {
-            let swapped = if is_32 {
-                let (old, new) = (low_half(step.entry), low_half(new));
-                memory.compare_exchange_u32(step.at, old, new)
-            } else {
-                memory.compare_exchange_u64(step.at, step.entry, new)
-            };
-            match swapped {
-                Ok(true) => {}
-                Ok(false) => return Ok(false),
-                Err(error) => return Err(WalkError::Memory(step.at, error)),
-            }
-        }
-        rest = others;
     }
     Ok(true)
 }

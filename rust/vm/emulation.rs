@@ -23,7 +23,7 @@ use rvisor_core::{
         },
     },
     x86::{
-        address::{Gpa, Gva, PAGE_SIZE},
+        address::{Gfn, Gpa, Gva, Hva, PAGE_SIZE},
         control::{Cr0, Cr3, Cr4, Efer, Rflags},
         exit::EptViolation,
         segment::Segment,
@@ -58,21 +58,36 @@ struct Tables<'a> {
 struct Unreachable(Option<Error>);
 
 impl Tables<'_> {
+    /// Where in the process the memory at `gpa` is.
+    #[inline]
+    fn hva(&mut self, gpa: Gpa) -> core::result::Result<Hva, Unreachable> {
+        let gfn = gpa.frame();
+        let page = match self.last.as_ref().and_then(|slot| slot.hva_of(gfn)) {
+            Some(hva) => hva,
+            None => self.look_up(gfn)?,
+        };
+        Ok(page.wrapping_add(gpa.page_offset()))
+    }
+
+    #[inline(never)]
+    fn look_up(&mut self, gfn: Gfn) -> core::result::Result<Hva, Unreachable> {
+        self.last = self.memory.slot(gfn);
+        let slot = self.last.as_ref();
+        slot.and_then(|slot| slot.hva_of(gfn))
+            .ok_or(Unreachable(None))
+    }
+
     #[inline]
     fn read(&mut self, gpa: Gpa, size: u32) -> core::result::Result<u64, Unreachable> {
-        let gfn = gpa.frame();
-        let hva = match self.last.as_ref().and_then(|slot| slot.hva_of(gfn)) {
-            Some(hva) => hva,
-            None => {
-                self.last = self.memory.slot(gfn);
-                self.last
-                    .as_ref()
-                    .and_then(|slot| slot.hva_of(gfn))
-                    .ok_or(Unreachable(None))?
-            }
-        };
-        memory::read_word(hva.wrapping_add(gpa.page_offset()), size)
-            .map_err(|error| Unreachable(Some(error)))
+        let hva = self.hva(gpa)?;
+        memory::read_word(hva, size).map_err(|error| Unreachable(Some(error)))
+    }
+
+    /// Reads an instruction's bytes inside one page.
+    #[inline]
+    fn read_code(&mut self, gpa: Gpa, data: &mut [u8]) -> core::result::Result<(), Unreachable> {
+        let hva = self.hva(gpa)?;
+        memory::read_bytes(hva, data).map_err(|error| Unreachable(Some(error)))
     }
 
     fn exchange(
@@ -87,6 +102,22 @@ impl Tables<'_> {
             // Read-only tables keep their flags.
             Ok(None) => Ok(true),
             Err(error) => Err(Unreachable(Some(error))),
+        }
+    }
+}
+
+impl From<Unreachable> for Halt {
+    fn from(Unreachable(error): Unreachable) -> Self {
+        error.map_or(Self::Unsupported, Self::Error)
+    }
+}
+
+impl From<WalkError<Unreachable>> for Halt {
+    fn from(error: WalkError<Unreachable>) -> Self {
+        match error {
+            WalkError::Fault(exception) => Self::Fault(exception),
+            WalkError::Contended => Self::Retry,
+            WalkError::Memory(_, unreachable) => unreachable.into(),
         }
     }
 }
@@ -220,10 +251,7 @@ impl State {
         };
         match mapping {
             Ok(mapping) => Ok(mapping.gpa),
-            Err(WalkError::Fault(exception)) => Err(Halt::Fault(exception)),
-            Err(WalkError::Contended) => Err(Halt::Retry),
-            Err(WalkError::Memory(_, Unreachable(Some(error)))) => Err(Halt::Error(error)),
-            Err(WalkError::Memory(_, Unreachable(None))) => Err(Halt::Unsupported),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -454,17 +482,22 @@ impl State {
         let linear = Gva::new(linear);
         let in_page = (PAGE_SIZE - linear.page_offset()) as usize;
         let count = in_page.min(MAX_LENGTH - *fetched);
-        let gpa = self.translate(snapshot, linear, AccessKind::Execute, true)?;
         let part = bytes
             .get_mut(*fetched..*fetched + count)
             .ok_or(Halt::Unsupported)?;
-        match self.core.vm.memory.read(gpa, part).map_err(Halt::Error)? {
-            Some(()) => {
-                *fetched += count;
-                Ok(())
-            }
-            None => Err(Halt::Unsupported),
-        }
+        let access = Access {
+            kind: AccessKind::Execute,
+            privilege: snapshot.privilege,
+        };
+        // The code mostly lies in the tables' slot.
+        let mut tables = Tables {
+            memory: &self.core.vm.memory,
+            last: None,
+        };
+        let mapping = walk(&mut tables, &snapshot.paging, linear, access)?;
+        tables.read_code(mapping.gpa, part)?;
+        *fetched += count;
+        Ok(())
     }
 
     fn undecodable(
