@@ -65,7 +65,7 @@ impl DecodeError {
 ///
 /// See [`DecodeError`]. With [`MAX_LENGTH`] or more bytes it is never `Truncated`.
 pub fn decode(bytes: &[u8], code: CodeSize) -> Result<Instruction, DecodeError> {
-    let mut cursor = Cursor { bytes, position: 0 };
+    let mut cursor = Cursor::new(bytes);
     let (prefixes, opcode) = Prefixes::read(&mut cursor, code)?;
     let mut decoder = Decoder {
         cursor,
@@ -82,26 +82,42 @@ pub fn decode(bytes: &[u8], code: CodeSize) -> Result<Instruction, DecodeError> 
 
 /// The bytes not yet consumed.
 struct Cursor<'a> {
-    bytes: &'a [u8],
     /// At most [`MAX_LENGTH`].
+    bytes: &'a [u8],
     position: usize,
 }
 
-impl Cursor<'_> {
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
-        let end = self.position.saturating_add(N);
-        if end > MAX_LENGTH {
-            return Err(DecodeError::TooLong);
+impl<'a> Cursor<'a> {
+    /// At the start of `bytes`.
+    fn new(bytes: &'a [u8]) -> Self {
+        Self {
+            bytes: bytes.get(..MAX_LENGTH).unwrap_or(bytes),
+            position: 0,
         }
-        let taken = self
-            .bytes
-            .get(self.position..end)
-            .and_then(|bytes| <[u8; N]>::try_from(bytes).ok())
-            .ok_or(DecodeError::Truncated { needed: end })?;
-        self.position = end;
-        Ok(taken)
     }
 
+    #[inline]
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
+        let rest = self.bytes.get(self.position..).unwrap_or_default();
+        match rest.first_chunk() {
+            Some(taken) => {
+                self.position = self.position.saturating_add(N);
+                Ok(*taken)
+            }
+            None => Err(self.end(N)),
+        }
+    }
+
+    /// Why so many more bytes can't be had.
+    #[cold]
+    fn end(&self, more: usize) -> DecodeError {
+        match self.position.saturating_add(more) {
+            needed if needed > MAX_LENGTH => DecodeError::TooLong,
+            needed => DecodeError::Truncated { needed },
+        }
+    }
+
+    #[inline]
     fn byte(&mut self) -> Result<u8, DecodeError> {
         let [byte] = self.take()?;
         Ok(byte)

@@ -472,6 +472,12 @@ int rvisor_read_user(unsigned long address, unsigned int size, u64 *value)
 	return error;
 }
 
+/* Likewise 8 bytes: the walk of page tables does it for each level. */
+bool rvisor_read_user64(unsigned long address, u64 *value)
+{
+	return !get_user(*value, (u64 __user *)address);
+}
+
 #define CMPXCHG_USER(type, label) ({							\
 	type expected = old;								\
 	__try_cmpxchg_user((type __user *)address, &expected, (type)new, label);	\

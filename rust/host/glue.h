@@ -82,6 +82,7 @@ void rvisor_page_set_link(const void *page, u64 link);
 u64 rvisor_page_link(const void *page);
 unsigned int rvisor_host_mapping_shift(struct mm_struct *mm, unsigned long address);
 int rvisor_read_user(unsigned long address, unsigned int size, u64 *value);
+bool rvisor_read_user64(unsigned long address, u64 *value);
 int rvisor_cmpxchg_user(unsigned long address, unsigned int size, u64 old, u64 new);
 int rvisor_cmpxchg16_user(unsigned long address, const u64 *old, const u64 *new);
 bool rvisor_user_range_ok(unsigned long address, unsigned long size);

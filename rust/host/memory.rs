@@ -254,6 +254,14 @@ pub(crate) fn current_mm() -> Option<NonNull<kb::mm_struct>> {
     NonNull::new(unsafe { bindings::rvisor_current_mm() })
 }
 
+/// Reads 8 bytes of the current process in one load. `None` where nothing is there.
+#[inline]
+pub(crate) fn read_u64(hva: Hva) -> Option<u64> {
+    let mut value = 0;
+    // SAFETY: The kernel's accessor checks the address.
+    unsafe { bindings::rvisor_read_user64(hva.raw() as usize, &mut value) }.then_some(value)
+}
+
 /// Reads 4 or 8 bytes of the current process in one load.
 ///
 /// # Errors
@@ -281,7 +289,7 @@ pub(crate) fn read_bytes(hva: Hva, data: &mut [u8]) -> Result {
     };
     let mut place = 0;
     loop {
-        let word = read_word(hva.wrapping_add(place as u64), 8)?;
+        let word = read_u64(hva.wrapping_add(place as u64)).ok_or(EFAULT)?;
         if let Some(part) = data.get_mut(place..).and_then(<[u8]>::first_chunk_mut) {
             *part = word.to_le_bytes();
         }

@@ -301,6 +301,7 @@ fn descend_64<M: GuestPhysicalMemory>(
 ) -> Result<(), WalkError<M::Error>> {
     let (root, mut level) = root;
     let mut table = root & entry::ADDRESS & physical_mask(paging.physical_bits);
+    let reserved = paging.reserved();
     loop {
         let shift = level.wrapping_mul(9).wrapping_add(3);
         let index = gva.raw().wrapping_shr(shift) & 511;
@@ -311,11 +312,16 @@ fn descend_64<M: GuestPhysicalMemory>(
         if entry & entry::PRESENT == 0 {
             return Err(paging.fault(gva, access, 0));
         }
-        if entry & paging.reserved(entry, level) != 0 {
+        let is_large = entry & entry::LARGE != 0;
+        let reserved = match is_large {
+            true => reserved | paging.reserved_large(level),
+            false => reserved,
+        };
+        if entry & reserved != 0 {
             let code = code::PRESENT | code::RESERVED;
             return Err(paging.fault(gva, access, code));
         }
-        let is_last = level <= 1 || entry & entry::LARGE != 0;
+        let is_last = level <= 1 || is_large;
         path.add(at, entry, marks(is_last, access.kind));
         if is_last {
             path.key = (entry.wrapping_shr(entry::KEY_SHIFT) & 0xf) as u32;
@@ -418,29 +424,32 @@ impl Paging {
         }
     }
 
-    /// The bits that must be 0 in `entry`, a present 64-bit one in a table of `level` (SDM vol. 3,
-    /// tables 5-9 to 5-20).
+    /// The bits that must be 0 in every present 64-bit entry (SDM vol. 3, tables 5-9 to 5-20).
     #[inline]
-    const fn reserved(&self, entry: u64, level: u32) -> u64 {
+    const fn reserved(&self) -> u64 {
         let past_address = !physical_mask(self.physical_bits);
-        let mut reserved = if self.efer.has(Efer::LMA) {
+        let reserved = if self.efer.has(Efer::LMA) {
             past_address & entry::ADDRESS
         } else {
             // With PAE paging bits 62:52 are not free for software.
             past_address & !entry::NO_EXECUTE
         };
-        if !self.efer.has(Efer::NXE) {
-            reserved |= entry::NO_EXECUTE;
+        if self.efer.has(Efer::NXE) {
+            reserved
+        } else {
+            reserved | entry::NO_EXECUTE
         }
-        if entry & entry::LARGE != 0 {
-            reserved |= match level {
-                1 => 0,
-                2 => 0x1f_e000,
-                3 if self.gbpages => 0x3fff_e000,
-                _ => entry::LARGE,
-            };
+    }
+
+    /// Those that must be 0 besides where bit 7 is set in a table of `level`.
+    #[inline]
+    const fn reserved_large(&self, level: u32) -> u64 {
+        match level {
+            1 => 0,
+            2 => 0x1f_e000,
+            3 if self.gbpages => 0x3fff_e000,
+            _ => entry::LARGE,
         }
-        reserved
     }
 
     /// The bits that must be 0 in an entry of 32-bit paging that maps 4 MiB: 21, and those of 20:13

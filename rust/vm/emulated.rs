@@ -13,7 +13,7 @@ use rvisor_core::{
     emulate::{Encoding, Gpr, Machine, Mode, Vector},
     mmu::walk::AccessKind,
     x86::{
-        address::{Gpa, Gva},
+        address::{Gpa, Gva, PAGE_SIZE},
         control::Xcr0,
         segment::{Segment, SegmentRegister},
     },
@@ -38,6 +38,11 @@ impl Emulated<'_> {
         kind: AccessKind,
     ) -> core::result::Result<(), Halt> {
         let length = data.len();
+        if is_one_piece(linear, length) {
+            let gpa = self.translate(linear, kind)?;
+            self.check_alignment(linear, length)?;
+            return self.read_piece(gpa, data);
+        }
         for (address, part) in split_mut(linear, data) {
             let mut gpa = self.translate(address, kind)?;
             self.check_alignment(linear, length)?;
@@ -224,6 +229,11 @@ impl Machine for Emulated<'_> {
     }
 
     fn write(&mut self, linear: Gva, data: &[u8]) -> core::result::Result<(), Halt> {
+        if is_one_piece(linear, data.len()) {
+            let gpa = self.translate(linear, AccessKind::Write)?;
+            self.check_alignment(linear, data.len())?;
+            return self.write_piece(gpa, data);
+        }
         // All pages are translated before the first is written.
         let mut targets = [Gpa::new(0); 2];
         for (target, (address, _)) in targets.iter_mut().zip(split(linear, data)) {
@@ -260,6 +270,12 @@ impl Machine for Emulated<'_> {
         core.replay.forget();
         !core.replay.has_writes() && !core.shared.has_requests()
     }
+}
+
+/// Whether an access lies in one page and has at most [`MAX_BYTES`].
+#[inline]
+fn is_one_piece(linear: Gva, length: usize) -> bool {
+    length <= MAX_BYTES && linear.page_offset() <= PAGE_SIZE - length as u64
 }
 
 /// Up to 16 bytes, the lowest first, as two words.

@@ -77,12 +77,6 @@ impl Tables<'_> {
             .ok_or(Unreachable(None))
     }
 
-    #[inline]
-    fn read(&mut self, gpa: Gpa, size: u32) -> core::result::Result<u64, Unreachable> {
-        let hva = self.hva(gpa)?;
-        memory::read_word(hva, size).map_err(|error| Unreachable(Some(error)))
-    }
-
     /// Reads an instruction's bytes inside one page.
     #[inline]
     fn read_code(&mut self, gpa: Gpa, data: &mut [u8]) -> core::result::Result<(), Unreachable> {
@@ -127,12 +121,15 @@ impl GuestPhysicalMemory for Tables<'_> {
 
     #[inline]
     fn read_u32(&mut self, gpa: Gpa) -> core::result::Result<u32, Unreachable> {
-        self.read(gpa, 4).map(|value| value as u32)
+        let hva = self.hva(gpa)?;
+        let value = memory::read_word(hva, 4).map_err(|error| Unreachable(Some(error)))?;
+        Ok(value as u32)
     }
 
     #[inline]
     fn read_u64(&mut self, gpa: Gpa) -> core::result::Result<u64, Unreachable> {
-        self.read(gpa, 8)
+        let hva = self.hva(gpa)?;
+        memory::read_u64(hva).ok_or(Unreachable(Some(EFAULT)))
     }
 
     fn compare_exchange_u32(

@@ -48,22 +48,25 @@ impl Decoder<'_> {
         }
     }
 
+    /// ModRM's two operands, register and memory first.
+    #[inline]
+    fn rm_and_reg(&mut self, size: Size) -> Result<(Operand, Operand), DecodeError> {
+        let modrm = self.modrm()?;
+        Ok((self.rm(&modrm, size), self.reg(&modrm, size)))
+    }
+
     /// `operation rm, reg`.
     pub(super) fn rm_reg(&mut self, operation: Operation, opcode: u8) -> Result<Form, DecodeError> {
         let size = self.size_by_bit(opcode);
-        let modrm = self.modrm()?;
-        let (rm, reg) = (self.rm(&modrm, size), self.reg(&modrm, size));
+        let (rm, reg) = self.rm_and_reg(size)?;
         Ok(Form::new(operation, size, rm, reg))
     }
 
     /// `operation reg, rm`.
     fn reg_rm(&mut self, operation: Operation, opcode: u8) -> Result<Form, DecodeError> {
-        let form = self.rm_reg(operation, opcode)?;
-        Ok(Form {
-            destination: form.source,
-            source: form.destination,
-            ..form
-        })
+        let size = self.size_by_bit(opcode);
+        let (rm, reg) = self.rm_and_reg(size)?;
+        Ok(Form::new(operation, size, reg, rm))
     }
 
     /// `operation rAX, immediate`.
@@ -150,9 +153,10 @@ impl Decoder<'_> {
     fn mov_immediate(&mut self, opcode: u8) -> Result<Form, DecodeError> {
         let size = self.size_by_bit(opcode);
         let modrm = self.modrm()?;
+        // The CPU finds #GP for the length before #UD.
+        let immediate = self.immediate(size)?;
         match modrm.extension() {
             0 => {
-                let immediate = self.immediate(size)?;
                 let rm = self.rm(&modrm, size);
                 Ok(Form::new(Operation::Mov, size, rm, immediate))
             }

@@ -87,11 +87,12 @@ impl Decoder<'_> {
         let size = self.operand_size();
         let modrm = self.modrm()?;
         let extension = modrm.extension();
+        // The CPU finds #GP for the length before #UD.
+        let offset = Operand::Immediate(self.cursor.signed(Size::Byte)?);
         if extension < 4 {
             return Err(DecodeError::InvalidOpcode);
         }
         let operation = Operation::Bit(BitOperation::from_low_bits(extension));
-        let offset = Operand::Immediate(self.cursor.signed(Size::Byte)?);
         let rm = self.rm(&modrm, size);
         Ok(Form::new(operation, size, rm, offset))
     }
