@@ -35,10 +35,14 @@ pub struct Mode {
 
 impl Mode {
     /// The #AC(0) that an access of `length` bytes, a power of two, raises, if it does. It is for the
-    /// [`Machine`] to check, since page faults come before it.
+    /// [`Machine`] to check, since page faults come before it. Of 32 bytes CPUs want 16 aligned.
     #[inline]
     pub const fn alignment_fault(&self, linear: Gva, length: usize) -> Option<Exception> {
-        let is_aligned = linear.raw() & (length as u64).wrapping_sub(1) == 0;
+        let unit = match length {
+            32 => 16,
+            length => length as u64,
+        };
+        let is_aligned = linear.raw() & unit.wrapping_sub(1) == 0;
         if is_aligned || !self.checks_alignment {
             return None;
         }

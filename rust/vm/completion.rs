@@ -3,13 +3,14 @@
 //! What an exit to userspace leaves to be done when RUN is called again.
 
 use super::{
+    mmio::Replay,
     port::merge,
     run_page::{RunPage, UserExit},
     vcpu::{Core, State},
 };
 use crate::vmx::hardware::CurrentVmcs;
 use kernel::prelude::*;
-use rvisor_core::x86::{address::Gva, vmcs::FieldNatural};
+use rvisor_core::x86::{address::Gva, exit::IoAccess, vmcs::FieldNatural};
 
 /// The rest of an instruction.
 #[derive(Clone, Copy)]
@@ -29,6 +30,8 @@ pub(crate) enum Completion {
         /// The registers' bits of the address size.
         mask: u64,
     },
+    /// An MMIO read of OUTS: take the data and make the exit at this RIP again.
+    StringRead { access: IoAccess, rip: u64 },
     /// An MMIO read: take the data and execute the instruction again.
     MmioRead,
     /// MMIO writes of an instruction that has retired: the rest of them.
@@ -61,23 +64,38 @@ impl State {
                 })?;
                 Ok(None)
             }
-            Completion::String { size, .. } => {
-                self.complete_string(run.io_data(size))?;
-                Ok(None)
-            }
-            Completion::MmioRead => {
-                self.core.completion = None;
-                let rip = self.with_vmcs(|_, vmcs| vmcs.read(FieldNatural::GUEST_RIP))?;
-                if !self.core.replay.is_kept_for(rip) {
-                    // Userspace has sent the guest elsewhere.
-                    self.core.abandon_emulation();
+            Completion::String { size, .. } => self.complete_string(run.io_data(size)),
+            Completion::StringRead { access, rip } => {
+                if !self.take_mmio_read(run, |_, at| at == rip)? {
                     return Ok(None);
                 }
-                self.core.replay.supply(run.mmio_data());
+                self.handle_string_io(&access)
+            }
+            Completion::MmioRead => {
+                if !self.take_mmio_read(run, Replay::is_kept_for)? {
+                    return Ok(None);
+                }
                 self.emulate()
             }
             Completion::MmioWrite => Ok(self.next_mmio_write()),
         }
+    }
+
+    /// Takes what userspace has read, unless it has sent the guest elsewhere: then the instruction is
+    /// given up.
+    fn take_mmio_read(
+        &mut self,
+        run: &RunPage,
+        is_expected: impl FnOnce(&Replay, u64) -> bool,
+    ) -> Result<bool> {
+        self.core.completion = None;
+        let rip = self.with_vmcs(|_, vmcs| vmcs.read(FieldNatural::GUEST_RIP))?;
+        if !is_expected(&self.core.replay, rip) {
+            self.core.abandon_emulation();
+            return Ok(false);
+        }
+        self.core.replay.supply(run.mmio_data());
+        Ok(true)
     }
 }
 

@@ -41,46 +41,17 @@ impl Emulated<'_> {
         if is_one_piece(linear, length) {
             let gpa = self.translate(linear, kind)?;
             self.check_alignment(linear, length)?;
-            return self.read_piece(gpa, data);
+            return self.core().read_piece(gpa, data);
         }
         for (address, part) in split_mut(linear, data) {
             let mut gpa = self.translate(address, kind)?;
             self.check_alignment(linear, length)?;
             for piece in part.chunks_mut(MAX_BYTES) {
-                self.read_piece(gpa, piece)?;
+                self.core().read_piece(gpa, piece)?;
                 gpa = gpa.wrapping_add(piece.len() as u64);
             }
         }
         Ok(())
-    }
-
-    /// Reads at most [`MAX_BYTES`] bytes inside one page.
-    fn read_piece(&mut self, gpa: Gpa, data: &mut [u8]) -> core::result::Result<(), Halt> {
-        let core = &mut self.state.core;
-        let done = core.read_device(gpa, data)
-            || core
-                .vm
-                .memory
-                .read(gpa, data)
-                .map_err(Halt::Error)?
-                .is_some()
-            || core.replay.read(gpa, data);
-        done.then_some(()).ok_or(Halt::UserRead)
-    }
-
-    /// Writes at most [`MAX_BYTES`] bytes inside one page.
-    fn write_piece(&mut self, gpa: Gpa, data: &[u8]) -> core::result::Result<(), Halt> {
-        let core = &mut self.state.core;
-        let done = core.write_device(gpa, data)
-            || core
-                .vm
-                .memory
-                .write(gpa, data)
-                .map_err(Halt::Error)?
-                .is_some()
-            || core.vm.registrations.write(Bus::Memory, gpa.raw(), data)
-            || core.replay.write(gpa, data);
-        done.then_some(()).ok_or(Halt::Unsupported)
     }
 
     /// #AC, which comes after page faults (SDM vol. 3, table 7-2).
@@ -129,6 +100,40 @@ impl Emulated<'_> {
             return Ok(gpa);
         }
         self.state.translate(self.snapshot, linear, kind, true)
+    }
+}
+
+impl Core {
+    /// Reads at most [`MAX_BYTES`] bytes inside one page: of a device in the kernel, of memory, or of a
+    /// device of userspace's.
+    pub(super) fn read_piece(
+        &mut self,
+        gpa: Gpa,
+        data: &mut [u8],
+    ) -> core::result::Result<(), Halt> {
+        let done = self.read_device(gpa, data)
+            || self
+                .vm
+                .memory
+                .read(gpa, data)
+                .map_err(Halt::Error)?
+                .is_some()
+            || self.replay.read(gpa, data);
+        done.then_some(()).ok_or(Halt::UserRead)
+    }
+
+    /// Writes at most [`MAX_BYTES`] bytes inside one page, likewise; for userspace they are kept.
+    pub(super) fn write_piece(&mut self, gpa: Gpa, data: &[u8]) -> core::result::Result<(), Halt> {
+        let done = self.write_device(gpa, data)
+            || self
+                .vm
+                .memory
+                .write(gpa, data)
+                .map_err(Halt::Error)?
+                .is_some()
+            || self.vm.registrations.write(Bus::Memory, gpa.raw(), data)
+            || self.replay.write(gpa, data);
+        done.then_some(()).ok_or(Halt::Unsupported)
     }
 }
 
@@ -232,7 +237,7 @@ impl Machine for Emulated<'_> {
         if is_one_piece(linear, data.len()) {
             let gpa = self.translate(linear, AccessKind::Write)?;
             self.check_alignment(linear, data.len())?;
-            return self.write_piece(gpa, data);
+            return self.core().write_piece(gpa, data);
         }
         // All pages are translated before the first is written.
         let mut targets = [Gpa::new(0); 2];
@@ -243,7 +248,7 @@ impl Machine for Emulated<'_> {
         for (gpa, (_, part)) in targets.into_iter().zip(split(linear, data)) {
             let mut gpa = gpa;
             for piece in part.chunks(MAX_BYTES) {
-                self.write_piece(gpa, piece)?;
+                self.core().write_piece(gpa, piece)?;
                 gpa = gpa.wrapping_add(piece.len() as u64);
             }
         }

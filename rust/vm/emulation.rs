@@ -252,49 +252,42 @@ impl State {
         }
     }
 
-    /// Reads memory at a linear address, for OUTS.
+    /// Reads at most 8 bytes at a linear address, for OUTS.
     pub(super) fn read_linear(
         &mut self,
         linear: Gva,
         data: &mut [u8],
     ) -> core::result::Result<(), Halt> {
         let snapshot = self.snapshot().map_err(Halt::Error)?;
+        self.core.replay.restart(snapshot.rip);
         for (address, part) in split_mut(linear, data) {
             let gpa = self.translate(&snapshot, address, AccessKind::Read, true)?;
-            match self.core.vm.memory.read(gpa, part).map_err(Halt::Error)? {
-                Some(()) => {}
-                None => return Err(Halt::Unsupported),
-            }
+            self.core.read_piece(gpa, part)?;
         }
         Ok(())
     }
 
-    /// Whether memory at a linear address can be written, for INS.
+    /// Checks that so many bytes at a linear address can be written, for INS.
     pub(super) fn probe_linear(&mut self, linear: Gva, size: u8) -> core::result::Result<(), Halt> {
         let snapshot = self.snapshot().map_err(Halt::Error)?;
         let bytes = [0u8; 8];
         for (address, _) in split(linear, bytes.get(..usize::from(size)).unwrap_or(&bytes)) {
-            let gpa = self.translate(&snapshot, address, AccessKind::Write, false)?;
-            if !self.core.vm.memory.is_memory(gpa, true) {
-                return Err(Halt::Unsupported);
-            }
+            self.translate(&snapshot, address, AccessKind::Write, false)?;
         }
         Ok(())
     }
 
-    /// Writes memory at a linear address, for INS.
+    /// Writes at most 8 bytes at a linear address, for INS.
     pub(super) fn write_linear(
         &mut self,
         linear: Gva,
         data: &[u8],
     ) -> core::result::Result<(), Halt> {
         let snapshot = self.snapshot().map_err(Halt::Error)?;
+        self.core.replay.restart(snapshot.rip);
         for (address, part) in split(linear, data) {
             let gpa = self.translate(&snapshot, address, AccessKind::Write, true)?;
-            match self.core.vm.memory.write(gpa, part).map_err(Halt::Error)? {
-                Some(()) => {}
-                None => return Err(Halt::Unsupported),
-            }
+            self.core.write_piece(gpa, part)?;
         }
         Ok(())
     }
@@ -366,34 +359,22 @@ impl State {
     pub(super) fn emulate(&mut self) -> Result<Option<UserExit>> {
         let snapshot = self.snapshot()?;
         let mode = snapshot.mode();
-        let (instruction, bytes) = match self.core.replay.instruction(snapshot.rip) {
-            Some(kept) => kept,
-            None => match self.fetch_instruction(&snapshot, &mode)? {
-                Ok(fetched) => fetched,
-                Err(exit) => return Ok(exit),
-            },
-        };
-        self.execute_instruction(&snapshot, mode, &instruction, bytes)
-    }
-
-    /// Fetches and decodes the instruction at RIP, or says what follows where that can't be.
-    #[allow(clippy::type_complexity)]
-    fn fetch_instruction(
-        &mut self,
-        snapshot: &Snapshot,
-        mode: &Mode,
-    ) -> Result<core::result::Result<Kept, Option<UserExit>>> {
+        if let Some((instruction, bytes)) = self.core.replay.instruction(snapshot.rip) {
+            return self.execute_instruction(&snapshot, mode, &instruction, &bytes);
+        }
         let mut bytes = [0u8; MAX_LENGTH];
         let mut fetched = 0;
         loop {
             let wanted = fetched;
-            if let Err(halt) = self.fetch(snapshot, &mut bytes, &mut fetched) {
-                return self.stop_to_exit(halt).map(Err);
+            if let Err(halt) = self.fetch(&snapshot, mode.code, &mut bytes, &mut fetched) {
+                return self.stop_to_exit(halt);
             }
             match decode(bytes.get(..fetched).unwrap_or(&bytes), mode.code) {
-                Ok(instruction) => return Ok(Ok((instruction, bytes))),
+                Ok(instruction) => {
+                    return self.execute_instruction(&snapshot, mode, &instruction, &bytes);
+                }
                 Err(DecodeError::Truncated { .. }) if fetched > wanted && fetched < MAX_LENGTH => {}
-                Err(error) => return Ok(Err(self.undecodable(error, mode, bytes, fetched))),
+                Err(error) => return Ok(self.undecodable(error, &mode, bytes, fetched)),
             }
         }
     }
@@ -403,7 +384,7 @@ impl State {
         snapshot: &Snapshot,
         mode: Mode,
         instruction: &Instruction,
-        bytes: [u8; MAX_LENGTH],
+        bytes: &[u8; MAX_LENGTH],
     ) -> Result<Option<UserExit>> {
         self.core.replay.restart(snapshot.rip);
         let mut emulated = Emulated {
@@ -446,12 +427,12 @@ impl State {
             Err(Stop::Fault(exception)) => self.stop_to_exit(Halt::Fault(exception)),
             Err(Stop::Machine(Halt::Unsupported)) | Err(Stop::Unsupported) => {
                 Ok(Some(UserExit::Emulation {
-                    bytes,
+                    bytes: *bytes,
                     length: instruction.length,
                 }))
             }
             Err(Stop::Machine(Halt::UserRead)) => {
-                self.core.replay.keep(snapshot.rip, (*instruction, bytes));
+                self.core.replay.keep(snapshot.rip, (*instruction, *bytes));
                 Ok(self.mmio_read_exit())
             }
             Err(Stop::Machine(halt)) => self.stop_to_exit(halt),
@@ -462,21 +443,15 @@ impl State {
     fn fetch(
         &mut self,
         snapshot: &Snapshot,
+        code: CodeSize,
         bytes: &mut [u8; MAX_LENGTH],
         fetched: &mut usize,
     ) -> core::result::Result<(), Halt> {
-        let base = if snapshot.mode().code == CodeSize::Bits64 {
-            0
-        } else {
-            snapshot.cs.base
-        };
-        let mut linear = base
-            .wrapping_add(snapshot.rip)
-            .wrapping_add(*fetched as u64);
-        if snapshot.mode().code != CodeSize::Bits64 {
-            linear &= 0xffff_ffff;
-        }
-        let linear = Gva::new(linear);
+        let offset = snapshot.rip.wrapping_add(*fetched as u64);
+        let linear = Gva::new(match code {
+            CodeSize::Bits64 => offset,
+            _ => snapshot.cs.base.wrapping_add(offset) & 0xffff_ffff,
+        });
         let in_page = (PAGE_SIZE - linear.page_offset()) as usize;
         let count = in_page.min(MAX_LENGTH - *fetched);
         let part = bytes

@@ -4,6 +4,7 @@
 
 use super::{
     completion::Completion,
+    emulation::Halt,
     exits::{Next, Slow},
     run_page::UserExit,
     vcpu::{Core, State},
@@ -151,7 +152,12 @@ impl State {
                 return self.stop_to_exit(stop);
             }
         } else if let Err(stop) = self.read_linear(linear, data) {
-            return self.stop_to_exit(stop);
+            let exit = self.stop_to_exit(stop)?;
+            if stop == Halt::UserRead {
+                let access = *access;
+                self.core.completion = Some(Completion::StringRead { access, rip });
+            }
+            return Ok(exit);
         }
         let data = u32::from_le_bytes(bytes);
         self.core.completion = Some(Completion::String {
@@ -169,10 +175,7 @@ impl State {
             self.core.write_port(access, data).then_some(0)
         };
         match in_kernel {
-            Some(value) => {
-                self.complete_string(value)?;
-                Ok(None)
-            }
+            Some(value) => self.complete_string(value),
             None => Ok(Some(UserExit::Io {
                 is_in: access.is_in,
                 size: access.size,
@@ -187,7 +190,7 @@ impl State {
     /// # Errors
     ///
     /// `EFAULT` where guest memory is backed by nothing.
-    pub(super) fn complete_string(&mut self, value: u32) -> Result {
+    pub(super) fn complete_string(&mut self, value: u32) -> Result<Option<UserExit>> {
         let Some(Completion::String {
             is_in,
             is_rep,
@@ -198,15 +201,16 @@ impl State {
             mask,
         }) = self.core.completion.take()
         else {
-            return Ok(());
+            return Ok(None);
         };
+        // What was read for this element is void for the next.
+        self.core.replay.forget();
         if is_in {
             let bytes = value.to_le_bytes();
             if let Err(stop) =
                 self.write_linear(linear, bytes.get(..usize::from(size)).unwrap_or(&bytes))
             {
-                self.stop_to_exit(stop)?;
-                return Ok(());
+                return self.stop_to_exit(stop);
             }
         }
         self.with_vmcs(|core, vmcs| {
@@ -230,7 +234,11 @@ impl State {
             if done {
                 core.retire(vmcs, rip.wrapping_add(u64::from(length)));
             }
-        })
+        })?;
+        match self.core.replay.has_writes() {
+            true => Ok(self.next_mmio_write()),
+            false => Ok(None),
+        }
     }
 }
 

@@ -122,12 +122,6 @@ impl GuestMemory {
         self.mmu.lock().find(gfn)
     }
 
-    /// Whether memory is at `gpa`, which may be written if `write` is asked for.
-    #[inline]
-    pub(crate) fn is_memory(&self, gpa: Gpa, write: bool) -> bool {
-        self.backing(gpa, write).is_some()
-    }
-
     /// Reads guest memory inside one page. `None` where no memory is there.
     ///
     /// # Errors
@@ -151,7 +145,7 @@ impl GuestMemory {
     /// As [`Self::read`].
     pub(crate) fn write(&self, gpa: Gpa, data: &[u8]) -> Result<Option<()>> {
         // Nearly all that comes here is for a device.
-        if !self.is_memory(gpa, true) {
+        if self.backing(gpa, true).is_none() {
             return Ok(None);
         }
         let _writing = self.writers.begin();

@@ -46,6 +46,7 @@ fn main() -> std::process::ExitCode {
         mmio_forms::stack,
         mmio_forms::stack_on_a_device,
         mmio_forms::string_compares,
+        mmio_forms::string_ports,
         mmio_forms::real_mode,
         mmio_forms::locked_in_read_only_memory,
         mmio_vectors::sse_moves,

@@ -4,7 +4,7 @@
 use crate::mmio::{answer_read, write};
 use crate::start;
 use rvisor_tests::guest::{self, Mode};
-use rvisor_tests::layout::{DATA, DONE_PORT, HOLE, MEMORY};
+use rvisor_tests::layout::{DATA, DONE_PORT, FREE_PORT, HOLE, MEMORY};
 use rvisor_tests::mapping::Mapping;
 use rvisor_tests::{check_eq, guest_code, Context, Device, Exit, Fail, Machine, Outcome};
 
@@ -350,6 +350,71 @@ pub(crate) fn string_compares(device: &Device) -> Outcome {
         (0x0102_0304, HOLE + 0x1c),
         "EAX and RSI after LODS"
     );
+    Ok(())
+}
+
+guest_code!(
+    port_strings,
+    code64,
+    [
+        "cld",
+        "mov dx, {port}",
+        "mov rsi, {hole}",
+        "outsb",
+        "mov ecx, 2",
+        "rep outsd",
+        "mov rdi, {hole} + 0x10",
+        "insw",
+        // Half in memory, half behind its end, both ways.
+        "mov rdi, {end} - 2",
+        "insd",
+        "mov rsi, {end} - 2",
+        "outsd",
+        "out {done}, al",
+    ],
+    port = FREE_PORT,
+    hole = HOLE,
+    end = MEMORY as u64,
+    done = DONE_PORT
+);
+
+/// INS and OUTS between a port and an address without memory: an exit for each.
+pub(crate) fn string_ports(device: &Device) -> Outcome {
+    let (machine, cpu) = start(device, port_strings())?;
+    let end = MEMORY as u64;
+    let out = |data: &[u8]| Exit::Out {
+        port: FREE_PORT,
+        size: data.len() as u8,
+        data: data.to_vec(),
+    };
+    let input = |size| Exit::In {
+        port: FREE_PORT,
+        size,
+        count: 1,
+    };
+    answer_read(&cpu, HOLE, &[0x11])?;
+    cpu.run_expecting(&out(&[0x11]))?;
+    answer_read(&cpu, HOLE + 1, &[1, 2, 3, 4])?;
+    cpu.run_expecting(&out(&[1, 2, 3, 4]))?;
+    answer_read(&cpu, HOLE + 5, &[5, 6, 7, 8])?;
+    cpu.run_expecting(&out(&[5, 6, 7, 8]))?;
+    cpu.run_expecting(&input(2))?;
+    cpu.answer_io(&[0xaa, 0xbb]);
+    cpu.run_expecting(&write(HOLE + 0x10, &[0xaa, 0xbb]))?;
+    cpu.run_expecting(&input(4))?;
+    cpu.answer_io(&[0x21, 0x22, 0x23, 0x24]);
+    cpu.run_expecting(&write(end, &[0x23, 0x24]))?;
+    answer_read(&cpu, end, &[0x33, 0x34])?;
+    cpu.run_expecting(&out(&[0x21, 0x22, 0x33, 0x34]))?;
+    cpu.run_until_done()?;
+    let regs = cpu.regs()?;
+    check_eq!(
+        machine.memory.read(end - 2, 2),
+        [0x21, 0x22],
+        "the memory's part"
+    );
+    check_eq!(regs.rcx, 0, "RCX");
+    check_eq!((regs.rsi, regs.rdi), (end + 2, end + 2), "RSI and RDI");
     Ok(())
 }
 
