@@ -154,6 +154,11 @@ pub(crate) fn candidate(random: &mut Random, native: &Native, code: CodeSize) ->
     }
 }
 
+/// An address that is not canonical.
+fn nowhere(random: &mut Random) -> u64 {
+    (random.next() & !(1 << 62)) | 1 << 63
+}
+
 /// Makes an instruction's memory operand point into the arena, by its base or its displacement, or
 /// now and then to where no address is. `None` if that is not possible.
 fn aim(
@@ -180,9 +185,8 @@ fn aim(
     if !random.chance(8) {
         wanted = (middle & !unaligned).wrapping_sub(base);
     }
-    // Not canonical, nearly always.
     if candidate.instruction.address_size == Size::Qword && random.chance(32) {
-        wanted = (random.next() & !unaligned).wrapping_sub(base);
+        wanted = (nowhere(random) & !unaligned).wrapping_sub(base);
     }
     let mask = candidate.instruction.address_size.mask();
     let index = |state: &State| match memory.index {
@@ -323,7 +327,7 @@ fn aim_stack(random: &mut Random, native: &Native, candidate: &Candidate, state:
         false => place,
     };
     state.gprs[4] = match (code, ss) {
-        (CodeSize::Bits64, _) if random.chance(32) => random.next(),
+        (CodeSize::Bits64, _) if random.chance(32) => nowhere(random),
         (CodeSize::Bits64, _) => native.arena() + place,
         (_, Data::Narrow | Data::DownNarrow) => {
             ((ARENA as u64 + place) & 0xffff) | (random.next() & 0xffff_0000)
