@@ -157,7 +157,7 @@ fn compare_execution(
         (false, true) => 0,
         (false, false) => 1,
     };
-    tally.fault(fault);
+    tally.fault(ours);
     tally.kinds.entry(name(instruction.operation)).or_default()[kind] += 1;
     Some(())
 }

@@ -156,7 +156,7 @@ pub(crate) fn candidate(random: &mut Random, native: &Native, code: CodeSize) ->
 
 /// An address that is not canonical.
 fn nowhere(random: &mut Random) -> u64 {
-    (random.next() & !(1 << 62)) | 1 << 63
+    (random.next() & !(1 << 62)) | (1 << 63)
 }
 
 /// Makes an instruction's memory operand point into the arena, by its base or its displacement, or
