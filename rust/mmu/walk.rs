@@ -162,6 +162,10 @@ struct Path {
     /// The entries that have no accessed flag yet, or for a write the last one without a dirty flag.
     unmarked: [Step; MAX_LEVELS],
     count: usize,
+    /// The bits that all entries have.
+    common: u64,
+    /// Whether an entry forbids execution.
+    no_execute: u64,
     mapping: GuestMapping,
     key: u32,
 }
@@ -172,6 +176,8 @@ impl Path {
         Self {
             unmarked: [Step::default(); MAX_LEVELS],
             count: 0,
+            common: u64::MAX,
+            no_execute: 0,
             mapping: GuestMapping {
                 gpa: Gpa::new(0),
                 page_bytes: PAGE_SIZE,
@@ -193,17 +199,21 @@ impl Path {
                 self.count = self.count.wrapping_add(1);
             }
         }
-        self.mapping.writable &= entry & entry::WRITE != 0;
-        self.mapping.user &= entry & entry::USER != 0;
-        self.mapping.executable &= entry & entry::NO_EXECUTE == 0;
+        self.common &= entry;
+        self.no_execute |= entry & entry::NO_EXECUTE;
     }
 
     /// Ends at a page.
     #[inline]
     fn end(&mut self, page: u64, page_bytes: u64, gva: Gva) {
         let offset = page_bytes.wrapping_sub(1);
-        self.mapping.gpa = Gpa::new((page & !offset) | (gva.raw() & offset));
-        self.mapping.page_bytes = page_bytes;
+        self.mapping = GuestMapping {
+            gpa: Gpa::new((page & !offset) | (gva.raw() & offset)),
+            page_bytes,
+            writable: self.common & entry::WRITE != 0,
+            user: self.common & entry::USER != 0,
+            executable: self.no_execute == 0,
+        };
     }
 }
 

@@ -179,3 +179,53 @@ fn what_is_not_known_is_refused() {
         );
     }
 }
+
+#[test]
+fn a_vex_prefix_is_one_outside_of_64bit_mode_where_lds_has_no_memory() {
+    // vmovups xmm1, [..]: C5's second byte has its upper two bits set; else it is LDS.
+    for code in [CodeSize::Bits16, CodeSize::Bits32] {
+        let instruction = decode(&[0xc5, 0xf8, 0x10, 0x08], code).unwrap();
+        assert_eq!(instruction.destination, Operand::Vector(1));
+        assert_eq!(
+            decode(&[0xc5, 0x78, 0x10, 0x08], code),
+            Err(DecodeError::Unsupported)
+        );
+    }
+    // In 64-bit mode that bit is R: xmm9.
+    let instruction = decode(&[0xc5, 0x78, 0x10, 0x08], CodeSize::Bits64).unwrap();
+    assert_eq!(instruction.destination, Operand::Vector(9));
+}
+
+#[test]
+fn what_vex_excludes_raises_ud() {
+    // LOCK, 66, F3 and REX before it; vvvv in use; VEX.L with MOVQ; vmovntps between registers
+    for bytes in [
+        &[0xf0, 0xc5, 0xf8, 0x10, 0x08][..],
+        &[0x66, 0xc5, 0xf8, 0x10, 0x08],
+        &[0xf3, 0xc5, 0xf8, 0x10, 0x08],
+        &[0x48, 0xc5, 0xf8, 0x10, 0x08],
+        &[0xc5, 0xe8, 0x10, 0x08],
+        &[0xc5, 0xfe, 0x7e, 0x08],
+        &[0xc5, 0xf8, 0x2b, 0xc8],
+    ] {
+        assert_eq!(
+            decode(bytes, CodeSize::Bits64),
+            Err(DecodeError::InvalidOpcode),
+            "{bytes:02x?}"
+        );
+    }
+}
+
+#[test]
+fn stack_operands_have_no_32_bits_in_64bit_mode() {
+    // push rax; push ax; push dword -1 as a qword
+    for (bytes, size) in [
+        (&[0x50][..], Size::Qword),
+        (&[0x66, 0x50], Size::Word),
+        (&[0x6a, 0xff], Size::Qword),
+        (&[0x8f, 0x00], Size::Qword),
+    ] {
+        assert_eq!(decode(bytes, CodeSize::Bits64).unwrap().size, size);
+    }
+    assert_eq!(decode(&[0x50], CodeSize::Bits32).unwrap().size, Size::Dword);
+}

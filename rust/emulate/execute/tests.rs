@@ -2,6 +2,8 @@
 
 //! Execution on a machine made for it; results are compared with a CPU's in `tests/host`.
 
+mod forms;
+
 use super::*;
 use crate::{
     emulate::{
