@@ -573,30 +573,3 @@ fn results_keep_or_clear_the_rest_of_a_register() {
         assert_eq!(fake.gprs[1], expected, "{bytes:02x?}");
     }
 }
-
-#[test]
-fn a_vector_move_needs_alignment_and_a_machine_that_has_vectors() {
-    let mut fake = Fake::long();
-    fake.gprs[0] = DEVICE + 8;
-    // movaps [rax], xmm0 and movups xmm0, [rax]: this machine has none, and its device is not read.
-    fake.answer = Some(vec![0; 16]);
-    assert_eq!(fake.run(&[0x0f, 0x29, 0x00]), Err(Stop::Unsupported));
-    assert_eq!(fake.run(&[0x0f, 0x10, 0x00]), Err(Stop::Unsupported));
-    assert!(fake.answer.is_some());
-    fake.vectors = Some([[0x0707_0707_0707_0707; 4]; 16]);
-    assert_eq!(
-        fake.run(&[0x0f, 0x29, 0x00]),
-        fault(ExceptionVector::GeneralProtection)
-    );
-    assert!(fake.device_writes.is_empty());
-    fake.gprs[0] = DEVICE;
-    assert_eq!(fake.run(&[0x0f, 0x29, 0x00]), Ok(Progress::Retired));
-    assert_eq!(fake.device_writes, [(DEVICE, vec![7; 16])]);
-    // movd xmm0, [rax] clears what is above.
-    fake.answer = Some(vec![1, 2, 3, 4]);
-    assert_eq!(fake.run(&[0x66, 0x0f, 0x6e, 0x00]), Ok(Progress::Retired));
-    assert_eq!(
-        fake.vectors.map(|vectors| vectors[0]),
-        Some([0x0403_0201, 0, 0x0707_0707_0707_0707, 0x0707_0707_0707_0707])
-    );
-}
