@@ -41,6 +41,7 @@ fn main() -> std::process::ExitCode {
         mmio::read_of_another_instruction,
         mmio_forms::exchanges,
         mmio_forms::exchange_16_bytes,
+        mmio_forms::exchange_16_in_memory,
         mmio_forms::bits,
         mmio_forms::carries_and_counts,
         mmio_forms::stack,

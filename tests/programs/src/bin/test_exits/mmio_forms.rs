@@ -123,6 +123,34 @@ pub(crate) fn exchange_16_bytes(device: &Device) -> Outcome {
     Ok(())
 }
 
+/// The same on memory, which is exchanged in one step. The emulator comes there where userspace gives the
+/// guest another address before it answers the read.
+pub(crate) fn exchange_16_in_memory(device: &Device) -> Outcome {
+    unless_kvm(device, "CMPXCHG16B")?;
+    let (machine, cpu) = start(device, exchange_16())?;
+    machine.memory.write(DATA, &[0x11; 8]);
+    machine.memory.write(DATA + 8, &[0x22; 8]);
+    cpu.run_expecting(&Exit::MmioRead {
+        address: HOLE,
+        length: 8,
+    })?;
+    let mut regs = cpu.regs()?;
+    regs.r12 = DATA;
+    cpu.set_regs(&regs)?;
+    cpu.answer_mmio(&[0xff; 8]);
+    cpu.run_until_done()?;
+    let expected = [[0x33; 8], [0x44; 8]].concat();
+    check_eq!(machine.memory.read(DATA, 16), expected, "the memory");
+    let regs = cpu.regs()?;
+    check_eq!((regs.r8 & 0xff, regs.r9 & 0xff), (1, 0), "ZF");
+    check_eq!(
+        (regs.rax, regs.rdx),
+        (0x3333_3333_3333_3333, 0x4444_4444_4444_4444),
+        "RDX:RAX, by the CPU's own second one"
+    );
+    Ok(())
+}
+
 guest_code!(
     bits_all,
     code64,
