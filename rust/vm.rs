@@ -9,6 +9,7 @@ pub(crate) mod completion;
 pub(crate) mod control;
 mod emulated;
 pub(crate) mod emulation;
+mod event_state;
 pub(crate) mod events;
 pub(crate) mod exits;
 pub(crate) mod irqchip;

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A virtual CPU's registers for userspace: KVM_GET/SET_REGS, SREGS, FPU, DEBUGREGS, MP_STATE,
-//! VCPU_EVENTS, XCRS, XSAVE, CPUID2, LAPIC.
+//! A virtual CPU's registers for userspace: KVM_GET/SET_REGS, SREGS, FPU, DEBUGREGS, MP_STATE, XCRS,
+//! XSAVE, CPUID2, LAPIC.
 
 use super::{
-    events::Reinjection,
     shared::Request,
     vcpu::{Core, MpState, State, Vcpu},
 };
@@ -27,8 +26,8 @@ use rvisor_core::{
         },
         msr::MsrIndex,
         segment::{AccessRights, Segment},
-        vector::{ExceptionVector, Vector},
-        vmcs::{interruptibility, Field32, FieldNatural, InterruptionInfo, VmcsSegment},
+        vector::Vector,
+        vmcs::{Field32, FieldNatural, VmcsSegment},
     },
 };
 
@@ -336,122 +335,6 @@ impl State {
         })
     }
 
-    /// Carries out KVM_GET_VCPU_EVENTS.
-    pub(crate) fn events(&mut self) -> Result<uapi::kvm_vcpu_events> {
-        self.with_vmcs(|core, vmcs| {
-            core.take_posted();
-            core.settle_exception(vmcs);
-            let mut events = uapi::kvm_vcpu_events::default();
-            let state = vmcs.read32(Field32::GUEST_INTERRUPTIBILITY);
-            let cut = core.events.reinjection.as_ref();
-            let cut_exception = cut.and_then(|cut| {
-                let vector = cut.vector_of(InterruptionInfo::HARDWARE_EXCEPTION)?;
-                let code = cut.info.has_error_code().then_some(cut.error_code);
-                Some((vector, code))
-            });
-            let exception = match &core.events.exception {
-                Some(exception) => Some((exception.vector.number(), exception.error_code)),
-                None => cut_exception,
-            };
-            if let Some((vector, code)) = exception {
-                events.exception.injected = (!is_software_exception(vector)).into();
-                events.exception.nr = vector;
-                events.exception.has_error_code = code.is_some().into();
-                events.exception.error_code = code.unwrap_or(0);
-            }
-            // INT n, INT3 and INTO that were cut short are not told: RIP stands on them still, and there
-            // is no place for their length.
-            if let Some(vector) = core.given_interrupt() {
-                events.interrupt.injected = 1;
-                events.interrupt.nr = vector.0;
-            }
-            events.nmi.injected = cut
-                .is_some_and(|cut| cut.info.kind() == InterruptionInfo::NMI)
-                .into();
-            if state & interruptibility::STI != 0 {
-                events.interrupt.shadow |= uapi::KVM_X86_SHADOW_INT_STI as u8;
-            }
-            if state & interruptibility::MOV_SS != 0 {
-                events.interrupt.shadow |= uapi::KVM_X86_SHADOW_INT_MOV_SS as u8;
-            }
-            events.nmi.pending = core.events.nmis as u8;
-            events.nmi.masked = (state & interruptibility::NMI != 0).into();
-            events.flags = uapi::KVM_VCPUEVENT_VALID_NMI_PENDING | uapi::KVM_VCPUEVENT_VALID_SHADOW;
-            events
-        })
-    }
-
-    /// Carries out KVM_SET_VCPU_EVENTS.
-    ///
-    /// # Errors
-    ///
-    /// `EINVAL` for flags that are not offered and for vectors that are no exception's.
-    pub(crate) fn set_events(&mut self, events: &uapi::kvm_vcpu_events) -> Result {
-        const KNOWN: u32 = uapi::KVM_VCPUEVENT_VALID_NMI_PENDING
-            | uapi::KVM_VCPUEVENT_VALID_SIPI_VECTOR
-            | uapi::KVM_VCPUEVENT_VALID_SHADOW;
-        if events.flags & !KNOWN != 0 {
-            return Err(EINVAL);
-        }
-        let exception = (events.exception.injected != 0).then(|| {
-            let code =
-                (events.exception.has_error_code != 0).then_some(events.exception.error_code);
-            Reinjection::new(
-                InterruptionInfo::HARDWARE_EXCEPTION,
-                events.exception.nr,
-                code,
-            )
-        });
-        if exception.is_some_and(|exception| !exception.is_exception()) {
-            return Err(EINVAL);
-        }
-        self.with_vmcs(|core, vmcs| {
-            core.events.exception = None;
-            // As on KVM an exception goes before an NMI, and that before an interrupt.
-            core.events.reinjection = exception.or_else(|| {
-                (events.nmi.injected != 0).then(|| Reinjection::new(InterruptionInfo::NMI, 2, None))
-            });
-            if core.lapic.is_none() {
-                core.events.interrupt = None;
-            }
-            if events.interrupt.injected != 0 {
-                if events.interrupt.soft == 0 {
-                    core.give_interrupt(Vector(events.interrupt.nr));
-                } else if core.events.reinjection.is_none() {
-                    core.events.reinjection = Some(Reinjection::new(
-                        InterruptionInfo::SOFTWARE_INTERRUPT,
-                        events.interrupt.nr,
-                        None,
-                    ));
-                }
-            }
-            let mut state = vmcs.read32(Field32::GUEST_INTERRUPTIBILITY);
-            let mut put = |bit: u32, on: bool| {
-                state = if on { state | bit } else { state & !bit };
-            };
-            if events.flags & uapi::KVM_VCPUEVENT_VALID_SHADOW != 0 {
-                let shadow = u32::from(events.interrupt.shadow);
-                put(
-                    interruptibility::STI,
-                    shadow & uapi::KVM_X86_SHADOW_INT_STI != 0,
-                );
-                put(
-                    interruptibility::MOV_SS,
-                    shadow & uapi::KVM_X86_SHADOW_INT_MOV_SS != 0,
-                );
-            }
-            put(interruptibility::NMI, events.nmi.masked != 0);
-            vmcs.write32(Field32::GUEST_INTERRUPTIBILITY, state);
-            if events.flags & uapi::KVM_VCPUEVENT_VALID_NMI_PENDING != 0 {
-                core.events.nmis = events.nmi.pending.min(2).into();
-            }
-            if events.flags & uapi::KVM_VCPUEVENT_VALID_SIPI_VECTOR != 0 && core.lapic.is_some() {
-                core.sipi_vector = Vector(events.sipi_vector as u8);
-            }
-            core.events.attention = true;
-        })
-    }
-
     /// Carries out KVM_GET_XCRS.
     pub(crate) fn xcrs(&mut self) -> Result<uapi::kvm_xcrs> {
         self.with_vmcs(|_, vmcs| {
@@ -550,21 +433,6 @@ impl State {
         core.cpu = cpu;
         self.with_vmcs(|core, vmcs| core.offer_instructions(vmcs))
     }
-
-    /// Carries out KVM_INTERRUPT for a machine without interrupt controllers in the kernel.
-    ///
-    /// # Errors
-    ///
-    /// `EINVAL` past vector 255, `ENXIO` with controllers in the kernel.
-    pub(crate) fn queue_interrupt(&mut self, vector: u32) -> Result {
-        let vector = u8::try_from(vector).map_err(|_| EINVAL)?;
-        if self.core.lapic.is_some() {
-            return Err(ENXIO);
-        }
-        // One that waits gives way, as on KVM.
-        self.core.give_interrupt(Vector(vector));
-        Ok(())
-    }
 }
 
 impl Core {
@@ -593,38 +461,6 @@ impl Core {
         }
     }
 
-    /// The external interrupt that is on its way into the guest: cut short, or userspace's own.
-    fn given_interrupt(&self) -> Option<Vector> {
-        let cut = self.events.reinjection.as_ref();
-        cut.and_then(|cut| cut.vector_of(InterruptionInfo::EXTERNAL_INTERRUPT))
-            .map(Vector)
-            .or(self.events.interrupt.filter(|_| self.lapic.is_none()))
-    }
-
-    /// Takes an external interrupt of userspace's. With a local APIC in the kernel it was on its way into
-    /// the guest when the state was saved, and the local APIC has it in service.
-    fn give_interrupt(&mut self, vector: Vector) {
-        let events = &mut self.events;
-        events.attention = true;
-        if self.lapic.is_none() {
-            events.interrupt = Some(vector);
-        } else if events
-            .reinjection
-            .is_none_or(|cut| cut.info.kind() == InterruptionInfo::EXTERNAL_INTERRUPT)
-        {
-            let kind = InterruptionInfo::EXTERNAL_INTERRUPT;
-            events.reinjection = Some(Reinjection::new(kind, vector.0, None));
-        }
-    }
-
-    /// Puts the address of a page fault that waits into CR2, where userspace looks for it.
-    fn settle_exception(&mut self, vmcs: &mut CurrentVmcs<'_>) {
-        let exception = self.events.exception.as_mut();
-        if let Some(address) = exception.and_then(|exception| exception.address.take()) {
-            vmcs.hardware.cr2 = address;
-        }
-    }
-
     /// Older userspace wakes the bootstrap processor by putting it at the reset vector.
     fn start_bootstrap_at_reset(&mut self, vmcs: &CurrentVmcs<'_>) {
         let is_bootstrap = self
@@ -648,9 +484,4 @@ fn lowest_bit(bitmap: &[u64; 4]) -> Option<Vector> {
         .zip(0u8..)
         .find(|(word, _)| **word != 0)
         .map(|(word, place)| Vector(place * 64 + word.trailing_zeros() as u8))
-}
-
-/// Whether an instruction of its own raises the exception: INT3 and INTO.
-fn is_software_exception(vector: u8) -> bool {
-    vector == ExceptionVector::Breakpoint.number() || vector == ExceptionVector::Overflow.number()
 }

@@ -157,10 +157,44 @@ impl Vcpu {
     /// `ENOMEM`; `EIO` where VMX fails.
     pub(crate) fn new(vm: Arc<Vm>, id: u32) -> Result<Arc<Self>> {
         let shared = Arc::pin_init(VcpuShared::new(id), GFP_KERNEL_ACCOUNT)?;
-        let host = vm.host.clone();
+        let state = State::new(&vm, &shared)?;
+        let target: *const VcpuShared = &*shared;
+        Arc::pin_init(
+            pin_init!(Self {
+                vm,
+                shared,
+                run: RunPage::new()?,
+                state <- new_mutex!(state),
+                // SAFETY: `shared` is a field of the same object, in an `Arc` that it never gives up.
+                lapic_timer <- unsafe { Timer::new(target) },
+            }? Error),
+            GFP_KERNEL_ACCOUNT,
+        )
+    }
+
+    /// Runs `f` with the state, which no other thread has meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// `EINTR` where the thread is killed while another has the state, and those of `f`.
+    pub(crate) fn with_state<R>(&self, f: impl FnOnce(&mut State) -> Result<R>) -> Result<R> {
+        let mut guard = mutex::lock_killable(&self.state)?;
+        // SAFETY: The state is not moved out of its place.
+        f(unsafe { guard.as_mut().get_unchecked_mut() })
+    }
+}
+
+impl State {
+    /// The state after power-up, with a VMCS that is set up.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`; `EIO` where VMX fails.
+    fn new(vm: &Arc<Vm>, shared: &Arc<VcpuShared>) -> Result<Self> {
+        let host = &vm.host;
         let capabilities = &host.capabilities;
         // Unique in the virtual machine, which is enough: translations are tagged with its EPT too.
-        let vpid = u16::try_from(id)
+        let vpid = u16::try_from(shared.id)
             .map_err(|_| EINVAL)?
             .checked_add(1)
             .ok_or(EINVAL)?;
@@ -179,11 +213,49 @@ impl Vcpu {
             eptp,
             vpid,
         };
-        let is_bootstrap = vm.is_bootstrap(id);
+        let mut state = Self {
+            hardware: Preemptible::new(hardware),
+            core: Core::new(vm, shared)?,
+            fpu: GuestFpu::new(&host.symbols)?,
+            signal_mask: None,
+        };
+        state.with_vmcs(|core, vmcs| {
+            setup::initialise(vmcs, capabilities, &pointers);
+            core.reset(vmcs);
+            vmcs.write64(Field64::TSC_OFFSET, core.tsc_offset);
+        })?;
+        Ok(state)
+    }
+
+    /// Runs `f` with the VMCS current and interrupts off.
+    ///
+    /// # Errors
+    ///
+    /// `EIO` where VMX was switched off under us.
+    pub(crate) fn with_vmcs<R>(
+        &mut self,
+        f: impl FnOnce(&mut Core, &mut CurrentVmcs<'_>) -> R,
+    ) -> Result<R> {
+        let irqs = IrqsOff::with_vmx()?;
+        let mut vmcs = CurrentVmcs::new(self.hardware.get_mut(&irqs), &irqs)?;
+        Ok(f(&mut self.core, &mut vmcs))
+    }
+}
+
+impl Core {
+    /// What the VMCS does not hold, as after power-up; [`Core::reset`] follows.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    fn new(vm: &Arc<Vm>, shared: &Arc<VcpuShared>) -> Result<Self> {
+        let host = &vm.host;
+        let capabilities = &host.capabilities;
+        let is_bootstrap = vm.is_bootstrap(shared.id);
         let lapic = match vm.irqchip() {
             Some(_) => Some(KBox::new(
                 LocalApic::new(
-                    ApicId(id),
+                    ApicId(shared.id),
                     is_bootstrap,
                     Features::default(),
                     vm.apics.bus_cycle(),
@@ -195,7 +267,7 @@ impl Vcpu {
         if let Some(lapic) = &lapic {
             shared.mailbox.publish_identity(lapic.identity());
         }
-        let core = Core {
+        Ok(Self {
             vm: vm.clone(),
             shared: shared.clone(),
             registers: [0; 16],
@@ -230,64 +302,9 @@ impl Vcpu {
             generation: 0,
             flush_guest: true,
             has_run: false,
-        };
-        let fpu = GuestFpu::new(&host.symbols)?;
-        let mut state = State {
-            hardware: Preemptible::new(hardware),
-            core,
-            fpu,
-            signal_mask: None,
-        };
-        state.with_vmcs(|core, vmcs| {
-            setup::initialise(vmcs, capabilities, &pointers);
-            core.reset(vmcs);
-            vmcs.write64(Field64::TSC_OFFSET, core.tsc_offset);
-        })?;
-        let target: *const VcpuShared = &*shared;
-        Arc::pin_init(
-            pin_init!(Self {
-                vm,
-                shared,
-                run: RunPage::new()?,
-                state <- new_mutex!(state),
-                // SAFETY: `shared` is a field of the same object, in an `Arc` that it never gives up.
-                lapic_timer <- unsafe { Timer::new(target) },
-            }? Error),
-            GFP_KERNEL_ACCOUNT,
-        )
+        })
     }
-}
 
-impl Vcpu {
-    /// Runs `f` with the state, which no other thread has meanwhile.
-    ///
-    /// # Errors
-    ///
-    /// `EINTR` where the thread is killed while another has the state, and those of `f`.
-    pub(crate) fn with_state<R>(&self, f: impl FnOnce(&mut State) -> Result<R>) -> Result<R> {
-        let mut guard = mutex::lock_killable(&self.state)?;
-        // SAFETY: The state is not moved out of its place.
-        f(unsafe { guard.as_mut().get_unchecked_mut() })
-    }
-}
-
-impl State {
-    /// Runs `f` with the VMCS current and interrupts off.
-    ///
-    /// # Errors
-    ///
-    /// `EIO` where VMX was switched off under us.
-    pub(crate) fn with_vmcs<R>(
-        &mut self,
-        f: impl FnOnce(&mut Core, &mut CurrentVmcs<'_>) -> R,
-    ) -> Result<R> {
-        let irqs = IrqsOff::with_vmx()?;
-        let mut vmcs = CurrentVmcs::new(self.hardware.get_mut(&irqs), &irqs)?;
-        Ok(f(&mut self.core, &mut vmcs))
-    }
-}
-
-impl Core {
     /// Puts all registers into their state after power-up or INIT (SDM vol. 3, table 11-1).
     pub(crate) fn reset(&mut self, vmcs: &mut CurrentVmcs<'_>) {
         setup::reset_guest(vmcs);
