@@ -18,6 +18,9 @@ report() { sed -n "s/\r\$//; s/^guest: $1 //p" $LOG; }
 # between LEAST VALUE MOST: VALUE is a number from LEAST to MOST.
 between() { [ -n "$2" ] && [ "$1" -le "$2" ] && [ "$2" -le "$3" ]; }
 
+# complaints: what a kernel says of a machine that is not right.
+complaints() { grep -E 'unchecked MSR|Call Trace|BUG:|WARNING:|rcu.*stall|soft lockup|clocksource.*unstable' $LOG; }
+
 # worked CPUS: each CPU did its work, by itself.
 worked() {
 	sum=$(head -c $WORK /dev/zero | sha256sum | cut -c 1-64)
@@ -34,10 +37,11 @@ worked() {
 linux() {
 	began=$(date +%s)
 	rvisor run --device "$device" --kernel "/guests/$1" --initrd "/$2" --cpus "$4" --memory 256M \
-		--cmdline "loglevel=4 guest.work guest.end=$5" </dev/null >$LOG 2>&1
+		--cmdline "loglevel=5 guest.work guest.end=$5" </dev/null >$LOG 2>&1
 	got=$?
 	check "no userspace: $(tail -n 3 $LOG | tr '\n' ' ')" grep -q 'guest: userspace reached' $LOG || return
 	check "not this machine: $(report Linux)" grep -q "guest: Linux .* $3, $4 CPU," $LOG || return
+	check "its kernel complains: $(complaints | head -n 2 | tr '\n' ' ')" test -z "$(complaints)" || return
 	clock=$(report clock)
 	check "the guest's clock is at ${clock:-nothing} between $began and $(date +%s)" \
 		between "$began" "$clock" "$(date +%s)" || return
