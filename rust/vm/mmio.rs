@@ -187,13 +187,16 @@ impl Core {
             if let Some(lapic) = &mut self.lapic {
                 // Registers are 4 bytes wide; of wider accesses the rest reads as zero.
                 let inside = usize::from(offset & 3);
-                let bytes = lapic.read(offset & !3, clock).to_le_bytes();
+                let value = lapic.read(offset & !3, clock);
+                let bytes = value.to_le_bytes();
                 data.fill(0);
                 for (to, from) in data.iter_mut().zip(bytes.iter().skip(inside)) {
                     *to = *from;
                 }
-                // A register that does not exist raises the error interrupt.
-                self.note_interrupts();
+                // A register that does not exist reads as 0 and raises the error interrupt.
+                if value == 0 {
+                    self.note_interrupts();
+                }
                 return true;
             }
         }
