@@ -67,6 +67,17 @@ impl Permissions {
     /// Read, write and execute.
     pub const ALL: Self = Self(7);
 
+    /// Read, and what is said.
+    #[inline]
+    pub const fn of(write: bool, execute: bool) -> Self {
+        match (write, execute) {
+            (false, false) => Self::READ,
+            (true, false) => Self::READ_WRITE,
+            (false, true) => Self::READ_EXECUTE,
+            (true, true) => Self::ALL,
+        }
+    }
+
     /// Whether the guest may read.
     #[inline]
     pub const fn can_read(self) -> bool {
@@ -411,7 +422,7 @@ impl Ept {
         let mut steps = 1u32;
         // The lowest tables, nearly all there are, need no look inside.
         if level > 1 {
-            steps = steps.saturating_add(TABLE_ENTRIES as u32);
+            steps = steps.saturating_add(1 << INDEX_BITS);
             for at in 0..TABLE_ENTRIES {
                 let entry = Entry(memory.read(table, at));
                 if entry.is_present() && !entry.is_leaf(level) {
@@ -507,6 +518,22 @@ impl Ept {
             level = level.wrapping_sub(1);
         }
         None
+    }
+
+    /// The largest page up to `size` that can map `gfn` without a table in its place being freed.
+    #[inline]
+    pub fn fitting<T: TableMemory>(&self, memory: &T, gfn: Gfn, size: PageSize) -> PageSize {
+        let mut table = self.root;
+        let mut level = LEVELS;
+        while level > 1 {
+            let entry = Entry(memory.read(table, index(gfn.raw(), level)));
+            if !entry.is_present() || entry.is_leaf(level) {
+                return PageSize::of_level(level).map_or(size, |largest| largest.min(size));
+            }
+            table = entry.address();
+            level = level.wrapping_sub(1);
+        }
+        PageSize::Size4K
     }
 
     /// Calls `visit` with the place of each leaf that touches the frames from `first` to before

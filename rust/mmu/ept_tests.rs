@@ -226,6 +226,12 @@ proptest! {
             prop_assert_eq!(reachable(&memory, ept.root().raw()), made, "a table leaked");
             let edges = model.0.iter().flat_map(|(at, leaf)| [*at, at + leaf.frames - 1, at + leaf.frames]);
             for gfn in edges.chain(probes.iter().copied()) {
+                for size in SIZES {
+                    prop_assert_eq!(
+                        ept.fitting(&memory, Gfn::new(gfn & (GFN_LIMIT - 1)), size),
+                        fitting(&memory, ept.root().raw(), gfn & (GFN_LIMIT - 1), size)
+                    );
+                }
                 let gpa = Gpa::new((gfn << 12) | 0x123);
                 let found = ept.walk(&memory, gpa)
                     .map(|t| (t.hpa.raw(), bits(t.permissions), t.size.frames()));
@@ -237,6 +243,26 @@ proptest! {
         ept.destroy(&mut memory);
         prop_assert!(memory.tables.is_empty());
     }
+}
+
+/// The largest size with no table at its own level or above it that would have to go.
+fn fitting(memory: &TestTables, root: u64, gfn: u64, size: PageSize) -> PageSize {
+    let mut tables = vec![root];
+    for shift in [27, 18, 9] {
+        let entry = memory.tables[tables.last().unwrap()][(gfn >> shift & 511) as usize];
+        if entry & 7 == 0 || entry & 0x80 != 0 {
+            break;
+        }
+        tables.push(entry & 0x000f_ffff_ffff_f000);
+    }
+    // Tables below the root's entry, the 1 GiB one's and the 2 MiB one's.
+    let largest = [
+        PageSize::Size1G,
+        PageSize::Size1G,
+        PageSize::Size2M,
+        PageSize::Size4K,
+    ][tables.len() - 1];
+    size.min(largest)
 }
 
 fn map_one(gfn: u64, pfn: u64, size: PageSize, cache: CachePolicy) -> (TestTables, Ept) {

@@ -325,12 +325,14 @@ impl State {
     ) -> Result<Option<UserExit>> {
         // The local APIC's registers cover whatever memory is below them.
         if !self.core.is_lapic(violation.gpa) {
-            match self
-                .core
-                .vm
-                .memory
-                .fault(violation.gpa, violation.is_write)?
-            {
+            let access = if violation.is_write {
+                AccessKind::Write
+            } else if violation.is_fetch {
+                AccessKind::Execute
+            } else {
+                AccessKind::Read
+            };
+            match self.core.vm.memory.fault(violation.gpa, access)? {
                 Fault::Resolved => return Ok(None),
                 Fault::Device => {}
             }

@@ -3,8 +3,14 @@
 //! A virtual machine.
 
 use super::{
-    apic_settings::ApicSettings, bus::Registrations, clock::Clock, irqchip::IrqChip, irqfd::Irqfds,
-    memory::GuestMemory, shared::VcpuShared, vcpu::Vcpu,
+    apic_settings::ApicSettings,
+    bus::Registrations,
+    clock::Clock,
+    irqchip::IrqChip,
+    irqfd::Irqfds,
+    memory::{GuestMemory, Pages},
+    shared::VcpuShared,
+    vcpu::Vcpu,
 };
 use crate::{
     host::{
@@ -92,7 +98,7 @@ impl Host {
     ///
     /// As [`capability::detect`], [`Symbols::resolve`] and [`VmxOn::new`], each with its message.
     pub(crate) fn new() -> Result<Self> {
-        let mut capabilities = capability::detect()?;
+        let capabilities = capability::detect()?;
         let symbols = Symbols::resolve()?;
         let vmx = VmxOn::new(&symbols).inspect_err(|error| {
             pr_err!(
@@ -101,9 +107,6 @@ impl Host {
             );
         })?;
         let mitigations = Mitigations::new()?;
-        if mitigations.small_pages() {
-            (capabilities.ept_2m, capabilities.ept_1g) = (false, false);
-        }
         let offer = Offer {
             // SAFETY: Reads a register of the host's.
             xcr0: unsafe { crate::bindings::rvisor_host_xcr0() },
@@ -174,8 +177,12 @@ impl Vm {
             (true, false) => PageSize::Size2M,
             _ => PageSize::Size4K,
         };
+        let pages = Pages {
+            largest: large_pages,
+            large_execute: host.mitigations.large_pages_execute(),
+        };
         let memory = GuestMemory::new(
-            large_pages,
+            pages,
             host.capabilities.ept_accessed_dirty,
             host.physical_bits,
         )?;

@@ -29,15 +29,26 @@ use kernel::{
 use rvisor_core::{
     mmu::{
         changes::Changes,
-        ept::{CachePolicy, Ept, MapError, Permissions},
+        ept::{CachePolicy, Ept, MapError, MapOutcome, Permissions},
         page_size::PageSize,
         slot::{self, Change, Limits, Slot, SlotError},
+        walk::AccessKind,
     },
     x86::address::{Gfn, Gpa, Hva, Pfn, PAGE_SHIFT, PAGE_SIZE},
 };
 
 /// KVM_CAP_NR_MEMSLOTS.
 pub(crate) const SLOTS: u16 = 509;
+
+/// The pages that a guest can have.
+#[derive(Clone, Copy)]
+pub(crate) struct Pages {
+    /// The largest.
+    pub(crate) largest: PageSize,
+    /// Whether large ones may hold code. On CPUs that can't bear it a guest that changes the size of a
+    /// page under its code stops the host (CVE-2018-12207).
+    pub(crate) large_execute: bool,
+}
 
 /// What to do about an EPT violation.
 pub(crate) enum Fault {
@@ -76,7 +87,7 @@ enum Backing {
 pub(crate) struct GuestMemory {
     eptp: u64,
     accessed_dirty: bool,
-    large_pages: PageSize,
+    pages: Pages,
     end_of_memory: Gfn,
     #[pin]
     update: Mutex<()>,
@@ -96,11 +107,7 @@ impl GuestMemory {
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(crate) fn new(
-        large_pages: PageSize,
-        accessed_dirty: bool,
-        physical_bits: u32,
-    ) -> Result<Arc<Self>> {
+    pub(crate) fn new(pages: Pages, accessed_dirty: bool, physical_bits: u32) -> Result<Arc<Self>> {
         let mut tables = Tables::new();
         tables.add(KernelPage::new()?);
         let ept = Ept::new(&mut tables).ok_or(ENOMEM)?;
@@ -118,7 +125,7 @@ impl GuestMemory {
             pin_init!(Self {
                 eptp,
                 accessed_dirty,
-                large_pages,
+                pages,
                 end_of_memory: Gfn::new(1 << physical_bits.min(48).saturating_sub(PAGE_SHIFT)),
                 update <- new_mutex!(()),
                 mmu <- new_spinlock!(mmu),
@@ -267,8 +274,9 @@ impl GuestMemory {
     /// # Errors
     ///
     /// `EFAULT` where the process has no memory at the slot's address; `ENOMEM`.
-    pub(crate) fn fault(&self, gpa: Gpa, write: bool) -> Result<Fault> {
+    pub(crate) fn fault(&self, gpa: Gpa, access: AccessKind) -> Result<Fault> {
         let gfn = gpa.frame();
+        let write = matches!(access, AccessKind::Write);
         let (slot, hva, sequence) = match self.look_up(gfn, write)? {
             Backing::Slot(slot, hva, sequence) => (slot, hva, sequence),
             Backing::Changing => return Ok(Fault::Resolved),
@@ -279,35 +287,30 @@ impl GuestMemory {
             Err(error) if error == EINTR => return Ok(Fault::Resolved),
             page => page?,
         };
-        let mut size = slot.largest_page(gfn).min(self.large_pages);
+        let mut size = slot.largest_page(gfn).min(self.pages.largest);
         if size > PageSize::Size4K {
             size = size.min(memory::host_mapping(hva));
         }
-        // In a slot with a log only what is written to may be written to.
-        let may_write = !slot.is_read_only() && (write || !slot.logs_dirty());
-        let permissions = if page.writable && may_write {
-            Permissions::ALL
-        } else {
-            Permissions::READ_EXECUTE
-        };
-        let inside = gfn.raw() & size.frame_mask();
-        let first = Gfn::new(gfn.raw() - inside);
-        let pfn = Pfn::new(page.frame().raw().wrapping_sub(inside));
-        let start = Hva::new(hva.raw() & !(size.bytes() - 1));
         let mut mmu = self.mmu.lock();
+        if size > PageSize::Size4K && !self.pages.large_execute {
+            size = mmu.largest_without_code(gfn, size, access);
+        }
+        let start = Hva::new(hva.raw() & !(size.bytes() - 1));
         if !mmu.changes.permit(sequence, start, size.bytes()) {
             // What was learnt may be void. The guest touches the page again.
             return Ok(Fault::Resolved);
         }
-        let flush = {
-            let Mmu { ept, tables, .. } = &mut *mmu;
-            let ept = ept.as_ref().ok_or(EIO)?;
-            match ept.map(tables, first, pfn, size, permissions, CachePolicy::MEMORY) {
-                Ok(outcome) => outcome.flush,
-                // Another vCPU has used the stock up.
-                Err(MapError::OutOfTables) => return Ok(Fault::Resolved),
-                Err(MapError::OutOfRange | MapError::Misaligned) => return Err(EFAULT),
-            }
+        // In a slot with a log only what is written to may be written to.
+        let may_write = !slot.is_read_only() && (write || !slot.logs_dirty());
+        let permissions = Permissions::of(
+            page.writable && may_write,
+            self.pages.large_execute || size == PageSize::Size4K,
+        );
+        let flush = match mmu.map(gfn, &page, size, permissions) {
+            Ok(outcome) => outcome.flush,
+            // Another vCPU has used the stock up.
+            Err(MapError::OutOfTables) => return Ok(Fault::Resolved),
+            Err(MapError::OutOfRange | MapError::Misaligned) => return Err(EFAULT),
         };
         if permissions.can_write() {
             page.mark_dirty();
@@ -323,6 +326,44 @@ impl GuestMemory {
 }
 
 impl Mmu {
+    /// Maps the page that backs `gfn`, with all of the larger page of which it is a part.
+    #[inline]
+    fn map(
+        &mut self,
+        gfn: Gfn,
+        page: &UserPage,
+        size: PageSize,
+        permissions: Permissions,
+    ) -> core::result::Result<MapOutcome, MapError> {
+        let inside = gfn.raw() & size.frame_mask();
+        let first = Gfn::new(gfn.raw() - inside);
+        let pfn = Pfn::new(page.frame().raw().wrapping_sub(inside));
+        match &self.ept {
+            Some(ept) => ept.map(
+                &mut self.tables,
+                first,
+                pfn,
+                size,
+                permissions,
+                CachePolicy::MEMORY,
+            ),
+            // The process is gone, and the page with it.
+            None => Err(MapError::OutOfRange),
+        }
+    }
+
+    /// The size to map `gfn` with where large pages hold no code: what is fetched is a small page, and
+    /// the table around it stays for as long as it is there, or code and data would take turns in
+    /// driving each other out.
+    fn largest_without_code(&self, gfn: Gfn, size: PageSize, access: AccessKind) -> PageSize {
+        match (&self.ept, access) {
+            (Some(ept), AccessKind::Read | AccessKind::Write) => {
+                ept.fitting(&self.tables, gfn, size)
+            }
+            _ => PageSize::Size4K,
+        }
+    }
+
     #[inline]
     fn find_ref(&mut self, gfn: Gfn) -> Option<&Slot> {
         slot::find_hinted(&self.slots, gfn, &mut self.hint)

@@ -61,9 +61,9 @@ impl Mitigations {
         Ok(Self { plan, displacer })
     }
 
-    /// Whether guests must have pages of 4 KiB only.
-    pub(crate) fn small_pages(&self) -> bool {
-        self.plan.small_pages
+    /// Whether pages of a guest's that are larger than 4 KiB may hold code.
+    pub(crate) fn large_pages_execute(&self) -> bool {
+        !self.plan.no_large_code
     }
 
     /// Whether IA32_SPEC_CTRL is switched, so that guests can have it.

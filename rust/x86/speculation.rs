@@ -117,8 +117,8 @@ pub struct Plan {
     pub l1d_flush: L1dFlush,
     /// IA32_FLUSH_CMD does it; else as much memory is read as fills it.
     pub l1d_by_msr: bool,
-    /// Guests have pages of 4 KiB only.
-    pub small_pages: bool,
+    /// Guests execute from pages of 4 KiB only.
+    pub no_large_code: bool,
 }
 
 /// `bit` where `condition` holds.
@@ -155,7 +155,7 @@ impl Plan {
             ibpb_exit_to_user: host.ibpb_exit_to_user,
             l1d_flush,
             l1d_by_msr: host.flush_l1d,
-            small_pages: host.itlb_multihit && !host.mitigations_off,
+            no_large_code: host.itlb_multihit && !host.mitigations_off,
         }
     }
 
@@ -183,7 +183,7 @@ impl Plan {
                 matches!(self.l1d_flush, L1dFlush::Always),
                 "L1D flush at each entry",
             ),
-            (self.small_pages, "4 KiB pages only"),
+            (self.no_large_code, "no code in large pages"),
         ];
         named
             .into_iter()
@@ -243,7 +243,7 @@ mod tests {
         let plan = Plan::new(&OLD, L1tf::Auto);
         assert_eq!(plan.switch, switch::FILL_RSB | switch::VERW);
         assert_eq!(plan.l1d_flush, L1dFlush::Conditional);
-        assert!(!plan.l1d_by_msr && plan.small_pages && plan.is_guarded());
+        assert!(!plan.l1d_by_msr && plan.no_large_code && plan.is_guarded());
         assert!(!plan.ibpb_between_vcpus);
     }
 
@@ -256,7 +256,7 @@ mod tests {
         );
         assert!(plan.ibpb_between_vcpus && plan.ibpb_exit_to_user);
         assert_eq!(plan.l1d_flush, L1dFlush::Never);
-        assert!(!plan.small_pages);
+        assert!(!plan.no_large_code);
     }
 
     #[test]
