@@ -74,6 +74,36 @@ guest_code!(
     done = DONE_PORT
 );
 
+// The same, but the pages hold code: each is called, then written to.
+guest_code!(
+    timed_calls,
+    code64,
+    [
+        "mov rbp, rdx",
+        "xor r9d, r9d",
+        "mov r10, -1",
+        "2: rdtsc",
+        "shl rdx, 32",
+        "lea r13, [rax + rdx]",
+        "call rsi",
+        "mov [rsi + 64], rsi",
+        "rdtsc",
+        "shl rdx, 32",
+        "add rax, rdx",
+        "sub rax, r13",
+        "cmp rax, r10",
+        "cmovb r10, rax",
+        "cmp rax, r8",
+        "jb 3f",
+        "inc r9",
+        "3: add rsi, rbp",
+        "cmp rsi, rdi",
+        "jb 2b",
+        "out {done}, al",
+    ],
+    done = DONE_PORT
+);
+
 /// A guest that times its accesses, with one region of its own.
 pub(crate) struct Timed {
     pub(crate) guest: Guest,
@@ -174,6 +204,39 @@ pub(crate) fn one_fault_2m(device: &Device) -> Outcome {
     let tables = guest_table_pages()?.saturating_sub(before);
     check!(tables < 4, "{tables} tables for 4 large pages");
     timed.check_mapped(PLACE, 4 * MIB2, PAGE, 0)
+}
+
+/// Code and data in one huge page. Where the host must not let code be in a large page it is split, once:
+/// the two do not take turns in driving each other out.
+pub(crate) fn code_in_a_huge_page(device: &Device) -> Outcome {
+    let timed = Timed::new(device)?;
+    let memory = transparent(MIB2)?;
+    for page in (0..MIB2).step_by(PAGE) {
+        // RET.
+        memory.write(page as u64, &[0xc3]);
+    }
+    timed.show(&memory)?;
+    // Data alone takes one fault.
+    timed.check_mapped(PLACE + 8, MIB2 - PAGE, PAGE, 1)?;
+    for page in (0..MIB2).step_by(PAGE) {
+        memory.write_u64(page as u64 + 8, 0);
+    }
+    timed
+        .guest
+        .machine
+        .memory
+        .write(rvisor_tests::layout::CODE, timed_calls());
+    let first = timed.count(PLACE, MIB2, PAGE)?.0;
+    check!(
+        first <= 512 + INTERRUPTED,
+        "{first} pages were slow when they were called first"
+    );
+    timed.check_mapped(PLACE, MIB2, PAGE, 0)?;
+    for page in (0..MIB2).step_by(PAGE) {
+        let found = memory.read_u64(page as u64 + 64);
+        check_eq!(found, PLACE + page as u64, "page {page:#x} in the host");
+    }
+    Ok(())
 }
 
 /// Memory that is not congruent modulo 2 MiB can't have large pages, and works.

@@ -172,6 +172,34 @@ pub(crate) fn delete_waits_for_emulation(device: &Device) -> Outcome {
     })
 }
 
+/// A slot goes while a fault on it waits for its page: the page that comes then is not the guest's.
+pub(crate) fn slot_goes_during_a_fault(device: &Device) -> Outcome {
+    let guest = Guest::with(device, count_into())?;
+    let memory = Mapping::anonymous(PAGE)?;
+    let fault = Userfault::new(&memory)?;
+    guest.machine.set_slot(1, 0, PLACE, &memory, 0, PAGE)?;
+    guest.prepare(PLACE, None)?;
+    beside(&guest, Vec::new(), || {
+        let missed = fault.wait(Duration::from_secs(2))?;
+        let address = missed.ok_or_else(|| Fail::new("the guest does not write"))?;
+        let (guest, memory) = (&guest, &memory);
+        std::thread::scope(|scope| {
+            // KVM waits for the fault here.
+            let deleting = scope.spawn(move || guest.machine.set_slot(1, 0, PLACE, memory, 0, 0));
+            std::thread::sleep(Duration::from_millis(30));
+            fault.supply(address, 0x77)?;
+            deleting
+                .join()
+                .map_err(|_| Fail::new("the thread panicked"))??;
+            check_still(memory, "the slot is gone")
+        })?;
+        std::thread::sleep(Duration::from_millis(20));
+        check_still(memory, "the slot is gone, later")?;
+        check!(memory.read_u64(8) == 0x77, "the rest of the page");
+        Ok(())
+    })
+}
+
 fn more_cpus(guest: &Guest) -> Result<Vec<Cpu>, Fail> {
     let second = guest.machine.vcpu(1)?;
     guest::enter(&second, Mode::Long, CODE, AP_STACK)?;
