@@ -475,6 +475,8 @@ impl<'a> CurrentVmcs<'a> {
     }
 
     /// Drops all translations that this CPU holds for the virtual machine's EPT.
+    // Out of line: where it is not needed, nothing of it shall be on the way to the entry.
+    #[inline(never)]
     pub(crate) fn flush_ept(&mut self) {
         // SAFETY: VMX is on; single-context INVEPT was checked at load.
         unsafe { invept(self.hardware.eptp) };
