@@ -13,7 +13,7 @@ ROUNDS=10
 free_memory() { awk '/^(MemFree|Cached|SReclaimable)/ { sum += $2 } END { print sum }' /proc/meminfo; }
 
 round() {
-	test_leaks --device $device >/tmp/leaks
+	test_leaks --device "$device" >/tmp/leaks
 	check "$(grep '^not ok' /tmp/leaks)" grep -q '^ok 1 nothing_stays$' /tmp/leaks
 }
 

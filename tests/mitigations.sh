@@ -10,10 +10,10 @@ planned=$(dmesg | sed -n 's/.*rvisor: mitigations: //p' | tail -n 1)
 # follows NAME FILE PATTERN: the plan has NAME where the kernel's FILE says PATTERN, and only there.
 follows() {
 	if grep -q "$3" "$FLAWS/$2" 2>/dev/null; then
-		check "$2 is \"$(cat $FLAWS/$2)\" and the module does \"$planned\"" \
+		check "$2 is \"$(cat "$FLAWS/$2")\" and the module does \"$planned\"" \
 			sh -c "echo '$planned' | grep -q '$1'"
 	else
-		check_not "$2 is \"$(cat $FLAWS/$2 2>/dev/null)\" and the module does \"$planned\"" \
+		check_not "$2 is \"$(cat "$FLAWS/$2" 2>/dev/null)\" and the module does \"$planned\"" \
 			sh -c "echo '$planned' | grep -q '$1'"
 	fi
 }

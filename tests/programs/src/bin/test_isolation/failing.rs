@@ -4,7 +4,7 @@
 use crate::{counting, start, Bystander};
 use rvisor_tests::guest::{self, Mode};
 use rvisor_tests::host::free_kib;
-use rvisor_tests::{check, check_eq, guest_code, Cpu, Device, Exit, Machine, Outcome};
+use rvisor_tests::{check, check_eq, guest_code, Cpu, Device, Exit, Fail, Machine, Outcome};
 use std::io::Read;
 
 guest_code!(undefined, code64, ["ud2"]);
@@ -134,6 +134,24 @@ pub(crate) fn killed_while_it_waits(device: &Device) -> Outcome {
         "the child ended with status {status:#x} and not by the signal"
     );
     Ok(())
+}
+
+guest_code!(forever_deaf, code64, ["2: inc rax", "jmp 2b"]);
+
+/// The same with interrupts off: the host's make the guest exit nevertheless.
+pub(crate) fn killed_in_deaf_loop(device: &Device) -> Outcome {
+    if std::fs::read_to_string("/proc/cmdline")?.contains("rvisor.host=bochs") {
+        return Err(Fail::skip(
+            "Bochs 3.0 loses external interrupts where host and guest both have IF clear at VM entry, on KVM too",
+        ));
+    }
+    let mut bystander = Bystander::new(device)?;
+    killed(device, |device, ready| {
+        let (_machine, cpu) = start(device, forever_deaf())?;
+        ready();
+        Err(cpu.unexpected(&cpu.run()?))
+    })?;
+    bystander.go_on()
 }
 
 guest_code!(halting, code64, ["sti", "2: hlt", "jmp 2b"]);

@@ -64,6 +64,7 @@ fn main() -> std::process::ExitCode {
         failing::bad_entry_state,
         failing::killed_in_loop,
         failing::killed_while_it_waits,
+        failing::killed_in_deaf_loop,
         failing::killed_in_hlt,
         failing::close_orders,
         failing::many_rounds,
