@@ -6,6 +6,8 @@
 
 FLAWS=/sys/devices/system/cpu/vulnerabilities
 planned=$(dmesg | sed -n 's/.*rvisor: mitigations: //p' | tail -n 1)
+# What the kernel said of its boot is not ours.
+dmesg -c >/dev/null
 
 # follows NAME FILE PATTERN: the plan has NAME where the kernel's FILE says PATTERN, and only there.
 follows() {
@@ -42,8 +44,7 @@ test_host_keeps_its_spec_ctrl() {
 }
 
 test_no_complaints() {
-	check "the kernel's log has warnings: $(kernel_complaints | grep -v 'module verification' | head -n 2 | tr '\n' ' ')" \
-		test -z "$(kernel_complaints | grep -v 'module verification')"
+	check "the kernel's log has warnings: $(kernel_complaints | head -n 2 | tr '\n' ' ')" test -z "$(kernel_complaints)"
 }
 
 run_tests plan_is_told rsb_filling_as_the_kernel verw_as_the_kernel bhb_as_the_kernel one_call_as_the_kernel \

@@ -68,10 +68,11 @@ fn l1tf() -> L1tf {
     })
 }
 
-/// The indirect-branch barrier, where another guest than `guest` was entered last on this CPU.
-pub(crate) fn separate_guests(guest: u64, _irqs: &IrqsOff) {
+/// The indirect-branch barrier, where another guest than `guest` was entered last on this CPU, or where
+/// `always` says so.
+pub(crate) fn separate_guests(guest: u64, always: bool, _irqs: &IrqsOff) {
     // SAFETY: Interrupts are off.
-    if unsafe { bindings::rvisor_is_other_guest(guest) } {
+    if unsafe { bindings::rvisor_is_other_guest(guest) } || always {
         barrier();
     }
 }

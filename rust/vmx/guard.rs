@@ -105,10 +105,19 @@ impl Guard {
         self.is_needed
     }
 
-    /// The guest is about to have this CPU after another thread had it.
-    pub(super) fn take_cpu(&self, irqs: &IrqsOff) {
+    /// The guest is about to have this CPU after another thread had it; `beside` says that another
+    /// hypervisor, KVM, has a guest here.
+    pub(super) fn take_cpu(&self, beside: bool, irqs: &IrqsOff) {
         if self.mitigations.plan.ibpb_between_vcpus {
-            speculation::separate_guests(self.guest, irqs);
+            speculation::separate_guests(self.guest, beside, irqs);
+        }
+    }
+
+    /// The guest leaves this CPU. KVM does not know of it, and has no barrier where its own guest is the last
+    /// that it ran here.
+    pub(super) fn leave_cpu(&self, beside: bool) {
+        if beside && self.mitigations.plan.ibpb_between_vcpus {
+            speculation::barrier();
         }
     }
 

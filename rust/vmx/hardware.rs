@@ -87,6 +87,8 @@ pub(crate) struct Hardware {
     launched: bool,
     /// A RUN is under way: the VMCS stays active between the regions with interrupts off.
     running: bool,
+    /// Another hypervisor's VMCS was current on this CPU: a guest of its may run here in turns with this.
+    beside: bool,
     /// The CPU that the VMCS's per-CPU host fields are for.
     cpu: Option<u32>,
     host: HostFields,
@@ -150,6 +152,7 @@ impl Hardware {
             active: false,
             launched: false,
             running: false,
+            beside: false,
             cpu: None,
             host: HostFields::default(),
             displacing: false,
@@ -293,7 +296,7 @@ impl Hardware {
     /// Puts the guest's MSRs into the CPU in the place of the thread's.
     #[cold]
     fn displace_host(&mut self, irqs: &IrqsOff) {
-        self.guard.take_cpu(irqs);
+        self.guard.take_cpu(self.beside, irqs);
         self.displaced.es = cpu::es();
         self.displaced.ds = cpu::ds();
         self.displaced.fs = cpu::fs();
@@ -331,6 +334,7 @@ impl Hardware {
             return;
         }
         self.displacing = false;
+        self.guard.leave_cpu(core::mem::take(&mut self.beside));
         let switched = self.switched();
         for ((index, guest), host) in SWITCHED_MSRS
             .iter()
@@ -383,6 +387,7 @@ impl<'a> CurrentVmcs<'a> {
         let mut previous = None;
         if current != Some(ours) || !hardware.active {
             previous = current;
+            hardware.beside |= current.is_some_and(|current| current != ours);
             hardware.activate(ours)?;
         }
         Ok(Self {

@@ -3,6 +3,7 @@
 
 mod crowd;
 mod failing;
+mod replies;
 mod state;
 
 use rvisor_tests::guest::{self, Mode};
@@ -73,5 +74,6 @@ fn main() -> std::process::ExitCode {
         state::host_registers,
         state::eight_machines,
         crowd::crowd_of_sixteen,
+        replies::replies_hold_nothing_else,
     ])
 }
