@@ -102,11 +102,11 @@ mod tests {
                     }
                     for (place, word) in taken[..count].iter().enumerate() {
                         let base = 64 * (at + place) as u64;
-                        let bits = (0..64).filter(|bit| word >> bit & 1 == 1);
+                        let bits = (0..64).filter(|bit| (word >> bit) & 1 == 1);
                         found.extend(bits.map(|bit| base + bit));
                         if let Some((first, end)) = span(*word) {
-                            prop_assert!(word >> first & 1 == 1 && word >> (end - 1) & 1 == 1);
-                            prop_assert!((0..64).all(|bit| word >> bit & 1 == 0 || (first..end).contains(&bit)));
+                            prop_assert!((word >> first) & 1 == 1 && (word >> (end - 1)) & 1 == 1);
+                            prop_assert!((0..64).all(|bit| (word >> bit) & 1 == 0 || (first..end).contains(&bit)));
                         }
                     }
                     at += count;

@@ -249,7 +249,7 @@ proptest! {
 fn fitting(memory: &TestTables, root: u64, gfn: u64, size: PageSize) -> PageSize {
     let mut tables = vec![root];
     for shift in [27, 18, 9] {
-        let entry = memory.tables[tables.last().unwrap()][(gfn >> shift & 511) as usize];
+        let entry = memory.tables[tables.last().unwrap()][((gfn >> shift) & 511) as usize];
         if entry & 7 == 0 || entry & 0x80 != 0 {
             break;
         }
