@@ -10,7 +10,7 @@ use std::time::Duration;
 /// The type byte of these ioctls (include/uapi/linux/userfaultfd.h).
 const UFFDIO: u64 = 0xaa;
 const fn iowr(nr: u64, words: u64) -> u64 {
-    (3 << 30) | (8 * words << 16) | (UFFDIO << 8) | nr
+    (3 << 30) | ((8 * words) << 16) | (UFFDIO << 8) | nr
 }
 const UFFDIO_API: u64 = iowr(0x3f, 3);
 const UFFDIO_REGISTER: u64 = iowr(0x00, 4);
