@@ -180,6 +180,16 @@ void rvisor_set_vmx_on(bool on)
 	this_cpu_write(rvisor_vmx_on, on);
 }
 
+bool rvisor_vmx_is_on(void)
+{
+	return this_cpu_read(rvisor_vmx_on);
+}
+
+void rvisor_on_each_cpu(void (*function)(void *))
+{
+	on_each_cpu(function, NULL, 1);
+}
+
 /*
  * Turns interrupts off on a CPU whose VMX is on; returns the flags from before, or 0 where this CPU has
  * none. A CPU that goes down loses its VMX before the last threads have left it: those go to another.

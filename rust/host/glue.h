@@ -44,6 +44,8 @@ void rvisor_irq_enable(void);
 unsigned long rvisor_irq_save(void);
 unsigned long rvisor_irq_save_vmx(void);
 void rvisor_set_vmx_on(bool on);
+bool rvisor_vmx_is_on(void);
+void rvisor_on_each_cpu(void (*function)(void *));
 void rvisor_irq_restore(unsigned long flags);
 void rvisor_preempt_disable(void);
 void rvisor_preempt_enable(void);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! VMX on every CPU for as long as the module is loaded, shared with KVM: as CPUs come and go, and over a
-//! suspend of the host, which takes the last CPU's away too.
+//! suspend of the host, which takes the last CPU's away too. Off before the host ends.
 
 use super::symbols::Symbols;
 use crate::bindings;
@@ -88,13 +88,37 @@ unsafe extern "C" fn resume(_data: *mut kernel::ffi::c_void) {
     }
 }
 
+/// # Safety
+///
+/// Called on each CPU by [`shutdown`], with interrupts off.
+unsafe extern "C" fn leave(_data: *mut kernel::ffi::c_void) {
+    // SAFETY: Interrupts are off. A CPU that goes down has given its reference back.
+    unsafe {
+        if bindings::rvisor_vmx_is_on() {
+            switch_off();
+        }
+    }
+}
+
+/// The host reboots, powers off or starts another kernel. In VMX operation INIT is blocked and CR4.VMXE
+/// can't be cleared, both of which the next kernel or the firmware may want to do (SDM vol. 3, 25.8).
+///
+/// # Safety
+///
+/// Called by the kernel in task context, with interrupts on. Threads may still run guests: they find VMX
+/// gone and leave.
+unsafe extern "C" fn shutdown(_data: *mut kernel::ffi::c_void) {
+    // SAFETY: Interrupts are on; `leave` may be called on any CPU.
+    unsafe { bindings::rvisor_on_each_cpu(Some(leave)) };
+}
+
 static SYSCORE_OPS: bindings::syscore_ops = bindings::syscore_ops {
     suspend: Some(suspend),
     resume: Some(resume),
-    shutdown: None,
+    shutdown: Some(shutdown),
 };
 
-/// A registration of the calls at suspend and resume.
+/// A registration of the calls at suspend, resume and the host's end.
 ///
 /// # Invariants
 ///

@@ -245,9 +245,12 @@ impl Hardware {
     /// VMCLEAR: the VMCS's data goes to memory, and another CPU may load it.
     fn clear(&mut self) {
         if self.active {
-            // SAFETY: VMX is on while the module is loaded, and the region is ours. It is active on
-            // this CPU alone, since it is cleared before its thread leaves a CPU.
-            if unsafe { vmclear(self.vmcs.physical()) }.is_err() {
+            // SAFETY: VMX is on: interrupts are off since the look, and it goes by an interrupt. The
+            // region is ours and active on this CPU alone, since it is cleared before its thread leaves
+            // a CPU.
+            let failed =
+                unsafe { bindings::rvisor_vmx_is_on() && vmclear(self.vmcs.physical()).is_err() };
+            if failed {
                 pr_err_once!("VMCLEAR failed\n");
             }
             self.active = false;
