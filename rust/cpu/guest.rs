@@ -90,8 +90,7 @@ const CR4_FEATURES: [(u64, Feature); 8] = [
     (Cr4::PKE, Feature::PKU),
 ];
 /// The bits of EFER that hang on a feature.
-const EFER_FEATURES: [(u64, Feature); 3] = [
-    (Efer::SCE, Feature::SYSCALL),
+const EFER_FEATURES: [(u64, Feature); 2] = [
     (Efer::LME | Efer::LMA, Feature::LM),
     (Efer::NXE, Feature::NX),
 ];
@@ -168,7 +167,8 @@ impl GuestCpu {
             physical_bits: widths.map_or(DEFAULT_PHYSICAL_BITS, |widths| widths & 0xff),
             linear_bits,
             cr4_reserved: !cr4,
-            efer_reserved: !allowed(entries, &EFER_FEATURES),
+            // SYSCALL can be switched on whatever CPUID says, as with KVM.
+            efer_reserved: !(Efer::SCE | allowed(entries, &EFER_FEATURES)),
             xcr0: if has(Feature::XSAVE) { components } else { 0 },
             long_mode: has(Feature::LM),
             gbpages: has(Feature::GBPAGES),

@@ -70,6 +70,8 @@ pub enum MsrValue {
     Efer,
     /// IA32_SPEC_CTRL: the guest may have changed it without an exit, so it is with the CPU.
     SpecCtrl,
+    /// MSR_PLATFORM_INFO, which a machine may hide from its guest: #GP then.
+    PlatformInfo(u64),
 }
 
 /// What is to be done for a write to take effect.
@@ -252,6 +254,9 @@ impl MsrState {
                 return Ok(MsrValue::SpecCtrl);
             }
             MsrIndex::BIOS_SIGN_ID => self.microcode_revision,
+            MsrIndex::PLATFORM_INFO if origin == Origin::Guest => {
+                return Ok(MsrValue::PlatformInfo(self.platform_info))
+            }
             MsrIndex::PLATFORM_INFO => self.platform_info,
             MsrIndex::MTRR_CAP => mtrr::CAPABILITIES,
             MsrIndex::ARCH_CAPABILITIES => {
@@ -371,7 +376,9 @@ impl MsrState {
             MsrValue::TscDeadline => MsrEffect::TscDeadline(value),
             MsrValue::X2apic(register) => MsrEffect::X2apic(register, value),
             MsrValue::Efer => MsrEffect::Efer(value),
-            MsrValue::Known(_) | MsrValue::SpecCtrl => return Err(MsrError::Invalid),
+            MsrValue::Known(_) | MsrValue::SpecCtrl | MsrValue::PlatformInfo(_) => {
+                return Err(MsrError::Invalid)
+            }
         })
     }
 

@@ -347,3 +347,15 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn platform_information_is_told_apart() {
+    // The owner decides whether a guest may see it.
+    let mut state = MsrState::new(0);
+    let offer = state.write(MsrIndex::PLATFORM_INFO, 0xff00, HOST, &cpu());
+    assert_eq!(offer, Ok(MsrEffect::Done));
+    assert_eq!(
+        state.read(MsrIndex::PLATFORM_INFO, GUEST, &cpu()),
+        Ok(MsrValue::PlatformInfo(0xff00))
+    );
+}

@@ -233,7 +233,7 @@ fn the_model_follows_the_table() {
     let empty = GuestCpu::new(&[], &offered).unwrap();
     assert_eq!((empty.physical_bits, empty.linear_bits), (36, 48));
     assert!(!empty.long_mode && empty.xcr0 == 0);
-    assert_eq!(empty.efer_reserved, !0);
+    assert_eq!(empty.efer_reserved, !1);
 }
 
 #[test]

@@ -74,6 +74,7 @@ pub(super) fn check_extension(host: &Host, capability: usize) -> isize {
     match capability {
         uapi::KVM_CAP_IRQCHIP
         | uapi::KVM_CAP_HLT
+        | uapi::KVM_CAP_MMU_SHADOW_CACHE_CONTROL
         | uapi::KVM_CAP_IRQFD
         | uapi::KVM_CAP_IRQFD_RESAMPLE
         | uapi::KVM_CAP_IOEVENTFD
@@ -106,9 +107,13 @@ pub(super) fn check_extension(host: &Host, capability: usize) -> isize {
         | uapi::KVM_CAP_IMMEDIATE_EXIT
         | uapi::KVM_CAP_ENABLE_CAP
         | uapi::KVM_CAP_ENABLE_CAP_VM
+        | uapi::KVM_CAP_MSR_PLATFORM_INFO
+        | uapi::KVM_CAP_SPLIT_IRQCHIP
         | uapi::KVM_CAP_USER_MEMORY2
         | uapi::KVM_CAP_X86_ROBUST_SINGLESTEP
         | uapi::KVM_CAP_GET_MSR_FEATURES => 1,
+        // A set of the types of machine: 0 is the only one.
+        uapi::KVM_CAP_VM_TYPES => 1,
         uapi::KVM_CAP_MCE => MAX_BANKS as isize,
         uapi::KVM_CAP_ADJUST_CLOCK => clock::VALID_FLAGS as isize,
         uapi::KVM_CAP_XSAVE2 => xsave_size(host),

@@ -138,6 +138,7 @@ ioctls! {
     CREATE_VCPU = _IO(KVMIO, 0x41);
     // A slot, padding, and the address of its bitmap.
     GET_DIRTY_LOG = _IOW::<[u64; 2]>(KVMIO, 0x42);
+    SET_NR_MMU_PAGES = _IO(KVMIO, 0x44);
     SET_USER_MEMORY_REGION = _IOW::<uapi::kvm_userspace_memory_region>(KVMIO, 0x46);
     SET_TSS_ADDR = _IO(KVMIO, 0x47);
     SET_IDENTITY_MAP_ADDR = _IOW::<u64>(KVMIO, 0x48);

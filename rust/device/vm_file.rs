@@ -39,6 +39,9 @@ use rvisor_core::{
 /// The last address at which the three pages of KVM_SET_TSS_ADDR lie below 4 GiB.
 const MAX_TSS_ADDRESS: usize = 0xffff_d000;
 
+/// The least that KVM_SET_NR_MMU_PAGES takes (KVM_MIN_ALLOC_MMU_PAGES).
+const MIN_MMU_PAGES: usize = 64;
+
 impl AnonFile for Vm {
     const NAME: &'static CStr = c"rvisor-vm";
     type OwnerModule = RvisorModule;
@@ -77,15 +80,15 @@ fn vm_ioctl(vm: &Arc<Vm>, command: u32, argument: usize) -> Result<isize> {
         }
         // An unrestricted guest needs neither the TSS nor the identity map of older CPUs.
         user::SET_USER_MEMORY_REGION2 => set_memory2(vm, argument),
+        // It limits what shadow paging makes; with EPT it means nothing, to KVM neither.
+        user::SET_NR_MMU_PAGES if argument < MIN_MMU_PAGES => Err(EINVAL),
+        user::SET_NR_MMU_PAGES => Ok(0),
         user::SET_TSS_ADDR if argument > MAX_TSS_ADDRESS => Err(EINVAL),
         user::SET_TSS_ADDR => Ok(0),
         user::SET_IDENTITY_MAP_ADDR if vm.has_vcpus() => Err(EINVAL),
         user::SET_IDENTITY_MAP_ADDR => user::read::<u64>(argument).map(|_| 0),
         user::CREATE_IRQCHIP => vm.create_irqchip().map(|()| 0),
-        user::SET_BOOT_CPU_ID => {
-            let id = u32::try_from(argument).map_err(|_| EINVAL)?;
-            vm.set_bootstrap(id).map(|()| 0)
-        }
+        user::SET_BOOT_CPU_ID => vm.set_bootstrap(argument).map(|()| 0),
         user::IRQ_LINE => {
             let line: uapi::kvm_irq_level = user::read(argument)?;
             irq_line(vm, &line).map(|_| 0)
@@ -163,6 +166,12 @@ fn enable_capability(vm: &Vm, request: &uapi::kvm_enable_cap) -> Result {
         _ if request.flags != 0 => Err(EINVAL),
         uapi::KVM_CAP_X2APIC_API => vm.set_x2apic_api(request.args[0]),
         uapi::KVM_CAP_X86_APIC_BUS_CYCLES_NS => vm.set_apic_bus_cycle(request.args[0]),
+        uapi::KVM_CAP_MAX_VCPU_ID => vm.limit_vcpu_ids(request.args[0]),
+        uapi::KVM_CAP_MSR_PLATFORM_INFO => {
+            vm.settings.show_platform_info(request.args[0] != 0);
+            Ok(())
+        }
+        uapi::KVM_CAP_SPLIT_IRQCHIP => vm.create_split_chip(request.args[0]),
         _ => Err(EINVAL),
     }
 }
@@ -214,9 +223,11 @@ fn set_routing(vm: &Vm, argument: usize) -> Result<isize> {
     if count as usize > MAX_ROUTES || flags != 0 {
         return Err(EINVAL);
     }
-    let chip = vm.irqchip().ok_or(EINVAL)?;
+    if !vm.has_local_apics() {
+        return Err(EINVAL);
+    }
     let rules = RoutingRules {
-        controllers: true,
+        controllers: vm.irqchip().is_some(),
         extended_msi: vm.apics.long_ids(),
     };
     let mut routes = KVec::with_capacity(count as usize, GFP_KERNEL_ACCOUNT)?;
@@ -233,13 +244,17 @@ fn set_routing(vm: &Vm, argument: usize) -> Result<isize> {
         };
         routes.push_within_capacity(Route::parse(&raw, rules).map_err(|_| EINVAL)?)?;
     }
-    chip.set_routes(vm, routes)?;
+    match (vm.irqchip(), vm.split_chip()) {
+        (Some(chip), _) => chip.set_routes(vm, routes)?,
+        (None, Some(chip)) => chip.set_routes(routes)?,
+        (None, None) => return Err(EINVAL),
+    }
     Ok(0)
 }
 
 fn signal_msi(vm: &Vm, argument: usize) -> Result<isize> {
     let msi: uapi::kvm_msi = user::read(argument)?;
-    if vm.irqchip().is_none() || msi.flags != 0 {
+    if !vm.has_local_apics() || msi.flags != 0 {
         return Err(EINVAL);
     }
     let address = u64::from(msi.address_hi) << 32 | u64::from(msi.address_lo);

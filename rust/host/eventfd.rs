@@ -100,6 +100,10 @@ impl Drop for EventQueue {
 
 /// What is told of an eventfd's events, in a worker, where it may sleep.
 pub(crate) trait Listener: Send + Sync + Sized + 'static {
+    /// It was signalled, just now. `false` leaves it to [`Self::signalled`]. Called in any context but NMI,
+    /// interrupt handlers included, with interrupts off: must not sleep nor wait for a lock that is ever
+    /// held with interrupts on.
+    fn try_signalled(&self) -> bool;
     /// It was signalled, once or more often.
     fn signalled(&self);
     /// Its last descriptor was closed: the owner is to drop the listener. Comes once.
@@ -125,6 +129,7 @@ unsafe impl<T: Listener> Sync for Hook<T> {}
 
 impl<T: Listener> Hook<T> {
     const CALLS: bindings::rvisor_hook_calls = bindings::rvisor_hook_calls {
+        try_signalled: Some(Self::try_signalled),
         signalled: Some(Self::signalled),
         closed: Some(Self::closed),
     };
@@ -167,6 +172,14 @@ impl<T: Listener> Hook<T> {
         // SAFETY: The hook is attached by the invariant.
         let context = unsafe { bindings::rvisor_hook_eventfd(self.hook.as_ptr()) };
         context == eventfd.context.as_ptr()
+    }
+
+    /// # Safety
+    ///
+    /// Called with the listener of an attached hook, the wait queue's lock held.
+    unsafe extern "C" fn try_signalled(owner: *mut c_void) -> bool {
+        // SAFETY: The hook holds the listener, and leaves the wait queue before it goes.
+        unsafe { &*owner.cast::<T>() }.try_signalled()
     }
 
     /// # Safety

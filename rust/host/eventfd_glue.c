@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
-/* Listening to an eventfd: a place on its wait queue, whose wake-up leaves the work to a worker. */
+/*
+ * Listening to an eventfd: a place on its wait queue, whose wake-up does the work where it can at once, and
+ * leaves it to a worker where it can't.
+ */
 
 #include <linux/err.h>
 #include <linux/eventfd.h>
@@ -65,7 +68,8 @@ static int wake(wait_queue_entry_t *wait, unsigned int mode, int flags, void *ke
 		return 0;
 	/* The event is taken here, so that nobody else gets it. */
 	eventfd_ctx_do_read(hook->eventfd, &count);
-	queue_work(hook->queue, &hook->signalled);
+	if (!hook->calls->try_signalled(hook->owner))
+		queue_work(hook->queue, &hook->signalled);
 	return 1;
 }
 

@@ -7,8 +7,13 @@ struct eventfd_ctx;
 struct rvisor_hook;
 struct workqueue_struct;
 
-/* Called in a worker, with the OWNER that the hook was made with. */
+/* Called in a worker but for the first, with the OWNER that the hook was made with. */
 struct rvisor_hook_calls {
+	/*
+	 * The eventfd was signalled: called at once, with interrupts off and the wait queue's lock held, in any
+	 * context but NMI. False where it must be left to a worker.
+	 */
+	bool (*try_signalled)(void *owner);
 	/* The eventfd was signalled, once or more often. */
 	void (*signalled)(void *owner);
 	/* Its last descriptor was closed: the owner is to remove the hook. Called once. */

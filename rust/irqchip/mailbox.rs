@@ -31,6 +31,8 @@ impl Request {
     pub const NMI: Self = Self(1 << 4);
     /// The local APIC's deadline has changed: set the host's timer.
     pub const ARM_TIMER: Self = Self(1 << 6);
+    /// Userspace's IOAPIC is to be told of the end of an interrupt.
+    pub const INTERRUPT_ENDED: Self = Self(1 << 8);
 
     /// The vectors whose EOI is to be told have changed.
     pub const WATCH: Self = Self(1 << 7);

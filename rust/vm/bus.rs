@@ -29,6 +29,9 @@ type RingEntry = uapi::kvm_coalesced_mmio;
 const RING_HEADER: usize = size_of::<uapi::kvm_coalesced_mmio_ring>();
 const RING_PLACES: u32 = ((PAGE_SIZE as usize - RING_HEADER) / size_of::<RingEntry>()) as u32;
 
+/// The most doorbells of one machine. KVM has no bound; a table is copied at each change.
+const MAX_BELLS: usize = 1 << 16;
+
 /// A doorbell and what it rings.
 #[derive(Clone)]
 struct Bell {
@@ -38,8 +41,8 @@ struct Bell {
 
 struct Table {
     /// Sorted by what they ring on.
-    bells: KVec<Bell>,
-    zones: KVec<Zone>,
+    bells: KVVec<Bell>,
+    zones: KVVec<Zone>,
 }
 
 /// The registrations of one virtual machine.
@@ -72,7 +75,7 @@ impl Registrations {
         !self.table.is_empty() && self.find_and_write(bus, address, data)
     }
 
-    #[cold]
+    #[inline(never)]
     fn find_and_write(&self, bus: Bus, address: u64, data: &[u8]) -> bool {
         self.table
             .read(|table| {
@@ -149,12 +152,15 @@ impl Registrations {
     ///
     /// # Errors
     ///
-    /// `EEXIST` where a write could ring this doorbell and another; `ENOMEM`.
+    /// `EEXIST` where a write could ring this doorbell and another; `ENOSPC` for too many; `ENOMEM`.
     pub(crate) fn add_doorbell(&self, rings_on: Doorbell, eventfd: EventFd) -> Result {
         let eventfd = Arc::new(eventfd, GFP_KERNEL_ACCOUNT)?;
         self.change(|table| {
             let list = table.bells.iter().map(|bell| &bell.rings_on);
             let place = insertion_point(list, &rings_on).ok_or(EEXIST)?;
+            if table.bells.len() >= MAX_BELLS {
+                return Err(ENOSPC);
+            }
             table
                 .bells
                 .insert_within_capacity(place, Bell { rings_on, eventfd })
@@ -216,8 +222,8 @@ impl Registrations {
             .read(|table| (table.bells.len(), table.zones.len()))
             .unwrap_or((0, 0));
         let mut new = Table {
-            bells: KVec::with_capacity(bells + 1, GFP_KERNEL_ACCOUNT)?,
-            zones: KVec::with_capacity(zones + 1, GFP_KERNEL_ACCOUNT)?,
+            bells: KVVec::with_capacity(bells + 1, GFP_KERNEL_ACCOUNT)?,
+            zones: KVVec::with_capacity(zones + 1, GFP_KERNEL_ACCOUNT)?,
         };
         self.table
             .read(|old| -> Result {

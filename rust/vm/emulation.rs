@@ -25,7 +25,7 @@ use rvisor_core::{
     x86::{
         address::{Gfn, Gpa, Gva, Hva, PAGE_SIZE},
         control::{Cr0, Cr3, Cr4, Efer, Rflags},
-        exit::EptViolation,
+        exit::{EptViolation, ExitReason},
         segment::Segment,
         vector::Exception,
         vmcs::{Field64, FieldNatural, VmcsSegment},
@@ -337,17 +337,20 @@ impl State {
                 Fault::Device => {}
             }
         }
-        if let Some(cut) = &self.core.events.reinjection {
+        if let Some(cut) = self.core.events.reinjection {
             // Delivering an event touched a device: nothing that can be emulated. Userspace may make
             // memory of it, or put the stack elsewhere.
-            return Ok(Some(UserExit::Delivery {
-                data: [
-                    u64::from(cut.info.0),
-                    rvisor_core::x86::exit::ExitReason::EPT_VIOLATION.0.into(),
-                    violation.gpa.raw(),
-                    0,
-                ],
-            }));
+            return self.with_vmcs(|_, vmcs| {
+                Some(UserExit::Delivery {
+                    data: [
+                        u64::from(cut.info.0),
+                        ExitReason::EPT_VIOLATION.0.into(),
+                        vmcs.read(FieldNatural::EXIT_QUALIFICATION),
+                        violation.gpa.raw(),
+                        vmcs.irqs().cpu().into(),
+                    ],
+                })
+            });
         }
         self.core.hint = Hint::of(violation);
         self.emulate()

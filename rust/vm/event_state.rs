@@ -137,7 +137,7 @@ impl State {
     /// `EINVAL` past vector 255, `ENXIO` with controllers in the kernel.
     pub(crate) fn queue_interrupt(&mut self, vector: u32) -> Result {
         let vector = u8::try_from(vector).map_err(|_| EINVAL)?;
-        if self.core.lapic.is_some() {
+        if self.core.vm.irqchip().is_some() {
             return Err(ENXIO);
         }
         // One that waits gives way, as on KVM.

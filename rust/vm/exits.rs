@@ -245,7 +245,7 @@ impl Core {
 
     fn exit_interrupt_window(&mut self) -> Next {
         self.events.attention = true;
-        if self.wants_window && self.events.interrupt.is_none() {
+        if self.wants_window && self.takes_external_interrupt() {
             return Next::User(UserExit::InterruptWindow);
         }
         Next::Enter

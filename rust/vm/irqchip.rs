@@ -109,7 +109,7 @@ impl Expire for PitTarget {
 pub(crate) struct IrqChip {
     #[pin]
     pub(crate) chips: SpinLock<Chips>,
-    pub(super) resamplers: RcuCell<KVec<Resampler>>,
+    pub(super) resamplers: RcuCell<KVVec<Resampler>>,
     /// The PICs' INTR line, published so that entering the guest needs no lock.
     pic_output: AtomicBool,
     // Fields drop in order: the timer goes before what its callback uses.
@@ -258,6 +258,18 @@ impl IrqChip {
         }
         messages.deliver(vm);
         status
+    }
+
+    /// The MSI that a GSI is, where it is nothing else and the lock can be had without waiting.
+    pub(crate) fn try_message(&self, gsi: Gsi) -> Option<InterruptMessage> {
+        let chips = self.chips.try_lock()?;
+        let mut targets = chips.index.targets(&chips.routes, gsi);
+        match (targets.next(), targets.next()) {
+            (Some(Target::Msi { address, data }), None) => {
+                InterruptMessage::from_msi(address, data, chips.long_ids).ok()
+            }
+            _ => None,
+        }
     }
 
     /// The end of an interrupt, as a local APIC tells it: of a level-triggered one, or of one of

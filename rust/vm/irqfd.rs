@@ -6,8 +6,9 @@
 //! stays high until the guest ends the interrupt; the resampler's eventfd then asks the device's owner
 //! whether to raise it again.
 
-use super::{irqchip::IrqChip, machine::Vm};
+use super::machine::Vm;
 use crate::host::eventfd::{EventFd, EventQueue, Hook, Listener};
+use core::sync::atomic::{AtomicBool, Ordering};
 use kernel::{
     new_mutex,
     prelude::*,
@@ -31,15 +32,16 @@ pub(crate) struct Irqfd {
 }
 
 impl Listener for Irqfd {
+    fn try_signalled(&self) -> bool {
+        self.resampler.is_none() && self.vm.try_send(self.gsi)
+    }
+
     fn signalled(&self) {
-        let Some(chip) = self.vm.irqchip() else {
-            return;
-        };
         if self.resampler.is_some() {
-            chip.set_line(&self.vm, self.gsi, LineSource::RESAMPLER, true);
+            self.vm.set_line(self.gsi, LineSource::RESAMPLER, true);
         } else {
-            chip.set_line(&self.vm, self.gsi, LineSource::USERSPACE, true);
-            chip.set_line(&self.vm, self.gsi, LineSource::USERSPACE, false);
+            self.vm.set_line(self.gsi, LineSource::USERSPACE, true);
+            self.vm.set_line(self.gsi, LineSource::USERSPACE, false);
         }
     }
 
@@ -54,7 +56,9 @@ impl Listener for Irqfd {
 #[pin_data]
 pub(crate) struct Irqfds {
     #[pin]
-    list: Mutex<KVec<Hook<Irqfd>>>,
+    list: Mutex<KVVec<Hook<Irqfd>>>,
+    /// There was one, so that a worker may have something to do.
+    used: AtomicBool,
     queue: Arc<EventQueue>,
 }
 
@@ -62,7 +66,8 @@ impl Irqfds {
     /// None.
     pub(crate) fn new(queue: Arc<EventQueue>) -> impl PinInit<Self> {
         pin_init!(Self {
-            list <- new_mutex!(KVec::new()),
+            list <- new_mutex!(KVVec::new()),
+            used: AtomicBool::new(false),
             queue,
         })
     }
@@ -80,7 +85,10 @@ impl Irqfds {
         gsi: Gsi,
         resample: Option<u32>,
     ) -> Result {
-        let chip = vm.irqchip().ok_or(EINVAL)?;
+        // The end of an interrupt is known only where the IOAPIC is the kernel's.
+        if !vm.has_local_apics() || (resample.is_some() && vm.irqchip().is_none()) {
+            return Err(EINVAL);
+        }
         // The kind of file comes first, whatever the other descriptor is.
         drop(EventFd::from_descriptor(descriptor)?);
         let resampler = match resample {
@@ -99,16 +107,17 @@ impl Irqfds {
             GFP_KERNEL_ACCOUNT,
         )?;
         let mut list = self.list.lock();
+        self.used.store(true, Ordering::Relaxed);
         list.reserve(1, GFP_KERNEL_ACCOUNT)?;
         // The end of an interrupt must find the resampler before the eventfd can raise the line.
         if resampler.is_some() {
-            publish(chip, &list, resampler)?;
+            publish(vm, &list, resampler)?;
         }
         match Hook::attach(descriptor, self.queue.clone(), irqfd.clone()) {
             Ok(hook) => Ok(list.push_within_capacity(hook)?),
             Err(error) => {
                 if irqfd.resampler.is_some() {
-                    publish(chip, &list, None)?;
+                    publish(vm, &list, None)?;
                 }
                 Err(error)
             }
@@ -132,8 +141,10 @@ impl Irqfds {
 
     /// Removes all of them. Nobody may add any more.
     pub(crate) fn release(&self, vm: &Vm) {
-        self.remove_where(vm, |_| true);
-        self.queue.flush();
+        if self.used.load(Ordering::Relaxed) {
+            self.remove_where(vm, |_| true);
+            self.queue.flush();
+        }
     }
 
     fn remove_where(&self, vm: &Vm, matches: impl Fn(&Hook<Irqfd>) -> bool) {
@@ -150,12 +161,12 @@ impl Irqfds {
             let resampler = hook.listener().resampler.clone();
             // Waits for the workers, which may want the list.
             drop(hook);
-            if let (Some(resampler), Some(chip)) = (resampler, vm.irqchip()) {
+            if let Some(resampler) = resampler {
                 let list = self.list.lock();
                 // Without memory the old table stays, and its eventfd is signalled in vain.
-                let _published = publish(chip, &list, None);
+                let _published = publish(vm, &list, None);
                 if !resamplers(&list).any(|other| other.gsi == resampler.gsi) {
-                    chip.set_line(vm, resampler.gsi, LineSource::RESAMPLER, false);
+                    vm.set_line(resampler.gsi, LineSource::RESAMPLER, false);
                 }
             }
         }
@@ -168,8 +179,9 @@ fn resamplers(list: &[Hook<Irqfd>]) -> impl Iterator<Item = &Resampler> {
 }
 
 /// Tells the controllers of the resamplers in `list` and of one more.
-fn publish(chip: &IrqChip, list: &[Hook<Irqfd>], more: Option<Resampler>) -> Result {
-    let mut table = KVec::with_capacity(resamplers(list).count() + 1, GFP_KERNEL_ACCOUNT)?;
+fn publish(vm: &Vm, list: &[Hook<Irqfd>], more: Option<Resampler>) -> Result {
+    let chip = vm.irqchip().ok_or(EINVAL)?;
+    let mut table = KVVec::with_capacity(resamplers(list).count() + 1, GFP_KERNEL_ACCOUNT)?;
     for resampler in resamplers(list) {
         table.push_within_capacity(resampler.clone())?;
     }

@@ -9,7 +9,9 @@ use super::{
     irqchip::IrqChip,
     irqfd::Irqfds,
     memory::{GuestMemory, Pages},
+    settings::Settings,
     shared::VcpuShared,
+    split::SplitChip,
     vcpu::Vcpu,
 };
 use crate::{
@@ -38,6 +40,7 @@ use rvisor_core::{
     irqchip::{
         destination::{lowest_priority, matches, DeliveryMode, InterruptMessage, Source},
         lapic::BusCycle,
+        routing::MAX_ROUTES,
         LineSource,
     },
     mmu::page_size::PageSize,
@@ -146,9 +149,12 @@ pub(crate) struct Vm {
     /// The address space that the machine belongs to, for comparison only.
     mm: usize,
     pub(crate) apics: ApicSettings,
+    pub(crate) settings: Settings,
     /// KVM_SET_BOOT_CPU_ID.
     bootstrap: AtomicU32,
     irqchip: SetOnce<Pin<KBox<IrqChip>>>,
+    /// Instead of `irqchip`, where userspace has the rest.
+    split: SetOnce<Pin<KBox<SplitChip>>>,
     #[pin]
     pub(crate) irqfds: Irqfds,
     /// Doorbells and coalesced zones.
@@ -197,8 +203,10 @@ impl Vm {
                 _notifier: notifier,
                 mm: mm.as_ptr() as usize,
                 apics: ApicSettings::new(),
+                settings: Settings::new(MAX_VCPUS),
                 bootstrap: AtomicU32::new(0),
                 irqchip: SetOnce::new(),
+                split: SetOnce::new(),
                 // The TSC starts at 0.
                 tsc_offset: AtomicU64::new(cpu::rdtsc().wrapping_neg()),
                 clock: Clock::new(),
@@ -221,6 +229,17 @@ impl Vm {
         self.irqchip.as_ref().map(|chip| &**chip)
     }
 
+    /// The kernel's half of the split interrupt controller, where the machine has that.
+    #[inline]
+    pub(crate) fn split_chip(&self) -> Option<&SplitChip> {
+        self.split.as_ref().map(|chip| &**chip)
+    }
+
+    /// Whether the local APICs are in the kernel.
+    pub(crate) fn has_local_apics(&self) -> bool {
+        self.irqchip().is_some() || self.split_chip().is_some()
+    }
+
     /// Whether the virtual CPU `id` is the bootstrap processor.
     pub(crate) fn is_bootstrap(&self, id: u32) -> bool {
         self.bootstrap.load(Ordering::Relaxed) == id
@@ -235,11 +254,16 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// `EBUSY` after the first virtual CPU was made.
-    pub(crate) fn set_bootstrap(&self, id: u32) -> Result {
+    /// `EBUSY` after the first virtual CPU was made; `EINVAL` for a number that none can have.
+    pub(crate) fn set_bootstrap(&self, id: usize) -> Result {
         let vcpus = self.vcpus.lock();
         if !vcpus.is_empty() {
             return Err(EBUSY);
+        }
+        // One that is a little too large is taken, as by KVM: no CPU is the bootstrap processor then.
+        let id = u32::try_from(id).map_err(|_| EINVAL)?;
+        if id > self.settings.vcpu_ids() {
+            return Err(EINVAL);
         }
         self.bootstrap.store(id, Ordering::Relaxed);
         Ok(())
@@ -252,7 +276,7 @@ impl Vm {
     /// `EEXIST` where there is one, `EINVAL` after the first virtual CPU, `ENOMEM`.
     pub(crate) fn create_irqchip(&self) -> Result {
         let vcpus = self.vcpus.lock();
-        if self.irqchip().is_some() {
+        if self.has_local_apics() {
             return Err(EEXIST);
         }
         if !vcpus.is_empty() {
@@ -286,7 +310,7 @@ impl Vm {
     pub(crate) fn set_apic_bus_cycle(&self, nanoseconds: u64) -> Result {
         let cycle = BusCycle::new(nanoseconds).map_err(|_| EINVAL)?;
         let vcpus = self.vcpus.lock();
-        if self.irqchip().is_none() {
+        if !self.has_local_apics() {
             return Err(ENXIO);
         }
         if !vcpus.is_empty() {
@@ -296,16 +320,47 @@ impl Vm {
         Ok(())
     }
 
+    /// Carries out KVM_ENABLE_CAP of KVM_CAP_SPLIT_IRQCHIP.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` for more pins than there are GSIs; `EEXIST` where there is a controller or a virtual CPU;
+    /// `ENOMEM`.
+    pub(crate) fn create_split_chip(&self, ioapic_pins: u64) -> Result {
+        let ioapic_pins = u32::try_from(ioapic_pins).map_err(|_| EINVAL)?;
+        if ioapic_pins as usize > MAX_ROUTES {
+            return Err(EINVAL);
+        }
+        let vcpus = self.vcpus.lock();
+        if self.has_local_apics() || !vcpus.is_empty() {
+            return Err(EEXIST);
+        }
+        self.split.populate(SplitChip::new(ioapic_pins)?);
+        Ok(())
+    }
+
+    /// Carries out KVM_ENABLE_CAP of KVM_CAP_MAX_VCPU_ID.
+    ///
+    /// # Errors
+    ///
+    /// As [`Settings::limit_vcpu_ids`].
+    pub(crate) fn limit_vcpu_ids(&self, limit: u64) -> Result {
+        let vcpus = self.vcpus.lock();
+        let bootstrap = self.bootstrap.load(Ordering::Relaxed);
+        self.settings
+            .limit_vcpu_ids(limit, bootstrap, !vcpus.is_empty())
+    }
+
     /// Carries out KVM_CREATE_VCPU.
     ///
     /// # Errors
     ///
     /// `EINVAL` for an identifier out of range, `EEXIST` for one in use, `ENOMEM`.
     pub(crate) fn create_vcpu(self: &Arc<Self>, id: u32) -> Result<Arc<Vcpu>> {
-        if id >= MAX_VCPUS {
+        let mut vcpus = self.vcpus.lock();
+        if id >= self.settings.vcpu_ids() {
             return Err(EINVAL);
         }
-        let mut vcpus = self.vcpus.lock();
         if vcpus.iter().any(|vcpu| vcpu.id == id) {
             return Err(EEXIST);
         }
@@ -358,25 +413,53 @@ impl Vm {
             Some(id) => Source::Apic(ApicId(id)),
             None => self.apics.device(),
         };
-        self.memory.with_vcpus(|vcpus| {
-            let targets = vcpus
-                .iter()
-                .filter(|vcpu| matches(&vcpu.identity(), message, source));
-            if message.is_arbitrated() {
-                let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-                let chosen = lowest_priority(targets, turn);
-                if let Some(vcpu) = chosen {
-                    post(vcpu, message);
-                }
-                return chosen.is_some();
-            }
-            let mut taken = false;
-            for vcpu in targets {
+        self.memory
+            .with_vcpus(|vcpus| self.deliver_to(vcpus, message, source))
+    }
+
+    fn deliver_to(
+        &self,
+        vcpus: &[Arc<VcpuShared>],
+        message: &InterruptMessage,
+        source: Source,
+    ) -> bool {
+        let targets = vcpus
+            .iter()
+            .filter(|vcpu| matches(&vcpu.identity(), message, source));
+        if message.is_arbitrated() {
+            let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+            let chosen = lowest_priority(targets, turn);
+            if let Some(vcpu) = chosen {
                 post(vcpu, message);
-                taken = true;
             }
-            taken
-        })
+            return chosen.is_some();
+        }
+        let mut taken = false;
+        for vcpu in targets {
+            post(vcpu, message);
+            taken = true;
+        }
+        taken
+    }
+
+    /// Sends the MSI of a GSI, where that is all that it is and no lock has to be waited for; `false` where
+    /// it was not sent. In any context but NMI, with interrupts off.
+    pub(crate) fn try_send(&self, gsi: Gsi) -> bool {
+        // Without SMP a lock can always be had, whoever has it; a real-time kernel's can sleep.
+        if !cfg!(CONFIG_SMP) || cfg!(CONFIG_PREEMPT_RT) {
+            return false;
+        }
+        let message = match (self.irqchip(), self.split_chip()) {
+            (Some(chip), _) => chip.try_message(gsi),
+            (None, Some(chip)) => chip.message(self, gsi),
+            (None, None) => None,
+        };
+        let Some(message) = message else {
+            return false;
+        };
+        self.memory
+            .try_with_vcpus(|vcpus| self.deliver_to(vcpus, &message, self.apics.device()))
+            .is_some()
     }
 
     /// A local APIC broadcasts the end of a level-triggered interrupt.
@@ -392,8 +475,17 @@ impl Vm {
     ///
     /// `ENXIO` without interrupt controllers in the kernel.
     pub(crate) fn irq_line(&self, gsi: u32, level: bool) -> Result<i32> {
-        let chip = self.irqchip().ok_or(ENXIO)?;
-        Ok(chip.set_line(self, Gsi(gsi), LineSource::USERSPACE, level))
+        self.set_line(Gsi(gsi), LineSource::USERSPACE, level)
+            .ok_or(ENXIO)
+    }
+
+    /// Drives a GSI. Nothing without interrupt controllers in the kernel; else as [`IrqChip::set_line`].
+    pub(crate) fn set_line(&self, gsi: Gsi, source: LineSource, level: bool) -> Option<i32> {
+        match (self.irqchip(), self.split_chip()) {
+            (Some(chip), _) => Some(chip.set_line(self, gsi, source, level)),
+            (None, Some(chip)) => Some(chip.set_line(self, gsi, level)),
+            (None, None) => None,
+        }
     }
 }
 

@@ -178,6 +178,11 @@ impl GuestMemory {
         f(&self.vcpus.lock())
     }
 
+    /// The same, where the list can be had without waiting.
+    pub(crate) fn try_with_vcpus<R>(&self, f: impl FnOnce(&[Arc<VcpuShared>]) -> R) -> Option<R> {
+        self.vcpus.try_lock().map(|vcpus| f(&vcpus))
+    }
+
     /// The number of the last change that took translations away.
     #[inline]
     pub(crate) fn generation(&self) -> u64 {

@@ -95,6 +95,10 @@ impl Core {
             .map_err(|_| MsrFault)?;
         Ok(match value {
             MsrValue::Known(value) => value,
+            MsrValue::PlatformInfo(_) if self.vm.settings.hides_platform_info() => {
+                return Err(MsrFault)
+            }
+            MsrValue::PlatformInfo(value) => value,
             MsrValue::ApicBase => self.apic_base(),
             MsrValue::Tsc => self.guest_tsc(),
             MsrValue::Efer => self.efer.0,

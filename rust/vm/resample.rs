@@ -125,7 +125,7 @@ impl IrqChip {
     /// # Errors
     ///
     /// `ENOSPC` for too many; `ENOMEM`.
-    pub(super) fn set_resamplers(&self, table: KVec<Resampler>) -> Result {
+    pub(super) fn set_resamplers(&self, table: KVVec<Resampler>) -> Result {
         if table.len() > MAX_RESAMPLERS {
             return Err(ENOSPC);
         }

@@ -60,7 +60,8 @@ impl Vcpu {
         if state.core.lapic.is_none() {
             state.core.cr8 = self.run.cr8() & 0xf;
         }
-        state.core.wants_window = state.core.lapic.is_none() && self.run.wants_interrupt_window();
+        state.core.wants_window =
+            state.core.vm.irqchip().is_none() && self.run.wants_interrupt_window();
         state.core.events.attention = true;
         state.fpu.load();
         // SAFETY: `state` stays where it is, pinned by `self`, and the notifier is taken back below.
@@ -104,10 +105,7 @@ impl Vcpu {
     fn report_state(&self, state: &mut State) -> Result {
         let (if_flag, ready) = state.with_vmcs(|core, vmcs| {
             let if_flag = vmcs.read(FieldNatural::GUEST_RFLAGS) & Rflags::IF != 0;
-            let ready = core.lapic.is_some()
-                || (core.events.interrupt.is_none()
-                    && core.events.reinjection.is_none()
-                    && is_interruptible(vmcs));
+            let ready = core.vm.irqchip().is_some() || core.is_window_open(vmcs);
             (if_flag, ready)
         })?;
         let (cr8, apic_base) = match &state.core.lapic {
@@ -121,6 +119,12 @@ impl Vcpu {
     fn run_loop(&self, state: &mut State) -> Result<UserExit> {
         state.core.has_run = true;
         loop {
+            if state.core.mp_state != MpState::Runnable
+                && state.core.wants_window
+                && state.with_vmcs(Core::is_window_open)?
+            {
+                return Ok(UserExit::InterruptWindow);
+            }
             if state.core.mp_state != MpState::Runnable && !self.sleep(state)? {
                 self.see_to_thread()?;
                 continue;
@@ -197,6 +201,9 @@ impl Vcpu {
                 self.shared.set_outside();
                 let request = self.shared.take_requests();
                 core.handle_requests(&mut vmcs, self, request);
+                if let Some(vector) = core.ended.take() {
+                    return Ok(Outer::User(UserExit::InterruptEnded { vector }));
+                }
                 // Requests may come without end, but not with interrupts off.
                 if core.mp_state != MpState::Runnable || busy {
                     return Ok(Outer::Again);
@@ -256,6 +263,13 @@ impl Core {
         if self.events.attention {
             self.inject_events(vmcs);
         }
+    }
+
+    /// Whether userspace can give the guest an interrupt by KVM_INTERRUPT now.
+    fn is_window_open(&mut self, vmcs: &mut CurrentVmcs<'_>) -> bool {
+        self.takes_external_interrupt()
+            && self.events.reinjection.is_none()
+            && is_interruptible(vmcs)
     }
 
     /// Sees to what others asked of this virtual CPU.

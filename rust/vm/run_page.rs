@@ -7,7 +7,10 @@
 use crate::{bindings as uapi, host::page::KernelPage};
 use core::{mem::offset_of, ptr};
 use kernel::{bindings as kb, error::to_result, mm::virt::VmaNew, prelude::*};
-use rvisor_core::x86::address::{Gpa, PAGE_SIZE};
+use rvisor_core::x86::{
+    address::{Gpa, PAGE_SIZE},
+    vector::Vector,
+};
 
 /// The number of pages that can be mapped: `kvm_run`, the data of port I/O, and the ring of coalesced
 /// writes, which all virtual CPUs share.
@@ -48,10 +51,13 @@ pub(crate) enum UserExit {
     Signal,
     /// KVM_EXIT_SET_TPR.
     SetTpr,
+    /// KVM_EXIT_IOAPIC_EOI.
+    InterruptEnded { vector: Vector },
     /// KVM_EXIT_FAIL_ENTRY.
     FailedEntry { reason: u64, cpu: u32 },
-    /// KVM_EXIT_INTERNAL_ERROR of the suberror that delivery of an event ran into trouble.
-    Delivery { data: [u64; 4] },
+    /// KVM_EXIT_INTERNAL_ERROR of the suberror that delivery of an event ran into trouble: what was
+    /// delivered, the exit's reason and qualification, the guest-physical address, the host's CPU.
+    Delivery { data: [u64; 5] },
     /// KVM_EXIT_INTERNAL_ERROR: an exit that rvisor does not know.
     UnexpectedExit { reason: u32, cpu: u32 },
     /// KVM_EXIT_INTERNAL_ERROR: an instruction that rvisor can't emulate.
@@ -198,6 +204,10 @@ impl RunPage {
             UserExit::InterruptWindow => self.set_reason(uapi::KVM_EXIT_IRQ_WINDOW_OPEN),
             UserExit::Signal => self.set_reason(uapi::KVM_EXIT_INTR),
             UserExit::SetTpr => self.set_reason(uapi::KVM_EXIT_SET_TPR),
+            UserExit::InterruptEnded { vector } => {
+                self.set_reason(uapi::KVM_EXIT_IOAPIC_EOI);
+                self.write(0, vector.0);
+            }
             UserExit::FailedEntry { reason, cpu } => {
                 self.set_reason(uapi::KVM_EXIT_FAIL_ENTRY);
                 self.write(0, reason);

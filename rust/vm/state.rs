@@ -240,7 +240,8 @@ impl State {
         let core = &self.core;
         let (cr0, cr4, efer) = (Cr0(sregs.cr0), Cr4(sregs.cr4), Efer(sregs.efer));
         let long = efer.has(Efer::LME) && cr0.has(Cr0::PG);
-        let efer_is_legal = efer.0 & core.cpu.efer_reserved(Origin::Host) == 0;
+        // Unlike KVM_SET_MSRS this asks what the guest's CPUID has.
+        let efer_is_legal = efer.0 & core.cpu.efer_reserved(Origin::Guest) == 0;
         let mode_is_legal = if long {
             // 64-bit mode and 32-bit code are told by CS; paging needs PAE.
             cr4.has(Cr4::PAE)

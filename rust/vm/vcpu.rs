@@ -98,6 +98,8 @@ pub(crate) struct Core {
     /// What the guest's TSC is ahead of the host's, modulo 2^64.
     pub(crate) tsc_offset: u64,
     pub(crate) completion: Option<Completion>,
+    /// The interrupt whose end userspace's IOAPIC is to be told of.
+    pub(crate) ended: Option<Vector>,
     pub(crate) replay: Replay,
     pub(crate) hint: Hint,
     /// The generation of guest memory whose translations this CPU may hold.
@@ -252,8 +254,8 @@ impl Core {
         let host = &vm.host;
         let capabilities = &host.capabilities;
         let is_bootstrap = vm.is_bootstrap(shared.id);
-        let lapic = match vm.irqchip() {
-            Some(_) => Some(KBox::new(
+        let lapic = if vm.has_local_apics() {
+            Some(KBox::new(
                 LocalApic::new(
                     ApicId(shared.id),
                     is_bootstrap,
@@ -261,8 +263,9 @@ impl Core {
                     vm.apics.bus_cycle(),
                 ),
                 GFP_KERNEL_ACCOUNT,
-            )?),
-            None => None,
+            )?)
+        } else {
+            None
         };
         if let Some(lapic) = &lapic {
             shared.mailbox.publish_identity(lapic.identity());
@@ -297,6 +300,7 @@ impl Core {
             msrs: MsrState::new(host.offer.guest_arch_capabilities()),
             tsc_offset: vm.tsc_offset(),
             completion: None,
+            ended: None,
             replay: Replay::default(),
             hint: Hint::default(),
             generation: 0,
@@ -442,8 +446,23 @@ impl Core {
                 lapic.highest_pending().is_some()
                     || (chip.pic_output() && lapic.accepts_pic_interrupt())
             }
-            _ => self.events.interrupt.is_some(),
+            (Some(lapic), None) => {
+                lapic.highest_pending().is_some()
+                    || (self.events.interrupt.is_some() && lapic.accepts_pic_interrupt())
+            }
+            (None, _) => self.events.interrupt.is_some(),
         }
+    }
+
+    /// Whether userspace has the 8259s, or all interrupt controllers, and may give the guest an interrupt
+    /// of theirs now: there is a place for its vector, and the local APIC lets it through.
+    pub(crate) fn takes_external_interrupt(&self) -> bool {
+        self.vm.irqchip().is_none()
+            && self.events.interrupt.is_none()
+            && self
+                .lapic
+                .as_ref()
+                .is_none_or(|lapic| lapic.accepts_pic_interrupt())
     }
 
     /// Takes the external interrupt that goes first.
@@ -455,6 +474,8 @@ impl Core {
             if chip.pic_output() && lapic.accepts_pic_interrupt() {
                 return Some(chip.acknowledge_pic(&self.vm));
             }
+        } else if self.events.interrupt.is_some() && lapic.accepts_pic_interrupt() {
+            return self.events.interrupt.take();
         }
         let vector = lapic.highest_pending()?;
         lapic.acknowledge(vector);
@@ -496,7 +517,7 @@ impl Core {
             LapicEffect::SendIpi(message) => {
                 self.vm.deliver(&message, Some(self.shared.id));
             }
-            LapicEffect::Eoi(vector) => self.vm.end_of_interrupt(vector),
+            LapicEffect::Eoi(vector) => self.end_of_interrupt(vector),
             LapicEffect::TimerChanged => self.shared.request_self(Request::ARM_TIMER),
             LapicEffect::IdentityChanged => {
                 if let Some(lapic) = &self.lapic {
@@ -512,6 +533,18 @@ impl Core {
         if let (Some(lapic), Some(chip)) = (&mut self.lapic, self.vm.irqchip()) {
             let watched = chip.watched_vectors(&self.vm, &lapic.identity());
             lapic.watch_eoi(&watched);
+        }
+    }
+
+    /// The local APIC broadcasts the end of a level-triggered interrupt.
+    fn end_of_interrupt(&mut self, vector: Vector) {
+        if let (Some(chip), Some(lapic)) = (self.vm.split_chip(), &self.lapic) {
+            if chip.wants_end(&self.vm, &lapic.identity(), vector) {
+                self.ended = Some(vector);
+                self.shared.request_self(Request::INTERRUPT_ENDED);
+            }
+        } else {
+            self.vm.end_of_interrupt(vector);
         }
     }
 

@@ -48,6 +48,7 @@ requests! {
     GET_MSR_FEATURE_INDEX_LIST = iowr::<u32>(0x0a);
     CREATE_VCPU = io(0x41);
     GET_DIRTY_LOG = iow::<[u64; 2]>(0x42);
+    SET_NR_MMU_PAGES = io(0x44);
     SET_USER_MEMORY_REGION = iow::<[u64; 4]>(0x46);
     SET_TSS_ADDR = io(0x47);
     SET_IDENTITY_MAP_ADDR = iow::<u64>(0x48);

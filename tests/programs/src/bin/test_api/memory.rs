@@ -232,6 +232,20 @@ pub(crate) fn slot_move_and_delete(device: &Device) -> Outcome {
     Ok(())
 }
 
+/// A limit for shadow paging, which has a least value.
+pub(crate) fn shadow_page_limit(device: &Device) -> Outcome {
+    let (vm, _memory, _) = one_region(device)?;
+    for pages in [0, 63] {
+        expect_errno(
+            ioctl(&vm, uapi::SET_NR_MMU_PAGES, pages),
+            libc::EINVAL,
+            &format!("{pages} pages"),
+        )?;
+    }
+    ioctl(&vm, uapi::SET_NR_MMU_PAGES, 64)?;
+    Ok(())
+}
+
 /// KVM_SET_USER_MEMORY_REGION2 is the same call with room for more.
 pub(crate) fn second_form(device: &Device) -> Outcome {
     let (vm, memory, first) = one_region(device)?;

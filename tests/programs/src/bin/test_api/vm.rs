@@ -4,6 +4,7 @@
 use crate::system::BAD_POINTER;
 use kvm_bindings as kb;
 use rvisor_tests::guest::{self, Mode};
+use rvisor_tests::handlers::{self, Record};
 use rvisor_tests::layout::DONE_PORT;
 use rvisor_tests::raw::{expect_errno, ioctl, ioctl_with, owned};
 use rvisor_tests::{
@@ -106,6 +107,14 @@ pub(crate) fn boot_cpu(device: &Device) -> Outcome {
     {
         return Err(Fail::skip("SET_BOOT_CPU_ID is not offered"));
     }
+    let most = ioctl(&vm, uapi::CHECK_EXTENSION, kb::KVM_CAP_MAX_VCPU_ID.into())? as u64;
+    for id in [most + 1, 1 << 32] {
+        expect_errno(
+            ioctl(&vm, uapi::SET_BOOT_CPU_ID, id),
+            libc::EINVAL,
+            &format!("KVM_SET_BOOT_CPU_ID {id:#x}"),
+        )?;
+    }
     ioctl(&vm, uapi::SET_BOOT_CPU_ID, 1)?;
     let _vcpu = owned(ioctl(&vm, uapi::CREATE_VCPU, 0))?;
     expect_errno(
@@ -155,6 +164,73 @@ pub(crate) fn enable_capability(device: &Device) -> Outcome {
         libc::EFAULT,
         "a bad pointer",
     )
+}
+
+/// KVM_CAP_MAX_VCPU_ID limits the numbers of vCPUs, once.
+pub(crate) fn vcpu_id_limit(device: &Device) -> Outcome {
+    let vm = new_vm(device)?;
+    let most = ioctl(&vm, uapi::CHECK_EXTENSION, kb::KVM_CAP_MAX_VCPU_ID.into())? as u64;
+    let limit = |vm: &OwnedFd, limit: u64| {
+        let mut request = kb::kvm_enable_cap {
+            cap: kb::KVM_CAP_MAX_VCPU_ID,
+            args: [limit, 0, 0, 0],
+            ..Default::default()
+        };
+        ioctl_with(vm, uapi::ENABLE_CAP, &mut request)
+    };
+    expect_errno(limit(&vm, most + 1), libc::EINVAL, "more than there can be")?;
+    ioctl(&vm, uapi::SET_BOOT_CPU_ID, 5)?;
+    expect_errno(limit(&vm, 4), libc::EINVAL, "less than the boot CPU's")?;
+    limit(&vm, 8)?;
+    limit(&vm, 8).during("the same again")?;
+    expect_errno(limit(&vm, 9), libc::EINVAL, "another limit")?;
+    let _last = owned(ioctl(&vm, uapi::CREATE_VCPU, 7))?;
+    expect_errno(
+        ioctl(&vm, uapi::CREATE_VCPU, 8),
+        libc::EINVAL,
+        "the number at the limit",
+    )?;
+    let late = new_vm(device)?;
+    let _vcpu = owned(ioctl(&late, uapi::CREATE_VCPU, 0))?;
+    expect_errno(limit(&late, 8), libc::EINVAL, "after a vCPU")
+}
+
+guest_code!(
+    read_platform_info,
+    code64,
+    [
+        "mov ecx, 0xce",
+        "rdmsr",
+        "out {done}, al",
+        "rdmsr",
+        "2: out {done}, al",
+    ],
+    done = DONE_PORT
+);
+
+/// KVM_CAP_MSR_PLATFORM_INFO takes the MSR away from the guest, not from userspace.
+pub(crate) fn platform_info(device: &Device) -> Outcome {
+    const MSR: u32 = 0xce;
+    let machine = Machine::new(device)?;
+    if machine.extension(kb::KVM_CAP_MSR_PLATFORM_INFO) == 0 {
+        return Err(Fail::skip("MSR_PLATFORM_INFO is not offered"));
+    }
+    let cpu = machine.vcpu(0)?;
+    cpu.set_msr(MSR, 0xff00)?;
+    guest::load(&machine, &cpu, Mode::Long, read_platform_info())?;
+    cpu.run_until_done()?;
+    check_eq!(cpu.regs()?.rax, 0xff00, "the MSR");
+    let mut request = kb::kvm_enable_cap {
+        cap: kb::KVM_CAP_MSR_PLATFORM_INFO,
+        ..Default::default()
+    };
+    ioctl_with(&machine.vm, uapi::ENABLE_CAP, &mut request)?;
+    check_eq!(cpu.msr(MSR)?, 0xff00, "the MSR for userspace");
+    // The handler goes on behind the second RDMSR.
+    handlers::set_resume(&machine.memory, cpu.regs()?.rip + 4);
+    cpu.run_until_done()?;
+    check_eq!(Record::read(&machine.memory).vector, 13, "the exception");
+    Ok(())
 }
 
 pub(crate) fn irq_line_without_irqchip(device: &Device) -> Outcome {

@@ -55,6 +55,7 @@ fn main() -> std::process::ExitCode {
         mmio_vectors::sse_parts,
         mmio_vectors::avx_moves,
         mmio_vectors::avx_crossing,
+        mmio::delivery_through_device,
         running::immediate_exit,
         running::immediate_exit_completes,
         running::signal,

@@ -2,6 +2,7 @@
 //! Accesses to addresses without memory.
 
 use crate::start;
+use kvm_bindings as kb;
 use rvisor_tests::guest::{self, Mode};
 use rvisor_tests::layout::{CODE, DATA, DONE_PORT, HOLE, MEMORY};
 use rvisor_tests::mapping::Mapping;
@@ -372,5 +373,36 @@ pub(crate) fn read_of_another_instruction(device: &Device) -> Outcome {
     answer_read(&cpu, HOLE, &[0x22; 8])?;
     cpu.run_until_done()?;
     check_eq!(cpu.regs()?.rax, 0x2222_2222_2222_2222, "RAX");
+    Ok(())
+}
+
+guest_code!(undefined, code64, ["ud2"]);
+
+/// An exception whose descriptor lies in device memory: nothing that can be carried out, with what it was.
+pub(crate) fn delivery_through_device(device: &Device) -> Outcome {
+    let (_machine, cpu) = start(device, undefined())?;
+    let mut sregs = cpu.sregs()?;
+    sregs.idt.base = HOLE;
+    cpu.set_sregs(&sregs)?;
+    let exit = cpu.run()?;
+    check_eq!(
+        exit,
+        Exit::Internal(kb::KVM_INTERNAL_ERROR_DELIVERY_EV),
+        "the exit"
+    );
+    let data = cpu.internal_data();
+    check_eq!(data.len(), 5, "words of data");
+    // A valid hardware exception, #UD; its gate has 16 bytes.
+    check_eq!(
+        data[0] & 0x8000_07ff,
+        0x8000_0306,
+        "what was being delivered"
+    );
+    check!(
+        matches!(data[1], 48 | 49),
+        "the exit's reason is {}",
+        data[1]
+    );
+    check_eq!(data[3], HOLE + 16 * 6, "the address");
     Ok(())
 }

@@ -8,6 +8,7 @@ mod ipi;
 mod pic;
 mod probe;
 mod smp;
+mod split;
 mod window;
 mod x2apic;
 
@@ -77,6 +78,11 @@ fn main() -> std::process::ExitCode {
         halt::wake_ups_by_deadlines,
         halt::wake_ups_by_ipis,
         halt::pic_wakes_another,
+        split::rules,
+        split::messages,
+        split::no_resampler,
+        split::end_of_interrupt,
+        split::external,
         window::interrupt,
         window::request_window,
         window::second_interrupt,
