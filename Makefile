@@ -14,8 +14,8 @@ DESTDIR ?=
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help module tool programs check fuzz test test-guests test-models test-leaks test-mitigations demo shell \
-	bench wakeups install clean distclean
+.PHONY: help module tool programs check fuzz test test-guests test-models test-leaks test-mitigations test-qemu \
+	test-kvm-selftests demo shell bench wakeups install clean distclean
 
 help: ## this text
 	@echo 'make demo        load rvisor.ko in a machine with VMX and boot a Linux guest there, on this screen'
@@ -25,6 +25,8 @@ help: ## this text
 	@echo 'make test-guests guests that others have made: stock kernels of 64 and 32 bits, memtest86+ (minutes)'
 	@echo 'make test-leaks  10,000 machines and 100,000 runs leave nothing behind'
 	@echo 'make test-mitigations  speculation control, on the small kernel and on that of Debian'
+	@echo 'make test-qemu   Debian'\''s own QEMU boots Linux on rvisor'
+	@echo 'make test-kvm-selftests   those of the kernel'\''s own tests of KVM that pass on rvisor'
 	@echo
 	@echo 'make module      build/rvisor.ko for the test host'
 	@echo '  KDIR=stock     for Debian'\''s stock 7.3 kernel: build/RELEASE/rvisor.ko, ready for insmod'
@@ -70,6 +72,12 @@ test-leaks:
 
 test-mitigations:
 	@scripts/test --no-check mitigations stock-mitigations
+
+test-qemu:
+	@scripts/test --no-check qemu
+
+test-kvm-selftests:
+	@scripts/test --no-check kvm-selftests
 
 demo: module tool
 	@scripts/demo
