@@ -260,8 +260,14 @@ fn signal_msi(vm: &Vm, argument: usize) -> Result<isize> {
     let address = u64::from(msi.address_hi) << 32 | u64::from(msi.address_lo);
     let message =
         InterruptMessage::from_msi(address, msi.data, vm.apics.long_ids()).map_err(|_| EINVAL)?;
-    vm.deliver(&message, None);
-    Ok(1)
+    if vm.deliver(&message, None) {
+        Ok(1)
+    } else if vm.has_vcpus() {
+        // The guest has its APIC off, or none that is meant.
+        Ok(0)
+    } else {
+        Err(EPERM)
+    }
 }
 
 fn irqfd(vm: &Arc<Vm>, argument: usize) -> Result<isize> {

@@ -28,6 +28,7 @@ fn main() -> std::process::ExitCode {
         vm::enable_capability,
         vm::vcpu_id_limit,
         vm::platform_info,
+        vm::signal_msi_status,
         vm::irq_line_without_irqchip,
         vm::bad_pointers,
         vm::other_process,

@@ -195,6 +195,38 @@ pub(crate) fn vcpu_id_limit(device: &Device) -> Outcome {
     expect_errno(limit(&late, 8), libc::EINVAL, "after a vCPU")
 }
 
+/// KVM_SIGNAL_MSI: 1 where an APIC takes it, 0 where none does, EPERM without a vCPU.
+pub(crate) fn signal_msi_status(device: &Device) -> Outcome {
+    let machine = Machine::with_irqchip(device)?;
+    let send = |destination: u32| {
+        let mut msi = kb::kvm_msi {
+            address_lo: 0xfee0_0000 | (destination << 12),
+            data: 0x50,
+            ..Default::default()
+        };
+        ioctl_with(&machine.vm, uapi::SIGNAL_MSI, &mut msi)
+    };
+    expect_errno(send(0), libc::EPERM, "without a vCPU")?;
+    let cpu = machine.vcpu(0)?;
+    check_eq!(send(0)?, 0, "to an APIC that is off");
+    // SVR: the APIC on, the vector as after reset.
+    let mut page = [0_u8; 1024];
+    ioctl_with(&cpu.fd, uapi::GET_LAPIC, &mut page)?;
+    page[0xf1] |= 1;
+    ioctl_with(&cpu.fd, uapi::SET_LAPIC, &mut page)?;
+    check_eq!(send(0)?, 1, "to an APIC that is on");
+    check_eq!(send(7)?, 0, "to an APIC that is not there");
+    let mut wrong = kb::kvm_msi {
+        flags: 1 << 4,
+        ..Default::default()
+    };
+    expect_errno(
+        ioctl_with(&machine.vm, uapi::SIGNAL_MSI, &mut wrong),
+        libc::EINVAL,
+        "unknown flags",
+    )
+}
+
 guest_code!(
     read_platform_info,
     code64,
