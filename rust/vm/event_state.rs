@@ -130,18 +130,28 @@ impl State {
         })
     }
 
-    /// Carries out KVM_INTERRUPT for a machine without interrupt controllers in the kernel.
+    /// Carries out KVM_INTERRUPT for a machine whose 8259s, or all of whose controllers, are userspace's.
     ///
     /// # Errors
     ///
-    /// `EINVAL` past vector 255, `ENXIO` with controllers in the kernel.
+    /// `EINVAL` past vector 255, `ENXIO` with 8259s in the kernel; `EEXIST` where the local APIC, which is in
+    /// the kernel, has not let the last one through yet.
     pub(crate) fn queue_interrupt(&mut self, vector: u32) -> Result {
         let vector = u8::try_from(vector).map_err(|_| EINVAL)?;
         if self.core.vm.irqchip().is_some() {
             return Err(ENXIO);
         }
-        // One that waits gives way, as on KVM.
-        self.core.give_interrupt(Vector(vector));
+        if self.core.lapic.is_none() {
+            // One that waits gives way, as on KVM.
+            self.core.give_interrupt(Vector(vector));
+            return Ok(());
+        }
+        let events = &mut self.core.events;
+        if events.interrupt.is_some() {
+            return Err(EEXIST);
+        }
+        events.interrupt = Some(Vector(vector));
+        events.attention = true;
         Ok(())
     }
 }
