@@ -535,9 +535,12 @@ impl LocalApic {
         self.timer.fire(now) && self.local_interrupt(LocalInput::Timer) == LocalDelivery::Pending
     }
 
-    /// IA32_TSC_DEADLINE: 0 where the timer is in another mode, or not armed.
+    /// IA32_TSC_DEADLINE: 0 where the timer is in another mode or not armed, or the APIC is disabled.
     #[inline]
     pub fn tsc_deadline(&self) -> u64 {
+        if self.mode() == ApicMode::Disabled {
+            return 0;
+        }
         self.timer.tsc_deadline()
     }
 

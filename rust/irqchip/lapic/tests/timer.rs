@@ -193,3 +193,19 @@ fn longest_count_of_the_longest_cycle_is_no_overflow() {
         .unwrap();
     assert!(apic.deadline().is_some());
 }
+
+#[test]
+fn a_disabled_apic_has_no_deadline() {
+    let mut apic = enabled();
+    let _ = apic.write(0x320, 0x4_00ec, NOW);
+    assert_eq!(
+        apic.set_tsc_deadline(NOW.tsc + 9),
+        LapicEffect::TimerChanged
+    );
+    let base = apic.base();
+    apic.set_base(base & !(1 << 11), Origin::Host).unwrap();
+    assert_eq!(apic.tsc_deadline(), 0);
+    assert_eq!(apic.set_tsc_deadline(5), LapicEffect::None);
+    apic.set_base(base, Origin::Host).unwrap();
+    assert_eq!(apic.tsc_deadline(), NOW.tsc + 9, "the write was ignored");
+}
