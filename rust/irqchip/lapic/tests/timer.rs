@@ -203,9 +203,9 @@ fn a_disabled_apic_has_no_deadline() {
         LapicEffect::TimerChanged
     );
     let base = apic.base();
-    apic.set_base(base & !(1 << 11), Origin::Host).unwrap();
+    let _ = apic.set_base(base & !(1 << 11), Origin::Host).unwrap();
     assert_eq!(apic.tsc_deadline(), 0);
     assert_eq!(apic.set_tsc_deadline(5), LapicEffect::None);
-    apic.set_base(base, Origin::Host).unwrap();
+    let _ = apic.set_base(base, Origin::Host).unwrap();
     assert_eq!(apic.tsc_deadline(), NOW.tsc + 9, "the write was ignored");
 }
