@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0
 # Builds, tests and shows rvisor. Everything slow to make is kept in $RVISOR_CACHE (~/.cache/rvisor).
 
-# HOST=debian: Debian's stock kernel in the test host. From the command line alone: shells export a HOST too.
+# HOST=debian: Debian's stock kernel in the test host; HOST=checked: one that checks locks and memory. From the
+# command line alone: shells export a HOST too.
 RVISOR_HOST := $(if $(filter command,$(origin HOST)),$(HOST))
-KDIR ?= $(if $(filter debian,$(RVISOR_HOST)),stock)
+KDIR ?= $(if $(filter debian,$(RVISOR_HOST)),stock,$(filter checked,$(RVISOR_HOST)))
 PREFIX ?= /usr/local
 CASES ?= 10000000
 SEED ?=
@@ -21,6 +22,7 @@ help: ## this text
 	@echo 'make demo        load rvisor.ko in a machine with VMX and boot a Linux guest there, on this screen'
 	@echo 'make test        all checks and tests, those inside the test host too'
 	@echo '  HOST=debian    each with Debian'\''s stock kernel in that machine; so with shell and bench'
+	@echo '  HOST=checked   with a kernel that checks locks, sleeping and memory'
 	@echo 'make test-models a guest on each CPU model that Bochs has'
 	@echo 'make test-guests guests that others have made: stock kernels of 64 and 32 bits, memtest86+ (minutes)'
 	@echo 'make test-leaks  10,000 machines and 100,000 runs leave nothing behind'

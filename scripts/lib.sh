@@ -113,7 +113,8 @@ kernel_of_host() {
 	case ${RVISOR_HOST:-} in
 	'') echo small ;;
 	debian) echo stock ;;
-	*) die "HOST is $RVISOR_HOST; it can be debian, for Debian's stock kernel" ;;
+	checked) echo checked ;;
+	*) die "HOST is $RVISOR_HOST; it can be debian, for Debian's stock kernel, or checked, for one that checks itself" ;;
 	esac
 }
 
