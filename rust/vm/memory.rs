@@ -60,6 +60,8 @@ pub(crate) enum Fault {
 
 struct Mmu {
     slots: KVec<Slot>,
+    /// The slot that was taken out of `slots` and has translations still.
+    leaving: Option<Slot>,
     /// Of the slots that have one.
     logs: KVec<DirtyLog>,
     hint: usize,
@@ -114,6 +116,7 @@ impl GuestMemory {
         let eptp = ept.eptp(accessed_dirty);
         let mmu = Mmu {
             slots: KVec::new(),
+            leaving: None,
             logs: KVec::new(),
             hint: 0,
             ept: Some(ept),
@@ -236,8 +239,11 @@ impl GuestMemory {
         }
         mmu.changes.note();
         if let Some(old) = removed {
+            // The lock is given up while it is unmapped: the process's own changes must find it.
+            mmu.leaving = removed;
             let mut unmapping = Unmapping::new(true);
             mmu = self.unmap(mmu, &mut unmapping, old.base, old.end());
+            mmu.leaving = None;
             self.unlock_and_flush(mmu, unmapping);
             self.writers.wait();
         }

@@ -100,6 +100,34 @@ impl GuestMemory {
                 None => part.slot_end,
             };
         }
+        self.unmap_leaving(mmu, unmapping, start, end)
+    }
+
+    /// Likewise of the slot that is being taken away and is not among the others any more. Should it be
+    /// another one after a breath, the first is unmapped whole, and what the second had mapped went with the
+    /// others: nothing is mapped anew in a range that changes.
+    fn unmap_leaving<'a>(
+        &'a self,
+        mut mmu: SpinLockGuard<'a, Mmu>,
+        unmapping: &mut Unmapping,
+        start: Hva,
+        end: Hva,
+    ) -> SpinLockGuard<'a, Mmu> {
+        let mut from = Gfn::new(0);
+        while let Some(part) = mmu
+            .leaving
+            .as_slice()
+            .first()
+            .and_then(|slot| slot::next_backed(core::slice::from_ref(slot), from, start, end))
+        {
+            from = match unmapping.step(&mut mmu, part.first, part.end) {
+                Some(next) => {
+                    mmu = self.breathe(mmu, unmapping);
+                    next
+                }
+                None => part.slot_end,
+            };
+        }
         mmu
     }
 
@@ -130,12 +158,14 @@ impl GuestMemory {
     fn flush(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);
         // No lock is held while another CPU is waited for: it may want the lock with interrupts off.
-        for place in 0.. {
-            let vcpu = match self.vcpus.lock().get(place) {
-                Some(vcpu) => vcpu.clone(),
-                None => break,
-            };
-            vcpu.leave_guest_and_wait();
+        // From the end: one that goes meanwhile moves only those that were seen to, and one that comes
+        // forgets all before it first runs.
+        let count = self.vcpus.lock().len();
+        for place in (0..count).rev() {
+            let vcpu = self.vcpus.lock().get(place).cloned();
+            if let Some(vcpu) = vcpu {
+                vcpu.leave_guest_and_wait();
+            }
         }
     }
 
@@ -143,7 +173,7 @@ impl GuestMemory {
     pub(crate) fn destroy(&self) {
         let mut unmapping = Unmapping::new(true);
         let all = (Hva::new(0), Hva::new(u64::MAX));
-        // Everything that is mapped lies in a slot. What is left then are a few tables.
+        // Everything that is mapped lies in a slot or in the one that leaves. What is left then are a few tables.
         let mut mmu = self.unmap_addresses(self.mmu.lock(), &mut unmapping, all.0, all.1);
         let Mmu { ept, tables, .. } = &mut *mmu;
         if let Some(ept) = ept.take() {

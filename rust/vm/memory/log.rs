@@ -161,7 +161,7 @@ impl GuestMemory {
     /// # Errors
     ///
     /// `EINVAL` for a number out of range, `ENOENT` where there is no such slot or it has no log,
-    /// `EFAULT`, after which nothing is lost.
+    /// `EFAULT`; the part of the log that could not be written is kept.
     pub(crate) fn dirty_log(&self, id: u32, address: usize) -> Result {
         let _update = self.update.lock();
         let id = u16::try_from(id).map_err(|_| EINVAL)?;
