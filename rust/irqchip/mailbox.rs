@@ -105,6 +105,12 @@ const STARTUP_SIPI: u32 = 1 << 9;
 /// The most NMIs that wait: one may be in service and one be latched behind it (SDM vol. 3, 7.7.1).
 const MAX_NMIS: u32 = 2;
 
+/// Each word of the posted vectors has 32 of them, and above each vector's bit the one that says whether it is
+/// level-triggered: both are taken at once.
+const POSTED_WORDS: usize = 8;
+const LEVEL: u32 = 32;
+const POSTED_MASK: u64 = 0xffff_ffff;
+
 /// Vectors on their way to a local APIC.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Posted {
@@ -120,8 +126,7 @@ pub struct Mailbox {
     requests: AtomicU32,
     /// A [`Place`].
     place: AtomicU32,
-    posted: [AtomicU64; 4],
-    posted_level: [AtomicU64; 4],
+    posted: [AtomicU64; POSTED_WORDS],
     /// The local APIC's identity for destination matching, packed.
     identity: AtomicU32,
     /// [`STARTUP_INIT`], [`STARTUP_SIPI`] and the SIPI's vector.
@@ -141,8 +146,7 @@ impl Mailbox {
         Self {
             requests: AtomicU32::new(0),
             place: AtomicU32::new(Place::OUTSIDE),
-            posted: [const { AtomicU64::new(0) }; 4],
-            posted_level: [const { AtomicU64::new(0) }; 4],
+            posted: [const { AtomicU64::new(0) }; POSTED_WORDS],
             identity: AtomicU32::new(0),
             startup: AtomicU32::new(0),
             nmis: AtomicU32::new(0),
@@ -208,29 +212,31 @@ impl Mailbox {
     #[inline]
     #[must_use]
     pub fn post(&self, vector: Vector, level: bool) -> bool {
-        let (word, bit) = (vector.0 >> 6, 1u64.wrapping_shl(u32::from(vector.0 & 63)));
-        let word = usize::from(word);
-        let (Some(posted), Some(levels)) = (self.posted.get(word), self.posted_level.get(word))
-        else {
+        let place = usize::from(vector.0 >> 5);
+        let bit = 1u64.wrapping_shl(u32::from(vector.0 & 31));
+        let Some(posted) = self.posted.get(place) else {
             return false;
         };
-        if level {
-            levels.fetch_or(bit, Ordering::Relaxed);
-        }
-        posted.fetch_or(bit, Ordering::SeqCst) & bit == 0
+        let bits = if level {
+            bit | bit.wrapping_shl(LEVEL)
+        } else {
+            bit
+        };
+        posted.fetch_or(bits, Ordering::SeqCst) & bit == 0
     }
 
     /// Takes what was posted.
     #[inline]
     pub fn take_posted(&self) -> Posted {
         let mut taken = Posted::default();
-        let words = self.posted.iter().zip(&self.posted_level);
-        for ((posted, levels), (all, level)) in
-            words.zip(taken.vectors.iter_mut().zip(&mut taken.level))
-        {
-            if posted.load(Ordering::Relaxed) != 0 {
-                *all = posted.swap(0, Ordering::SeqCst);
-                *level = levels.fetch_and(!*all, Ordering::SeqCst) & *all;
+        let words = taken.vectors.iter_mut().zip(&mut taken.level);
+        for (pair, (all, level)) in self.posted.chunks_exact(2).zip(words) {
+            for (half, posted) in [0u32, 32].into_iter().zip(pair) {
+                if posted.load(Ordering::Relaxed) != 0 {
+                    let bits = posted.swap(0, Ordering::SeqCst);
+                    *all |= (bits & POSTED_MASK).wrapping_shl(half);
+                    *level |= bits.wrapping_shr(LEVEL).wrapping_shl(half);
+                }
             }
         }
         taken

@@ -159,6 +159,24 @@ fn a_vector_is_announced_once_until_it_is_taken() {
     assert_eq!(mailbox.take_posted().level, [0; 4]);
 }
 
+/// A vector that is always posted as level-triggered is never taken as an edge, whenever it is taken.
+#[test]
+fn a_level_is_taken_with_its_vector() {
+    let mailbox = Mailbox::new();
+    let rounds = 200_000;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..rounds {
+                let _ = mailbox.post(Vector(0x91), true);
+            }
+        });
+        for _ in 0..rounds {
+            let posted = mailbox.take_posted();
+            assert_eq!(posted.level, posted.vectors);
+        }
+    });
+}
+
 #[test]
 fn two_nmis_wait_at_most() {
     let mailbox = Mailbox::new();
