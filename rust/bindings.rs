@@ -18,9 +18,7 @@
     clippy::undocumented_unsafe_blocks
 )]
 
-use kernel::bindings::{
-    file, file_operations, list_head, mm_struct, mutex, page, workqueue_struct,
-};
+use kernel::bindings::{file, file_operations, list_head, mm_struct, mutex, page};
 use kernel::ffi;
 
 // What bindgen calls C's types of these names.

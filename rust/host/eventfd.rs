@@ -4,7 +4,7 @@
 
 use crate::bindings;
 use core::{mem::ManuallyDrop, ptr::NonNull};
-use kernel::{bindings as kb, error::from_err_ptr, ffi::c_void, prelude::*, sync::Arc};
+use kernel::{error::from_err_ptr, ffi::c_void, prelude::*, sync::Arc};
 
 /// An eventfd that is signalled from here. It outlives its descriptors.
 ///
@@ -59,9 +59,9 @@ impl Drop for EventFd {
 ///
 /// # Invariants
 ///
-/// `queue` is a workqueue that this owns.
+/// `queue` is a pair of workqueues that this owns.
 pub(crate) struct EventQueue {
-    queue: NonNull<kb::workqueue_struct>,
+    queue: NonNull<bindings::rvisor_queues>,
 }
 
 // SAFETY: Workqueues may be used from any thread.
@@ -77,7 +77,7 @@ impl EventQueue {
     /// `ENOMEM`.
     pub(crate) fn new() -> Result<Self> {
         // SAFETY: Task context.
-        let queue = unsafe { bindings::rvisor_queue_create() };
+        let queue = unsafe { bindings::rvisor_queues_create() };
         // INVARIANT: Freshly made.
         Ok(Self {
             queue: NonNull::new(queue).ok_or(ENOMEM)?,
@@ -87,14 +87,14 @@ impl EventQueue {
     /// Returns when every call that had begun or was due is over. Not for the workers themselves.
     pub(crate) fn flush(&self) {
         // SAFETY: The queue is ours.
-        unsafe { bindings::rvisor_queue_flush(self.queue.as_ptr()) };
+        unsafe { bindings::rvisor_queues_flush_closed(self.queue.as_ptr()) };
     }
 }
 
 impl Drop for EventQueue {
     fn drop(&mut self) {
         // SAFETY: The queue is ours, and all hooks on it are gone: each keeps what owns this.
-        unsafe { bindings::rvisor_queue_destroy(self.queue.as_ptr()) };
+        unsafe { bindings::rvisor_queues_destroy(self.queue.as_ptr()) };
     }
 }
 

@@ -19,25 +19,44 @@ struct rvisor_hook {
 	struct eventfd_ctx *eventfd;
 	struct work_struct signalled;
 	struct work_struct closed;
-	struct workqueue_struct *queue;
+	struct rvisor_queues *queues;
 	const struct rvisor_hook_calls *calls;
 	void *owner;
 };
 
-/* Workers run before ordinary threads: an interrupt must not wait for a guest that computes. */
-struct workqueue_struct *rvisor_queue_create(void)
+struct rvisor_queues {
+	struct workqueue_struct *signalled;
+	/* Apart from the other: its work waits for that of the same hook there. */
+	struct workqueue_struct *closed;
+};
+
+void rvisor_queues_destroy(struct rvisor_queues *queues)
 {
-	return alloc_workqueue("rvisor", WQ_PERCPU | WQ_HIGHPRI, 0);
+	if (queues->closed)
+		destroy_workqueue(queues->closed);
+	if (queues->signalled)
+		destroy_workqueue(queues->signalled);
+	kfree(queues);
 }
 
-void rvisor_queue_flush(struct workqueue_struct *queue)
+struct rvisor_queues *rvisor_queues_create(void)
 {
-	flush_workqueue(queue);
+	struct rvisor_queues *queues = kzalloc(sizeof(*queues), GFP_KERNEL);
+
+	if (!queues)
+		return NULL;
+	/* Before ordinary threads: an interrupt must not wait for a guest that computes. */
+	queues->signalled = alloc_workqueue("rvisor", WQ_PERCPU | WQ_HIGHPRI, 0);
+	queues->closed = alloc_workqueue("rvisor-close", WQ_UNBOUND, 0);
+	if (queues->signalled && queues->closed)
+		return queues;
+	rvisor_queues_destroy(queues);
+	return NULL;
 }
 
-void rvisor_queue_destroy(struct workqueue_struct *queue)
+void rvisor_queues_flush_closed(struct rvisor_queues *queues)
 {
-	destroy_workqueue(queue);
+	flush_workqueue(queues->closed);
 }
 
 static void signalled_work(struct work_struct *work)
@@ -63,13 +82,13 @@ static int wake(wait_queue_entry_t *wait, unsigned int mode, int flags, void *ke
 	u64 count;
 
 	if (events & EPOLLHUP)
-		queue_work(hook->queue, &hook->closed);
+		queue_work(hook->queues->closed, &hook->closed);
 	if (!(events & EPOLLIN))
 		return 0;
 	/* The event is taken here, so that nobody else gets it. */
 	eventfd_ctx_do_read(hook->eventfd, &count);
 	if (!hook->calls->try_signalled(hook->owner))
-		queue_work(hook->queue, &hook->signalled);
+		queue_work(hook->queues->signalled, &hook->signalled);
 	return 1;
 }
 
@@ -91,7 +110,7 @@ static void add(struct file *file, wait_queue_head_t *head, poll_table *table)
  * Listens to the eventfd FD. An event that it already has is passed on too. OWNER must stay valid until
  * the hook is detached. An ERR_PTR on failure.
  */
-struct rvisor_hook *rvisor_hook_attach(int fd, struct workqueue_struct *queue,
+struct rvisor_hook *rvisor_hook_attach(int fd, struct rvisor_queues *queues,
 				       const struct rvisor_hook_calls *calls, void *owner)
 {
 	struct registration registration = { .error = -EINVAL };
@@ -110,7 +129,7 @@ struct rvisor_hook *rvisor_hook_attach(int fd, struct workqueue_struct *queue,
 		error = PTR_ERR(hook->eventfd);
 		goto free;
 	}
-	hook->queue = queue;
+	hook->queues = queues;
 	hook->calls = calls;
 	hook->owner = owner;
 	INIT_WORK(&hook->signalled, signalled_work);
@@ -123,7 +142,7 @@ struct rvisor_hook *rvisor_hook_attach(int fd, struct workqueue_struct *queue,
 	if (error)
 		goto put;
 	if (events & EPOLLIN)
-		queue_work(queue, &hook->signalled);
+		queue_work(queues->signalled, &hook->signalled);
 	return hook;
 put:
 	eventfd_ctx_put(hook->eventfd);

@@ -5,7 +5,7 @@
 
 struct eventfd_ctx;
 struct rvisor_hook;
-struct workqueue_struct;
+struct rvisor_queues;
 
 /* Called in a worker but for the first, with the OWNER that the hook was made with. */
 struct rvisor_hook_calls {
@@ -20,11 +20,11 @@ struct rvisor_hook_calls {
 	void (*closed)(void *owner);
 };
 
-struct workqueue_struct *rvisor_queue_create(void);
-void rvisor_queue_flush(struct workqueue_struct *queue);
-void rvisor_queue_destroy(struct workqueue_struct *queue);
+struct rvisor_queues *rvisor_queues_create(void);
+void rvisor_queues_flush_closed(struct rvisor_queues *queues);
+void rvisor_queues_destroy(struct rvisor_queues *queues);
 
-struct rvisor_hook *rvisor_hook_attach(int fd, struct workqueue_struct *queue,
+struct rvisor_hook *rvisor_hook_attach(int fd, struct rvisor_queues *queues,
 				       const struct rvisor_hook_calls *calls, void *owner);
 void rvisor_hook_detach(struct rvisor_hook *hook);
 struct eventfd_ctx *rvisor_hook_eventfd(const struct rvisor_hook *hook);

@@ -6,7 +6,7 @@
 //! stays high until the guest ends the interrupt; the resampler's eventfd then asks the device's owner
 //! whether to raise it again.
 
-use super::machine::Vm;
+use super::{machine::Vm, resample::MAX_RESAMPLERS};
 use crate::host::eventfd::{EventFd, EventQueue, Hook, Listener};
 use core::sync::atomic::{AtomicBool, Ordering};
 use kernel::{
@@ -15,6 +15,9 @@ use kernel::{
     sync::{Arc, Mutex},
 };
 use rvisor_core::{irqchip::LineSource, x86::vector::Gsi};
+
+/// The most irqfds of one machine: as many as it has routes. Each that goes is looked for among them.
+const MAX_IRQFDS: usize = rvisor_core::irqchip::routing::MAX_ROUTES;
 
 /// A resampler: the GSI at whose end of interrupt the eventfd is signalled.
 #[derive(Clone)]
@@ -77,7 +80,7 @@ impl Irqfds {
     /// # Errors
     ///
     /// `EINVAL` without interrupt controllers in the kernel; `EBADF` and `EINVAL` for a descriptor that is
-    /// no eventfd; `EBUSY` where another irqfd has it; `ENOMEM`.
+    /// no eventfd; `EBUSY` where another irqfd has it; `ENOSPC` for too many; `ENOMEM`.
     pub(crate) fn add(
         &self,
         vm: &Arc<Vm>,
@@ -107,6 +110,9 @@ impl Irqfds {
             GFP_KERNEL_ACCOUNT,
         )?;
         let mut list = self.list.lock();
+        if list.len() >= MAX_IRQFDS {
+            return Err(ENOSPC);
+        }
         self.used.store(true, Ordering::Relaxed);
         list.reserve(1, GFP_KERNEL_ACCOUNT)?;
         // The end of an interrupt must find the resampler before the eventfd can raise the line.
@@ -181,12 +187,19 @@ fn resamplers(list: &[Hook<Irqfd>]) -> impl Iterator<Item = &Resampler> {
 /// Tells the controllers of the resamplers in `list` and of one more.
 fn publish(vm: &Vm, list: &[Hook<Irqfd>], more: Option<Resampler>) -> Result {
     let chip = vm.irqchip().ok_or(EINVAL)?;
-    let mut table = KVVec::with_capacity(resamplers(list).count() + 1, GFP_KERNEL_ACCOUNT)?;
-    for resampler in resamplers(list) {
-        table.push_within_capacity(resampler.clone())?;
-    }
-    if let Some(resampler) = more {
-        table.push_within_capacity(resampler)?;
+    let mut table: KVVec<Resampler> = KVVec::new();
+    for resampler in Iterator::chain(resamplers(list), &more) {
+        // Interrupts are off where they are told: each once, and not many.
+        let is_known = table
+            .iter()
+            .any(|known| known.gsi == resampler.gsi && known.eventfd.is_same(&resampler.eventfd));
+        if is_known {
+            continue;
+        }
+        if table.len() >= MAX_RESAMPLERS {
+            return Err(ENOSPC);
+        }
+        table.push(resampler.clone(), GFP_KERNEL_ACCOUNT)?;
     }
     chip.set_resamplers(table)
 }

@@ -13,8 +13,8 @@ use rvisor_core::{
     x86::vector::Gsi,
 };
 
-/// The most resamplers of one machine.
-const MAX_RESAMPLERS: usize = 4096;
+/// The most resamplers of one machine that differ in GSI or eventfd.
+pub(super) const MAX_RESAMPLERS: usize = 256;
 /// The most GSIs whose interrupt can end at once: one for each pin and line.
 const MAX_ENDED: usize = ioapic::PINS + pic::LINES;
 
@@ -124,11 +124,8 @@ impl IrqChip {
     ///
     /// # Errors
     ///
-    /// `ENOSPC` for too many; `ENOMEM`.
+    /// `ENOMEM`.
     pub(super) fn set_resamplers(&self, table: KVVec<Resampler>) -> Result {
-        if table.len() > MAX_RESAMPLERS {
-            return Err(ENOSPC);
-        }
         let boxed = if table.is_empty() {
             None
         } else {
