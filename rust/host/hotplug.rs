@@ -34,16 +34,20 @@ unsafe fn switch_on() -> i32 {
     error
 }
 
-/// Gives the reference back.
+/// Gives the reference back, where this CPU has one: [`switch_on`] may have failed, or this been called before.
 ///
 /// # Safety
 ///
-/// The thread can't leave the CPU, and [`switch_on`] has succeeded there.
+/// The thread can't leave the CPU.
 unsafe fn switch_off() {
+    // SAFETY: The thread can't leave the CPU.
+    if !unsafe { bindings::rvisor_vmx_is_on() } {
+        return;
+    }
     if let Some(symbols) = CALLS.as_ref() {
-        // SAFETY: Called on the CPU concerned. No VMCS of ours is active here: each is cleared when its
-        // thread is switched out, and this thread runs now. One that still is to run here finds VMX gone
-        // and leaves.
+        // SAFETY: Called on the CPU concerned, whose reference is ours. No VMCS of ours is in use: each is
+        // cleared when its thread is switched out, and a thread that this interrupts at the host's end
+        // finds VMX gone before it looks at its own again.
         unsafe {
             bindings::rvisor_set_vmx_on(false);
             (symbols.x86_virt_put_ref)(X86_FEATURE_VMX);
@@ -92,12 +96,8 @@ unsafe extern "C" fn resume(_data: *mut kernel::ffi::c_void) {
 ///
 /// Called on each CPU by [`shutdown`], with interrupts off.
 unsafe extern "C" fn leave(_data: *mut kernel::ffi::c_void) {
-    // SAFETY: Interrupts are off. A CPU that goes down has given its reference back.
-    unsafe {
-        if bindings::rvisor_vmx_is_on() {
-            switch_off();
-        }
-    }
+    // SAFETY: Interrupts are off.
+    unsafe { switch_off() };
 }
 
 /// The host reboots, powers off or starts another kernel. In VMX operation INIT is blocked and CR4.VMXE

@@ -67,8 +67,16 @@ impl State {
     pub(crate) fn set_events(&mut self, events: &uapi::kvm_vcpu_events) -> Result {
         const KNOWN: u32 = uapi::KVM_VCPUEVENT_VALID_NMI_PENDING
             | uapi::KVM_VCPUEVENT_VALID_SIPI_VECTOR
-            | uapi::KVM_VCPUEVENT_VALID_SHADOW;
+            | uapi::KVM_VCPUEVENT_VALID_SHADOW
+            | uapi::KVM_VCPUEVENT_VALID_SMM;
         if events.flags & !KNOWN != 0 {
+            return Err(EINVAL);
+        }
+        // KVM tells of system-management mode always; there is none here to be in.
+        let smi = &events.smi;
+        if events.flags & uapi::KVM_VCPUEVENT_VALID_SMM != 0
+            && (smi.smm | smi.pending | smi.smm_inside_nmi | smi.latched_init) != 0
+        {
             return Err(EINVAL);
         }
         let exception = (events.exception.injected != 0).then(|| {
@@ -84,6 +92,8 @@ impl State {
             return Err(EINVAL);
         }
         self.with_vmcs(|core, vmcs| {
+            // What others have posted is part of what is replaced.
+            core.take_posted();
             core.events.exception = None;
             // As on KVM an exception goes before an NMI, and that before an interrupt.
             core.events.reinjection = exception.or_else(|| {
@@ -109,14 +119,11 @@ impl State {
             };
             if events.flags & uapi::KVM_VCPUEVENT_VALID_SHADOW != 0 {
                 let shadow = u32::from(events.interrupt.shadow);
-                put(
-                    interruptibility::STI,
-                    shadow & uapi::KVM_X86_SHADOW_INT_STI != 0,
-                );
-                put(
-                    interruptibility::MOV_SS,
-                    shadow & uapi::KVM_X86_SHADOW_INT_MOV_SS != 0,
-                );
+                // No CPU has both (SDM vol. 3, 28.3.1.5).
+                let mov_ss = shadow & uapi::KVM_X86_SHADOW_INT_MOV_SS != 0;
+                let sti = shadow & uapi::KVM_X86_SHADOW_INT_STI != 0;
+                put(interruptibility::STI, sti && !mov_ss);
+                put(interruptibility::MOV_SS, mov_ss);
             }
             put(interruptibility::NMI, events.nmi.masked != 0);
             vmcs.write32(Field32::GUEST_INTERRUPTIBILITY, state);

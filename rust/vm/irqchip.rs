@@ -329,9 +329,9 @@ impl IrqChip {
     pub(crate) fn read_port(&self, vm: &Vm, port: u16) -> Option<u8> {
         let mut chips = self.chips.lock();
         if let Some(value) = chips.pic.read_port(port) {
-            // Only a poll changes anything.
+            // Only a poll changes anything: it is an acknowledgement.
             if chips.pic.output() != self.pic_output() {
-                self.publish(vm, &chips);
+                self.after_pic(vm, chips);
             }
             return Some(value);
         }

@@ -342,9 +342,10 @@ pub(super) unsafe fn enter_guarded(
             ".long 75b - .",
             ".long 2",
             ".popsection",
+            // Whichever way was guessed ends here.
             "78:",
-            "lfence",
             "79:",
+            "lfence",
             "mov eax, ebx",
             "xor edx, edx",
             "add rsp, 16",
