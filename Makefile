@@ -15,14 +15,15 @@ DESTDIR ?=
 .NOTPARALLEL:
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help module tool programs check fuzz test test-guests test-models test-leaks test-mitigations test-qemu \
-	test-kvm-selftests demo shell bench wakeups install clean distclean
+.PHONY: help module tool programs check fuzz test test-events test-guests test-models test-leaks test-mitigations \
+	test-qemu test-kvm-selftests demo shell bench wakeups install clean distclean
 
 help: ## this text
 	@echo 'make demo        load rvisor.ko in a machine with VMX and boot a Linux guest there, on this screen'
 	@echo 'make test        all checks and tests, those inside the test host too'
 	@echo '  HOST=debian    each with Debian'\''s stock kernel in that machine; so with shell and bench'
 	@echo '  HOST=checked   with a kernel that checks locks, sleeping and memory'
+	@echo 'make test-events CPU hot-unplug and suspend of the host while guests run'
 	@echo 'make test-models a guest on each CPU model that Bochs has'
 	@echo 'make test-guests guests that others have made: stock kernels of 64 and 32 bits, memtest86+ (minutes)'
 	@echo 'make test-leaks  10,000 machines and 100,000 runs leave nothing behind'
@@ -68,6 +69,9 @@ test-guests:
 
 test-models:
 	@scripts/test --no-check models
+
+test-events:
+	@scripts/test --no-check all-events
 
 test-leaks:
 	@scripts/test --no-check leaks

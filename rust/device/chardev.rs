@@ -110,8 +110,9 @@ pub(super) fn check_extension(host: &Host, capability: usize) -> isize {
         | uapi::KVM_CAP_MSR_PLATFORM_INFO
         | uapi::KVM_CAP_SPLIT_IRQCHIP
         | uapi::KVM_CAP_USER_MEMORY2
-        | uapi::KVM_CAP_X86_ROBUST_SINGLESTEP
         | uapi::KVM_CAP_GET_MSR_FEATURES => 1,
+        // That KVM_SET_GUEST_DEBUG has no fault of old: true where it is not offered. QEMU wants to hear it.
+        uapi::KVM_CAP_X86_ROBUST_SINGLESTEP => 1,
         // A set of the types of machine: 0 is the only one.
         uapi::KVM_CAP_VM_TYPES => 1,
         uapi::KVM_CAP_MCE => MAX_BANKS as isize,
