@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! ACPI tables (ACPI specification 6.5): enough for an operating system to find the CPUs, the IOAPIC and
-//! the serial port, to switch the machine off and to reset it.
+//! ACPI tables (ACPI specification 6.5): enough for an operating system to find the CPUs, the IOAPIC, the
+//! serial port and the virtio devices, to switch the machine off and to reset it.
 //!
 //! They are built here and not by the `acpi_tables` crate because its releases need a newer compiler
 //! than the kernel's and have neither a way to set the MADT's flags nor interrupt source overrides.
@@ -146,7 +146,7 @@ fn madt(cpus: u8) -> Vec<u8> {
 }
 
 /// The tables in the order in which they lie, from the address `start` on, RSDP first.
-fn tables(start: u64, cpus: u8) -> Vec<(u64, Vec<u8>)> {
+fn tables(start: u64, cpus: u8, virtio_devices: usize) -> Vec<(u64, Vec<u8>)> {
     const RSDP_SIZE: u64 = 36;
     let mut tables: Vec<(u64, Vec<u8>)> = Vec::new();
     let mut next = start + RSDP_SIZE;
@@ -158,7 +158,7 @@ fn tables(start: u64, cpus: u8) -> Vec<(u64, Vec<u8>)> {
         address
     };
     let facs = place(facs());
-    let dsdt = place(table(b"DSDT", 2, &aml::definition_block()));
+    let dsdt = place(table(b"DSDT", 2, &aml::definition_block(virtio_devices)));
     let fadt = place(fadt(facs, dsdt));
     let madt = place(madt(cpus));
     let entries: Vec<u8> = [fadt, madt]
@@ -184,13 +184,13 @@ fn rsdp(xsdt: u64) -> Vec<u8> {
     rsdp
 }
 
-/// Writes the tables for `cpus` CPUs into the guest's memory. Returns the address of the RSDP.
+/// Writes the tables for `cpus` CPUs and so many virtio devices into the guest's memory. Returns the address of the RSDP.
 ///
 /// # Errors
 ///
 /// [`crate::error::Error::Call`] where the guest's memory is not there.
-pub fn write(memory: &Memory, cpus: u8) -> Result<u64> {
-    for (address, bytes) in tables(layout::ACPI_TABLES, cpus) {
+pub fn write(memory: &Memory, cpus: u8, virtio_devices: usize) -> Result<u64> {
+    for (address, bytes) in tables(layout::ACPI_TABLES, cpus, virtio_devices) {
         crate::boot::write(memory, address, &bytes)?;
     }
     Ok(layout::ACPI_TABLES)

@@ -77,12 +77,17 @@ impl Software {
         }
     }
 
-    /// Writes it into `memory`, with all that it wants to find there. Says how the CPUs start.
+    /// Writes it into `memory`, with all that it wants to find there: so many virtio devices too. Says how the CPUs start.
     ///
     /// # Errors
     ///
     /// [`Error::Input`] where it does not fit, or is not what it looked like.
-    pub fn load(&mut self, memory: &Memory, options: &RunOptions) -> Result<Start> {
+    pub fn load(
+        &mut self,
+        memory: &Memory,
+        options: &RunOptions,
+        virtio_devices: usize,
+    ) -> Result<Start> {
         match self {
             Self::Firmware(firmware) => {
                 firmware.load(memory)?;
@@ -93,7 +98,7 @@ impl Software {
                 let size = options.memory;
                 let entry = load_kernel(images, memory, size, &command_line, layout::ACPI_TABLES)?;
                 entry::write_tables(memory, entry.mode)?;
-                acpi::write(memory, options.cpus as u8)?;
+                acpi::write(memory, options.cpus as u8, virtio_devices)?;
                 Ok(Start::Kernel(entry))
             }
         }

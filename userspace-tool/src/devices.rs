@@ -6,6 +6,7 @@ pub mod cmos;
 pub mod debug;
 pub mod power;
 pub mod serial;
+pub mod virtio;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

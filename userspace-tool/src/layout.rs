@@ -30,6 +30,18 @@ pub const HOLE: u64 = 3 * GIB;
 /// Where memory that does not fit below the hole lies.
 pub const ABOVE_4G: u64 = 4 * GIB;
 
+/// The register pages of the virtio devices, one behind the other.
+pub const VIRTIO: u64 = 0xd000_0000;
+/// Their interrupts, by GSI: first those that nothing has on a PC and that the 8259s have too, then those
+/// that the IOAPIC has alone.
+pub const VIRTIO_GSIS: [u32; 11] = [5, 10, 11, 16, 17, 18, 19, 20, 21, 22, 23];
+
+/// The register page of the virtio device with that number, counted from 0.
+#[must_use]
+pub const fn virtio_page(index: usize) -> u64 {
+    VIRTIO + index as u64 * PAGE_SIZE
+}
+
 /// Base address of the IOAPIC (the in-kernel irqchip's).
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// Base address of each CPU's local APIC.
@@ -180,6 +192,7 @@ mod tests {
         let lowest = FIRMWARE_END - FIRMWARE_SIZE.end();
         assert!(TSS as u64 + 3 * PAGE_SIZE <= lowest);
         assert!(IDENTITY_MAP + PAGE_SIZE <= TSS as u64);
+        assert!(HOLE <= VIRTIO && virtio_page(VIRTIO_GSIS.len()) <= u64::from(IOAPIC));
         assert!(u64::from(LOCAL_APIC.max(IOAPIC)) + PAGE_SIZE <= IDENTITY_MAP);
         let ranges = with_rom(ram(4 * GIB), *FIRMWARE_SIZE.end());
         assert_eq!(ranges[1], Range::between(lowest, FIRMWARE_END));

@@ -19,7 +19,7 @@ use crate::cpuid::Template;
 use crate::devices::cmos::Cmos;
 use crate::devices::debug::Debug;
 use crate::devices::serial::{Drained, Line, Serial};
-use crate::devices::Ports;
+use crate::devices::{virtio, Ports};
 use crate::error::{failed, Error, Result};
 use crate::outcome::Outcome;
 use crate::vcpu::Vcpu;
@@ -84,7 +84,8 @@ pub fn run(options: &RunOptions) -> Result<Outcome> {
     let mut software = Software::open(options)?;
     memory::check_size(options.memory)?;
     let memory = memory::allocate(options.memory, software.rom_size())?;
-    let start = software.load(&memory, options)?;
+    let devices = virtio::open(options)?;
+    let start = software.load(&memory, options, devices.len())?;
 
     let kvm = hypervisor::open(&options.device)?;
     hypervisor::check_cpus(&kvm, options.cpus)?;
@@ -94,7 +95,8 @@ pub fn run(options: &RunOptions) -> Result<Outcome> {
     let vcpus = (0..options.cpus)
         .map(|id| Vcpu::new(&vm, id, &cpuid, start))
         .collect::<Result<Vec<_>>>()?;
-    run_to_end(vm, vcpus, options)
+    let bus = virtio::Bus::new(&vm, &memory, devices)?;
+    run_to_end(vm, vcpus, bus, options)
 }
 
 /// Makes a VM with the interrupt controllers and the timer in the hypervisor.
@@ -133,8 +135,13 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd> {
 /// Does nothing: a signal with a handler makes KVM_RUN return, which is all that it is for.
 extern "C" fn kicked(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
-/// Runs the CPUs and the console until the guest has ended and all threads are gone.
-fn run_to_end(vm: Arc<VmFd>, vcpus: Vec<Vcpu>, options: &RunOptions) -> Result<Outcome> {
+/// Runs the CPUs, the devices and the console until the guest has ended and all threads are gone.
+fn run_to_end(
+    vm: Arc<VmFd>,
+    vcpus: Vec<Vcpu>,
+    bus: virtio::Bus,
+    options: &RunOptions,
+) -> Result<Outcome> {
     let (control, outcomes) = Control::new();
     let wake = Wake::new().map_err(failed("making an eventfd"))?;
     let output = Output::new(wake.clone()).map_err(failed("opening the console"))?;
@@ -158,11 +165,16 @@ fn run_to_end(vm: Arc<VmFd>, vcpus: Vec<Vcpu>, options: &RunOptions) -> Result<O
         let ports = Arc::clone(&ports);
         move || console.run(&ports)
     })];
+    for device in bus.devices() {
+        let (device, control) = (Arc::clone(device), control.clone());
+        let name = device.name().to_owned();
+        threads.push(spawn(&control.clone(), name, move || device.work(&control)));
+    }
     for vcpu in vcpus {
-        let (vcpu_control, ports) = (control.clone(), Arc::clone(&ports));
+        let (vcpu_control, ports, bus) = (control.clone(), Arc::clone(&ports), bus.clone());
         let name = format!("vcpu{}", vcpu.id());
         threads.push(spawn(&control, name, move || {
-            vcpu.run(&ports, &vcpu_control)
+            vcpu.run(&ports, &bus, &vcpu_control)
         }));
     }
     let mut started = Vec::new();

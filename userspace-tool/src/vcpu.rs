@@ -9,6 +9,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
 use crate::boot::{entry, Start};
 use crate::cpuid::Template;
+use crate::devices::virtio::Bus;
 use crate::devices::Ports;
 use crate::error::{failed, Error, Result};
 use crate::machine::Control;
@@ -67,7 +68,7 @@ impl Vcpu {
     /// # Errors
     ///
     /// [`Error::Call`] where a device fails.
-    pub fn run(mut self, ports: &Ports, control: &Control) -> Result<()> {
+    pub fn run(mut self, ports: &Ports, bus: &Bus, control: &Control) -> Result<()> {
         while !control.ended() {
             let what = match self.fd.run() {
                 Ok(VcpuExit::IoOut(port, data)) => {
@@ -78,12 +79,15 @@ impl Vcpu {
                     ports.read(port, data);
                     continue;
                 }
-                // No device has memory: what is read there is all ones, as on a bus without one.
-                Ok(VcpuExit::MmioRead(_, data)) => {
-                    data.fill(0xff);
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    bus.read(address, data);
                     continue;
                 }
-                Ok(VcpuExit::MmioWrite(..) | VcpuExit::Intr) => continue,
+                Ok(VcpuExit::MmioWrite(address, data)) => {
+                    bus.write(address, data);
+                    continue;
+                }
+                Ok(VcpuExit::Intr) => continue,
                 Ok(VcpuExit::Shutdown) => What::Crash,
                 Ok(VcpuExit::SystemEvent(kind, _)) => What::Event(kind),
                 Ok(VcpuExit::FailEntry(reason, cpu)) => What::Stuck(format!(

@@ -3,10 +3,12 @@
 //! The little ACPI machine language (ACPI 6.5, chapter 20) that the machine needs.
 
 use crate::devices::{power, serial};
+use crate::layout;
 
 const NAME: u8 = 0x08;
 const BYTE: u8 = 0x0a;
 const DWORD: u8 = 0x0c;
+const STRING: u8 = 0x0d;
 const SCOPE: u8 = 0x10;
 const BUFFER: u8 = 0x11;
 const PACKAGE: u8 = 0x12;
@@ -71,8 +73,36 @@ fn resources(base: u16, count: u8, irq: u8) -> Vec<u8> {
     ])
 }
 
-/// The body of the DSDT: how to switch off, and the serial port.
-pub(super) fn definition_block() -> Vec<u8> {
+/// The virtio device with that number on the MMIO transport, by the ID that Linux looks for.
+fn virtio(index: usize) -> Vec<u8> {
+    let [page, size] =
+        [layout::virtio_page(index), layout::PAGE_SIZE].map(|value| (value as u32).to_le_bytes());
+    let gsi = layout::VIRTIO_GSIS[index].to_le_bytes();
+    // A fixed memory range that can be written (6.4.3.4), an extended interrupt, edge-triggered and active
+    // high (6.4.3.6), and the end tag.
+    let resources = [
+        [0x86, 9, 0, 1].as_slice(),
+        &page,
+        &size,
+        &[0x89, 6, 0, 0b0011, 1],
+        &gsi,
+        &[0x79, 0],
+    ];
+    let digits = [b'0' + (index / 10) as u8, b'0' + (index % 10) as u8];
+    op(
+        &[EXTENDED, DEVICE],
+        &[
+            b"VR",
+            &digits,
+            &name(b"_HID", &[&[STRING], b"LNRO0005\0".as_slice()].concat()),
+            &name(b"_UID", &[BYTE, index as u8]),
+            &name(b"_CRS", &buffer(&resources.concat())),
+        ],
+    )
+}
+
+/// The body of the DSDT: how to switch off, the serial port, and so many virtio devices.
+pub(super) fn definition_block(virtio_devices: usize) -> Vec<u8> {
     let off = power::SLEEP_TYPE_OFF;
     let serial_port = op(
         &[EXTENDED, DEVICE],
@@ -86,9 +116,10 @@ pub(super) fn definition_block() -> Vec<u8> {
             ),
         ],
     );
+    let virtio_ports: Vec<u8> = (0..virtio_devices).flat_map(virtio).collect();
     [
         name(b"_S5_", &package(&[off, off, 0, 0])),
-        op(&[SCOPE], &[b"\\_SB_", &serial_port]),
+        op(&[SCOPE], &[b"\\_SB_", &serial_port, &virtio_ports]),
     ]
     .concat()
 }
@@ -118,6 +149,6 @@ mod tests {
             b"_S5_".as_slice(),
             &[PACKAGE, 10, 4, BYTE, 5, BYTE, 5, BYTE, 0, BYTE, 0],
         ];
-        assert!(definition_block().starts_with(&expected.concat()));
+        assert!(definition_block(0).starts_with(&expected.concat()));
     }
 }

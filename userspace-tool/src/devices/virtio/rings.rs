@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A device's view of its rings.
+
+use std::time::Duration;
+
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+
+use super::Fault;
+use crate::memory::Memory;
+
+/// A chain of descriptors. It ends early where the guest made it wrongly: what a request needs and does not
+/// find there is missing.
+pub type Chain<'a> = DescriptorChain<&'a Memory>;
+
+/// How many chains one call of a device takes. Between two calls the worker looks whether it shall stop.
+const BATCH: u32 = 32;
+
+/// The rings of a device while it works.
+pub struct Rings<'a> {
+    queues: &'a mut [Queue],
+    memory: &'a Memory,
+    left: u32,
+    /// Queues that have more chains than the device may take at once, a bit each.
+    again: u64,
+    /// Queues with used chains that the driver was not told of, a bit each.
+    used: u64,
+    retry: Option<Duration>,
+}
+
+impl<'a> Rings<'a> {
+    pub(super) fn new(queues: &'a mut [Queue], memory: &'a Memory) -> Self {
+        Self {
+            queues,
+            memory,
+            left: BATCH,
+            again: 0,
+            used: 0,
+            retry: None,
+        }
+    }
+
+    /// The guest's memory.
+    #[must_use]
+    pub fn memory(&self) -> &'a Memory {
+        self.memory
+    }
+
+    /// Takes the next chain from `queue`, if there is one and the call has not taken its share.
+    ///
+    /// # Errors
+    ///
+    /// The ring is none.
+    pub fn pop(&mut self, queue: usize) -> Result<Option<Chain<'a>>, Fault> {
+        let Some(ring) = self.queues.get_mut(queue).filter(|ring| ring.ready()) else {
+            return Ok(None);
+        };
+        // The second look is for a chain that came just before its kick was asked for.
+        for _ in 0..2 {
+            if self.left == 0 {
+                self.again |= 1 << queue;
+                return Ok(None);
+            }
+            if let Some(chain) = ring.iter(self.memory)?.next() {
+                self.left -= 1;
+                return Ok(Some(chain));
+            }
+            // Without event indices the driver kicks each time.
+            if !ring.event_idx_enabled() || !ring.enable_notification(self.memory)? {
+                return Ok(None);
+            }
+        }
+        Err(Fault::Guest(
+            "the available ring lies outside the memory".into(),
+        ))
+    }
+
+    /// Puts the chain that was taken last from `queue` back: it will be the next one.
+    pub fn put_back(&mut self, queue: usize) {
+        if let Some(ring) = self.queues.get_mut(queue) {
+            ring.go_to_previous_position();
+        }
+    }
+
+    /// Gives `chain` back to the driver by `queue`, with `length` bytes written to it.
+    ///
+    /// # Errors
+    ///
+    /// The ring is none.
+    pub fn push(&mut self, queue: usize, chain: &Chain<'_>, length: u32) -> Result<(), Fault> {
+        if let Some(ring) = self.queues.get_mut(queue) {
+            ring.add_used(self.memory, chain.head_index(), length)?;
+            self.used |= 1 << queue;
+        }
+        Ok(())
+    }
+
+    /// Has all queues processed again after `delay`, if nothing happens before.
+    pub fn retry_after(&mut self, delay: Duration) {
+        self.retry = Some(self.retry.map_or(delay, |other| other.min(delay)));
+    }
+
+    /// A call of the device has ended: the next one has a share of its own.
+    pub(super) fn next_share(&mut self) {
+        self.left = BATCH;
+    }
+
+    /// All calls have ended: whether to interrupt the driver, the queues that want another call, and when to
+    /// call for all of them.
+    ///
+    /// # Errors
+    ///
+    /// A ring is none.
+    pub(super) fn finish(self) -> Result<(bool, u64, Option<Duration>), Fault> {
+        let mut interrupt = false;
+        for (index, queue) in self.queues.iter_mut().enumerate() {
+            if self.used & (1 << index) != 0 {
+                interrupt |= queue.needs_notification(self.memory)?;
+            }
+        }
+        Ok((interrupt, self.again, self.retry))
+    }
+}
