@@ -8,7 +8,7 @@
 
 mod aml;
 
-use crate::devices::power;
+use crate::devices::power::{self, SCI};
 use crate::error::Result;
 use crate::layout;
 use crate::memory::Memory;
@@ -17,8 +17,6 @@ const OEM_ID: &[u8; 6] = b"RVISOR";
 const OEM_TABLE_ID: &[u8; 8] = b"RVISORPC";
 const REVISION: u32 = 1;
 
-/// The interrupt of ACPI events. Nothing raises it, but the FADT must name one.
-const SCI: u8 = 9;
 /// Interrupt flags of the MADT (table 5.26): active high, level-triggered.
 const ACTIVE_HIGH_LEVEL: u16 = 0b1101;
 /// The byte of the CMOS clock that holds the century.
@@ -70,9 +68,9 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     // Table 5.9: there are legacy devices, and no VGA. The bit for a keyboard controller stays 0: what is
     // at its ports takes a reset only.
     const BOOT_ARCHITECTURE: u16 = (1 << 0) | (1 << 2);
-    // Table 5.10: WBINVD works, no power or sleep button, no wake by the clock, the timer has 32 bits, the
-    // reset register works.
-    const FLAGS: u32 = (1 << 0) | (1 << 4) | (1 << 5) | (1 << 6) | (1 << 8) | (1 << 10);
+    // Table 5.10: WBINVD works, no sleep button, no wake by the clock, the timer has 32 bits, the reset
+    // register works. The power button is a fixed one.
+    const FLAGS: u32 = (1 << 0) | (1 << 5) | (1 << 6) | (1 << 8) | (1 << 10);
     const LENGTH: usize = 276;
 
     let mut fadt = vec![0; LENGTH];

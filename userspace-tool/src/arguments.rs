@@ -8,6 +8,7 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 
 use crate::error::STATUS_INPUT;
+use crate::registry::Name;
 use crate::size;
 
 /// The device that rvisor's module offers.
@@ -55,6 +56,7 @@ Exit status:
   4    the guest crashed: a triple fault
   5    the hypervisor can't go on with the guest; its reason and the registers are shown
   6    the user ended it with Ctrl-A x
+  8    'rvisor kill' ended it, or 'rvisor stop' after its patience
   129  SIGHUP, 130 SIGINT, 131 SIGQUIT, 143 SIGTERM ended it
 
 Examples:
@@ -69,6 +71,56 @@ kernel, the module, the device and the rights to it, and whether KVM is there be
 
 Each line begins with 'ok', 'FAIL' or 'note'. A line that fails is followed by the next step. The exit \
 status is 0 where guests can run and 1 where they can't.";
+
+const PS_LONG_ABOUT: &str = "\
+Lists the machines that run: those that this user has started, on any device.
+
+A machine is known by the files NAME.lock, NAME.sock and, where it runs detached, NAME.log in the folder \
+'rvisor' of $XDG_RUNTIME_DIR; without that variable in /run/rvisor for root and /tmp/rvisor-UID for others. \
+The socket takes JSON, one object a line: {\"command\":\"status\"} is answered by {\"ok\":{...}}, or by \
+{\"error\":{\"cause\":\"...\",\"next\":\"...\",\"status\":2}}. Other commands: pause, resume, power-button, kill, \
+wait (answers when the machine has ended) and console (its bytes follow the answer).";
+
+const CONSOLE_LONG_ABOUT: &str = "\
+Joins this terminal to the console of a machine, which shows the last 64 KiB of its output first. Several \
+terminals may be joined at a time: all see the same, and each may type.
+
+Ctrl-A d leaves the console and lets the machine run, Ctrl-A x ends the machine, Ctrl-A h shows the keys. The \
+exit status is 0 after Ctrl-A d, and that of the machine where it ends.";
+
+const STOP_LONG_ABOUT: &str = "\
+Presses the machine's power button, to which most systems answer by shutting down, and waits for its end. A \
+guest that has not switched itself off after some time is ended.
+
+The exit status is that of the machine: 0 where its guest switched itself off, 8 where it was ended.";
+
+const KILL_LONG_ABOUT: &str = "\
+Ends a machine at once, as if its plug were pulled. What its guest has not written to a disk is lost. A machine \
+whose process does not answer within 5 seconds is ended by SIGKILL.";
+
+const UP_LONG_ABOUT: &str = "\
+Starts the machines that a file describes, each in a process of its own, and shows what they print, with their \
+names before each line, until all have ended. With --detach it returns when all run.
+
+Where one can't be started, those that were are ended. A mistake in the file is told with its line and column, \
+and nothing starts. SIGINT or SIGTERM stops all machines as 'rvisor stop' does, a second signal ends them at \
+once. The exit status is that of the first machine that ended otherwise than by switching itself off, else 0.";
+
+const UP_AFTER_HELP: &str = "\
+The file:
+  Each machine is a table [machine.NAME]; its keys are the options of 'rvisor run' without the dashes.
+  Options without a value are true or false; those that may be given several times take a list. Paths
+  are relative to the file's folder.
+
+    [machine.web]
+    kernel = \"bzImage\"
+    initrd = \"web.cpio.gz\"
+    memory = \"512M\"
+    cpus = 2
+
+    [machine.probe]
+    firmware = \"/usr/share/seabios/bios-256k.bin\"
+    memory = \"64M\"";
 
 #[derive(Debug, Parser)]
 #[command(name = "rvisor", version, about = ABOUT, long_about = LONG_ABOUT)]
@@ -86,11 +138,64 @@ pub enum Command {
     /// Tell whether this host can run guests
     #[command(long_about = CHECK_LONG_ABOUT)]
     Check(CheckOptions),
+    /// List the machines that run
+    #[command(long_about = PS_LONG_ABOUT)]
+    Ps {
+        /// One JSON array instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// Join this terminal to the console of a machine
+    #[command(long_about = CONSOLE_LONG_ABOUT)]
+    Console(Named),
+    /// Ask a machine's guest to switch off, then insist
+    #[command(long_about = STOP_LONG_ABOUT)]
+    Stop {
+        /// The machine
+        name: Name,
+        /// How long the guest may take, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+        timeout: u32,
+    },
+    /// End a machine at once, as if its plug were pulled
+    #[command(long_about = KILL_LONG_ABOUT)]
+    Kill(Named),
+    /// Have a machine stand still; its memory stays as it is
+    Pause(Named),
+    /// Have a paused machine go on
+    Resume(Named),
+    /// Start the machines that a file describes
+    #[command(long_about = UP_LONG_ABOUT, after_long_help = UP_AFTER_HELP)]
+    Up {
+        /// The file, in TOML
+        #[arg(value_name = "FILE", default_value = "machines.toml")]
+        file: PathBuf,
+        /// Return when all guests run
+        #[arg(long)]
+        detach: bool,
+        /// With --detach: one JSON array of the machines that were started
+        #[arg(long, requires = "detach")]
+        json: bool,
+        /// How long each guest may take to switch off after a signal, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+        timeout: u32,
+    },
+}
+
+/// A command about one machine.
+#[derive(Args, Debug)]
+pub struct Named {
+    /// The machine
+    pub name: Name,
 }
 
 /// The options of `rvisor run`.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct RunOptions {
+    /// The machine's name, for 'rvisor console' and the like; 'machine-' and a number where none is given
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<Name>,
+
     /// The guest's kernel: a bzImage of 64 or 32 bits, or an ELF vmlinux for x86-64
     #[arg(long, value_name = "FILE", required_unless_present = "firmware")]
     pub kernel: Option<PathBuf>,
@@ -123,6 +228,14 @@ pub struct RunOptions {
     /// The hypervisor's device; /dev/kvm runs the guest on KVM
     #[arg(long, value_name = "PATH", default_value = DEFAULT_DEVICE)]
     pub device: PathBuf,
+
+    /// Return when the guest runs, and print the machine's name
+    #[arg(long)]
+    pub detach: bool,
+
+    /// This is the process that --detach made.
+    #[arg(long, hide = true, conflicts_with = "detach")]
+    pub detached: bool,
 }
 
 impl RunOptions {
@@ -167,16 +280,32 @@ pub fn parse() -> Result<Command, u8> {
 
 /// Makes one line of clap's message: its first paragraph, and where to read on.
 fn one_line(message: &str) -> String {
+    format!(
+        "{}; 'rvisor --help' and 'rvisor run --help' list what there is",
+        first_paragraph(message)
+    )
+}
+
+fn first_paragraph(message: &str) -> String {
     let message = message.strip_prefix("error: ").unwrap_or(message);
     let paragraph: Vec<&str> = message
         .lines()
         .map(str::trim)
         .take_while(|line| !line.is_empty())
         .collect();
-    format!(
-        "{}; 'rvisor --help' and 'rvisor run --help' list what there is",
-        paragraph.join(" ")
-    )
+    paragraph.join(" ")
+}
+
+/// The options of `rvisor run` as clap knows them, for words that do not come from the command line.
+#[must_use]
+pub fn run_command() -> clap::Command {
+    RunOptions::augment_args(clap::Command::new("run"))
+}
+
+/// What is wrong with such words, on one line.
+#[must_use]
+pub fn paragraph(error: &clap::Error) -> String {
+    first_paragraph(&error.to_string())
 }
 
 #[cfg(test)]
@@ -190,7 +319,7 @@ mod tests {
             .command
         {
             Command::Run(options) => options,
-            Command::Check(_) => unreachable!("the word was run"),
+            other => unreachable!("the word was run: {other:?}"),
         }
     }
 

@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! The guest's console: standard input to its serial port, its output to standard output, and the keys and
-//! signals that end it. One thread does it.
+//! signals that end it. One thread does it. Clients that are attached over the machine's socket share it.
 
+mod attach;
 mod escape;
+mod hub;
 mod output;
 mod terminal;
 mod wake;
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +27,9 @@ use crate::devices::{lock, serial_failed, Ports};
 use crate::error::{failed, Error, Result};
 use crate::machine::Control;
 use crate::outcome::Outcome;
+pub use attach::attach;
 use escape::{Escape, Key};
+pub use hub::{Hub, SCROLLBACK};
 pub use output::Output;
 pub use terminal::Raw;
 pub use wake::Wake;
@@ -62,10 +66,21 @@ impl Signals {
         Ok(Self { last, pipe })
     }
 
-    fn received(&self) -> Option<u8> {
-        u8::try_from(self.last.load(Ordering::SeqCst))
+    /// The last signal that came since the last look.
+    #[must_use]
+    pub fn take(&self) -> Option<u8> {
+        // The pipe says no more than that there is one: what is written later is about a later one.
+        let _ = rustix::io::read(&self.pipe, &mut [0_u8; 64]);
+        u8::try_from(self.last.swap(0, Ordering::SeqCst))
             .ok()
             .filter(|signal| *signal != 0)
+    }
+}
+
+impl AsFd for Signals {
+    /// Can be read where there is a signal.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
     }
 }
 
@@ -73,6 +88,8 @@ impl Signals {
 pub struct Console {
     /// Where output waits.
     pub output: Output,
+    /// The clients that are attached.
+    pub hub: Hub,
     /// Wakes the thread: output waits, input is wanted, or the guest has ended.
     pub wake: Wake,
     /// Signals that end the guest.
@@ -104,7 +121,7 @@ impl Console {
             };
             let stdin_ready = self.wait(input.wanted(), timeout)?;
             self.output.set_asleep(false);
-            if let Some(signal) = self.signals.received() {
+            if let Some(signal) = self.signals.take() {
                 self.control.end(Outcome::Signal(signal));
             }
             if self.control.ended() {
@@ -115,6 +132,9 @@ impl Console {
             }
             if stdin_ready {
                 self.read_keys(&mut input)?;
+            }
+            if input.waiting.is_empty() {
+                self.hub.take_typed(&mut input.waiting);
             }
             input.hand_over(ports)?;
             // Behind the byte that it was woken for more will follow: they get their time first.
@@ -132,7 +152,7 @@ impl Console {
         let stdin = stdin();
         let mut fds = vec![
             PollFd::new(&self.wake, PollFlags::IN),
-            PollFd::from_borrowed_fd(self.signals.pipe.as_fd(), PollFlags::IN),
+            PollFd::new(&self.signals, PollFlags::IN),
         ];
         if read_stdin {
             fds.push(PollFd::new(&stdin, PollFlags::IN));
@@ -180,7 +200,7 @@ impl Console {
                     io::Write::write_all(&mut output, KEYS)
                         .map_err(failed("writing the console"))?;
                 }
-                Key::Nothing => {}
+                Key::Detach | Key::Nothing => {}
             }
         }
         Ok(())

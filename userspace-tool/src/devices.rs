@@ -8,16 +8,17 @@ pub mod power;
 pub mod serial;
 pub mod virtio;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kvm_ioctls::VmFd;
 use vm_superio::{I8042Device, Trigger};
 
-use crate::error::{Error, Result};
+use crate::error::{failed, Error, Result};
 use crate::machine::Control;
 use crate::outcome::Outcome;
 use cmos::Cmos;
 use debug::Debug;
-use power::Power;
+use power::{Power, SCI};
 use serial::Serial;
 
 /// The keyboard controller's ports: data 0x60, command 0x64. The hypervisor's PIT has 0x61 between them.
@@ -53,12 +54,19 @@ pub struct Ports {
     debug: Option<Debug>,
     power: Mutex<Power>,
     i8042: Mutex<I8042Device<ResetLine>>,
+    vm: Arc<VmFd>,
 }
 
 impl Ports {
-    /// The ports of a machine that `control` ends, with those devices.
+    /// The ports of a machine that `control` ends, with those devices; their interrupts go to `vm`.
     #[must_use]
-    pub fn new(control: Control, serial: Serial, cmos: Cmos, debug: Option<Debug>) -> Self {
+    pub fn new(
+        control: Control,
+        vm: Arc<VmFd>,
+        serial: Serial,
+        cmos: Cmos,
+        debug: Option<Debug>,
+    ) -> Self {
         Self {
             serial: Mutex::new(serial),
             cmos: Mutex::new(cmos),
@@ -66,7 +74,30 @@ impl Ports {
             power: Mutex::new(Power::default()),
             i8042: Mutex::new(I8042Device::new(ResetLine(control.clone()))),
             control,
+            vm,
         }
+    }
+
+    /// Presses the power button.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Call`] where its interrupt can't be raised.
+    pub fn press_power_button(&self) -> Result<()> {
+        self.with_power(Power::press_button)
+    }
+
+    /// Does something with ACPI's registers; the interrupt follows them.
+    fn with_power<T>(&self, work: impl FnOnce(&mut Power) -> T) -> Result<T> {
+        let mut power = lock(&self.power);
+        let before = power.interrupts();
+        let result = work(&mut power);
+        if power.interrupts() != before {
+            self.vm
+                .set_irq_line(SCI.into(), power.interrupts())
+                .map_err(failed("setting the interrupt of ACPI"))?;
+        }
+        Ok(result)
     }
 
     /// The guest writes `data` to `port`.
@@ -77,7 +108,7 @@ impl Ports {
     ///
     /// # Errors
     ///
-    /// [`Error::Call`] where the serial port can't raise its interrupt, or the console can't be written.
+    /// [`Error::Call`] where an interrupt can't be raised, or the console can't be written.
     pub fn write(&self, port: u16, data: &[u8]) -> Result<()> {
         if let Some(offset) = offset(port, serial::BASE, serial::PORTS) {
             let mut serial = lock(&self.serial);
@@ -106,7 +137,7 @@ impl Ports {
                 }
                 None
             }
-            _ => lock(&self.power).write(port, data),
+            _ => self.with_power(|power| power.write(port, data))?,
         };
         if let Some(outcome) = event {
             self.control.end(outcome);

@@ -2,28 +2,35 @@
 
 //! The guest's machine from its parts to its end.
 
+mod state;
+
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{mpsc, Arc};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{kvm_pit_config, KVM_PIT_SPEAKER_DUMMY};
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::signal::{register_signal_handler, Killable, SIGRTMIN};
 
 use crate::arguments::RunOptions;
 use crate::boot::Software;
-use crate::console::{Console, Output, Raw, Signals, Wake};
+use crate::console::{Console, Hub, Output, Raw, Signals, Wake};
+use crate::control::{Commands, Ended, Nothing, Server};
 use crate::cpuid::Template;
 use crate::devices::cmos::Cmos;
 use crate::devices::debug::Debug;
 use crate::devices::serial::{Drained, Line, Serial};
-use crate::devices::{virtio, Ports};
+use crate::devices::{lock, virtio, Ports};
 use crate::error::{failed, Error, Result};
+use crate::memory::Memory;
 use crate::outcome::Outcome;
+use crate::registry::{Claim, Name};
 use crate::vcpu::Vcpu;
-use crate::{hypervisor, layout, memory};
+use crate::{detach, hypervisor, layout, memory};
+pub use state::Control;
 
 /// How long a thread gets to leave the guest before it is asked again.
 const KICK_AGAIN: Duration = Duration::from_millis(1);
@@ -36,43 +43,6 @@ pub(crate) const NEEDED: [(Cap, &str); 4] = [
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
 ];
 
-/// Ends the guest, from any thread. The first to do so decides how it ended.
-#[derive(Clone)]
-pub struct Control(Arc<Ending>);
-
-struct Ending {
-    ended: AtomicBool,
-    first: mpsc::Sender<Outcome>,
-}
-
-impl Control {
-    /// A control, and where its first outcome comes out.
-    #[must_use]
-    pub fn new() -> (Self, mpsc::Receiver<Outcome>) {
-        let (first, outcomes) = mpsc::channel();
-        (
-            Self(Arc::new(Ending {
-                ended: AtomicBool::new(false),
-                first,
-            })),
-            outcomes,
-        )
-    }
-
-    /// Ends the guest.
-    pub fn end(&self, outcome: Outcome) {
-        self.0.ended.store(true, Ordering::SeqCst);
-        // Nobody listens any more when it has ended before.
-        let _ = self.0.first.send(outcome);
-    }
-
-    /// Whether the guest has ended.
-    #[must_use]
-    pub fn ended(&self) -> bool {
-        self.0.ended.load(Ordering::SeqCst)
-    }
-}
-
 /// Builds the guest's machine, runs it, and tells how it ended.
 ///
 /// # Errors
@@ -80,9 +50,13 @@ impl Control {
 /// [`Error::Input`] where the input is wrong, [`Error::Call`] where the host failed before the guest ran.
 pub fn run(options: &RunOptions) -> Result<Outcome> {
     // Everything that the device is not needed for comes first: it can be checked anywhere.
+    if options.detached {
+        detach::begin()?;
+    }
     hypervisor::check_cpus_early(options.cpus)?;
     let mut software = Software::open(options)?;
     memory::check_size(options.memory)?;
+    let claim = Claim::new(options.name.clone().unwrap_or_else(Name::of_this_process))?;
     let memory = memory::allocate(options.memory, software.rom_size())?;
     let devices = virtio::open(options)?;
     let start = software.load(&memory, options, devices.len())?;
@@ -93,10 +67,170 @@ pub fn run(options: &RunOptions) -> Result<Outcome> {
     memory::give(&vm, &memory)?;
     let cpuid = Template::new(&kvm, options.cpus)?;
     let vcpus = (0..options.cpus)
-        .map(|id| Vcpu::new(&vm, id, &cpuid, start))
+        .map(|id| Vcpu::new(&vm, id, &cpuid, start).map(Arc::new))
         .collect::<Result<Vec<_>>>()?;
     let bus = virtio::Bus::new(&vm, &memory, devices)?;
-    run_to_end(vm, vcpus, bus, options)
+    let parts = Parts {
+        vm,
+        memory,
+        vcpus,
+        bus,
+    };
+    run_to_end(claim, parts, options)
+}
+
+/// What a machine is made of.
+pub struct Parts {
+    /// Its VM.
+    pub vm: Arc<VmFd>,
+    /// Its memory.
+    pub memory: Memory,
+    /// Its CPUs.
+    pub vcpus: Vec<Arc<Vcpu>>,
+    /// Its virtio devices.
+    pub bus: virtio::Bus,
+}
+
+/// A machine that runs, as its commands reach it.
+pub struct Machine {
+    /// Its name.
+    pub name: Name,
+    /// What it was made by.
+    pub options: RunOptions,
+    /// Ends and pauses it.
+    pub control: Control,
+    /// What it is made of.
+    pub parts: Parts,
+    /// Its devices on I/O ports.
+    pub ports: Ports,
+    /// Its console's clients.
+    pub hub: Hub,
+    /// Held by whoever pauses it or has it go on.
+    pausing: Mutex<()>,
+    /// All its threads, until the guest has ended.
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Seconds since 1970.
+    started: u64,
+}
+
+/// What `status` answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// The machine's name.
+    pub name: Name,
+    /// The process that runs it.
+    pub pid: u32,
+    /// `running`, `paused` or `ended`.
+    pub state: String,
+    /// Why it is paused, where it is.
+    pub reason: Option<String>,
+    /// The number of its CPUs.
+    pub cpus: u32,
+    /// Its memory in bytes.
+    pub memory: u64,
+    /// The hypervisor's device.
+    pub device: PathBuf,
+    /// When it started, in seconds since the beginning of 1970.
+    pub started: u64,
+}
+
+impl Machine {
+    /// What is to be told about it.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let reason = self.control.pause_reason();
+        let state = match &reason {
+            _ if self.control.ended() => "ended",
+            Some(_) => "paused",
+            None => "running",
+        };
+        Status {
+            name: self.name.clone(),
+            pid: std::process::id(),
+            state: state.to_owned(),
+            reason,
+            cpus: self.options.cpus,
+            memory: self.options.memory,
+            device: self.options.device.clone(),
+            started: self.started,
+        }
+    }
+
+    /// Pauses the guest: comes back when no CPU runs it any more and its devices rest.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`] where the guest ends meanwhile.
+    pub fn pause(&self, reason: &str) -> Result<()> {
+        let _pausing = lock(&self.pausing);
+        if !self.control.paused() {
+            self.control.set_paused(reason);
+        }
+        // A signal can be lost as in `stop`.
+        while !self
+            .control
+            .await_parked(self.parts.vcpus.len(), KICK_AGAIN)
+        {
+            if self.control.ended() {
+                return Err(Error::input(
+                    format!("machine {} has ended", self.name),
+                    "start it again",
+                ));
+            }
+            for thread in lock(&self.threads).iter() {
+                // Fails only for a thread that has ended.
+                let _ = thread.kill(SIGRTMIN());
+            }
+        }
+        self.parts.bus.devices().for_each(|device| device.pause());
+        Ok(())
+    }
+
+    /// Has a paused guest go on.
+    pub fn resume(&self) {
+        let _pausing = lock(&self.pausing);
+        self.parts.bus.devices().for_each(|device| device.resume());
+        self.control.resume();
+    }
+
+    /// Adds the commands that every machine takes.
+    fn add_commands(self: &Arc<Self>, commands: &mut Commands) {
+        let machine = Arc::clone(self);
+        commands.add("status", move |_: Nothing| Ok(machine.status()));
+        let machine = Arc::clone(self);
+        commands.add("pause", move |_: Nothing| {
+            machine.pause("by 'rvisor pause'")?;
+            Ok(Nothing {})
+        });
+        let machine = Arc::clone(self);
+        commands.add("resume", move |_: Nothing| {
+            machine.resume();
+            Ok(Nothing {})
+        });
+        let machine = Arc::clone(self);
+        commands.add("kill", move |_: Nothing| {
+            machine.control.end(Outcome::Killed);
+            Ok(Nothing {})
+        });
+        let machine = Arc::clone(self);
+        commands.add("power-button", move |_: Nothing| {
+            if machine.control.paused() {
+                return Err(Error::input(
+                    format!(
+                        "machine {} is paused and hears no power button",
+                        machine.name
+                    ),
+                    "resume it before, or kill it",
+                ));
+            }
+            machine.ports.press_power_button()?;
+            Ok(Nothing {})
+        });
+        let machine = Arc::clone(self);
+        commands.add_stream("console", move |_: Nothing, client| {
+            machine.hub.attach(client)
+        });
+    }
 }
 
 /// Makes a VM with the interrupt controllers and the timer in the hypervisor.
@@ -135,62 +269,102 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd> {
 /// Does nothing: a signal with a handler makes KVM_RUN return, which is all that it is for.
 extern "C" fn kicked(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
-/// Runs the CPUs, the devices and the console until the guest has ended and all threads are gone.
-fn run_to_end(
-    vm: Arc<VmFd>,
-    vcpus: Vec<Vcpu>,
-    bus: virtio::Bus,
-    options: &RunOptions,
-) -> Result<Outcome> {
+/// Runs the CPUs, the devices, the console and the commands until the guest has ended and all its threads are gone.
+fn run_to_end(claim: Claim, parts: Parts, options: &RunOptions) -> Result<Outcome> {
     let (control, outcomes) = Control::new();
     let wake = Wake::new().map_err(failed("making an eventfd"))?;
-    let output = Output::new(wake.clone()).map_err(failed("opening the console"))?;
-    let serial = Serial::with_events(Line(vm), Drained(wake.clone()), output.clone());
-    let cmos = Cmos::new(options.memory, options.cpus);
-    // An operating system has no use for firmware's console.
-    let debug = options.firmware.as_ref().map(|_| Debug(output.clone()));
-    let ports = Arc::new(Ports::new(control.clone(), serial, cmos, debug));
+    let hub = Hub::new(wake.clone());
+    let output = Output::new(wake.clone(), hub.clone(), !options.detached)
+        .map_err(failed("opening the console"))?;
+    let ports = make_ports(&parts.vm, &control, &output, &wake, options);
+    let machine = Arc::new(Machine {
+        name: claim.name().clone(),
+        options: options.clone(),
+        control: control.clone(),
+        parts,
+        ports,
+        hub: hub.clone(),
+        pausing: Mutex::default(),
+        threads: Mutex::default(),
+        started: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |time| time.as_secs()),
+    });
+    // Parts of the machine add their commands here, before the server starts.
+    let mut commands = Commands::default();
+    machine.add_commands(&mut commands);
     register_signal_handler(SIGRTMIN(), kicked).map_err(failed("catching a signal"))?;
     // Caught before the terminal changes, so that no signal can leave it changed.
     let signals = Signals::catch()?;
+    let server = Server::start(claim.listen()?, commands)?;
     let raw = Raw::new().map_err(failed("setting the terminal"))?;
 
     let console = Console {
         output,
+        hub,
         wake: wake.clone(),
         signals,
         control: control.clone(),
     };
-    let mut threads = vec![spawn(&control, "console".to_owned(), {
-        let ports = Arc::clone(&ports);
-        move || console.run(&ports)
-    })];
-    for device in bus.devices() {
-        let (device, control) = (Arc::clone(device), control.clone());
-        let name = device.name().to_owned();
-        threads.push(spawn(&control.clone(), name, move || device.work(&control)));
-    }
-    for vcpu in vcpus {
-        let (vcpu_control, ports, bus) = (control.clone(), Arc::clone(&ports), bus.clone());
-        let name = format!("vcpu{}", vcpu.id());
-        threads.push(spawn(&control, name, move || {
-            vcpu.run(&ports, &bus, &vcpu_control)
-        }));
-    }
-    let mut started = Vec::new();
-    for thread in threads {
-        match thread {
-            Ok(thread) => started.push(thread),
-            Err(error) => control.end(Outcome::Host(error)),
-        }
+    let started = start_threads(&machine, console);
+    let started = started.and_then(|()| match options.detached {
+        true => detach::ready(&claim),
+        false => Ok(()),
+    });
+    if let Err(error) = started {
+        control.end(Outcome::Host(error));
     }
     // There always is one: each thread that ends for a reason of its own gives it, a panic included.
     let outcome = outcomes.recv().unwrap_or_else(|e| {
         Outcome::Host(Error::call("watching the guest", std::io::Error::other(e)))
     });
-    stop(started, &wake);
+    stop(std::mem::take(&mut lock(&machine.threads)), &wake);
     drop(raw);
+    // Whoever waits for the end may start one of the same name then.
+    drop(claim);
+    server.finish(Ended::from(&outcome));
     Ok(outcome)
+}
+
+fn make_ports(
+    vm: &Arc<VmFd>,
+    control: &Control,
+    output: &Output,
+    wake: &Wake,
+    options: &RunOptions,
+) -> Ports {
+    let line = Line(Arc::clone(vm));
+    let serial = Serial::with_events(line, Drained(wake.clone()), output.clone());
+    let cmos = Cmos::new(options.memory, options.cpus);
+    // An operating system has no use for firmware's console.
+    let debug = options.firmware.as_ref().map(|_| Debug(output.clone()));
+    Ports::new(control.clone(), Arc::clone(vm), serial, cmos, debug)
+}
+
+/// Starts the threads of the console, the devices and the CPUs, in that order.
+fn start_threads(machine: &Arc<Machine>, console: Console) -> Result<()> {
+    let start = |name: String, work: Box<dyn FnOnce(&Machine) -> Result<()> + Send>| {
+        let for_thread = Arc::clone(machine);
+        let thread = spawn(&machine.control, name, move || work(&for_thread))?;
+        lock(&machine.threads).push(thread);
+        Ok(())
+    };
+    start(
+        "console".to_owned(),
+        Box::new(move |machine| console.run(&machine.ports)),
+    )?;
+    for device in machine.parts.bus.devices() {
+        let (name, device) = (device.name().to_owned(), Arc::clone(device));
+        start(name, Box::new(move |machine| device.work(&machine.control)))?;
+    }
+    for vcpu in &machine.parts.vcpus {
+        let (name, vcpu) = (format!("vcpu{}", vcpu.id()), Arc::clone(vcpu));
+        start(
+            name,
+            Box::new(move |machine| vcpu.run(&machine.ports, &machine.parts.bus, &machine.control)),
+        )?;
+    }
+    Ok(())
 }
 
 /// Starts a thread whose failure or panic ends the guest.

@@ -19,6 +19,8 @@ pub enum Outcome {
     Stuck(String),
     /// The user typed Ctrl-A x.
     Quit,
+    /// A client of its socket ended it.
+    Killed,
     /// A signal told `rvisor` to end.
     Signal(u8),
     /// A call into the host failed while the guest ran.
@@ -33,6 +35,8 @@ pub const STATUS_CRASHED: u8 = 4;
 pub const STATUS_STUCK: u8 = 5;
 /// Exit status of [`Outcome::Quit`].
 pub const STATUS_QUIT: u8 = 6;
+/// Exit status of [`Outcome::Killed`].
+pub const STATUS_KILLED: u8 = 8;
 /// Exit status of [`Outcome::Signal`], less the signal's number: the shell's own convention.
 pub const STATUS_SIGNAL: u8 = 128;
 
@@ -46,6 +50,7 @@ impl Outcome {
             Self::Crashed(_) => STATUS_CRASHED,
             Self::Stuck(_) => STATUS_STUCK,
             Self::Quit => STATUS_QUIT,
+            Self::Killed => STATUS_KILLED,
             Self::Signal(number) => STATUS_SIGNAL.saturating_add(*number),
             Self::Host(_) => STATUS_HOST,
         }
@@ -60,6 +65,7 @@ impl fmt::Display for Outcome {
             Self::Crashed(registers) => write!(f, "the guest crashed: triple fault\n{registers}"),
             Self::Stuck(report) => write!(f, "the hypervisor can't go on with the guest: {report}"),
             Self::Quit => write!(f, "ended by Ctrl-A x"),
+            Self::Killed => write!(f, "ended by 'rvisor kill'"),
             Self::Signal(number) => write!(f, "ended by signal {number}"),
             Self::Host(error) => write!(f, "{error}"),
         }
@@ -79,6 +85,7 @@ mod tests {
             Outcome::Crashed(String::new()),
             Outcome::Stuck(String::new()),
             Outcome::Quit,
+            Outcome::Killed,
             Outcome::Signal(15),
             Outcome::Host(Error::input("", "")),
         ];

@@ -2,6 +2,8 @@
 
 //! One virtual CPU: its state at the start, and the loop that runs it.
 
+use std::sync::{Mutex, MutexGuard};
+
 use kvm_bindings::{
     kvm_msr_entry, Msrs, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
 };
@@ -10,7 +12,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use crate::boot::{entry, Start};
 use crate::cpuid::Template;
 use crate::devices::virtio::Bus;
-use crate::devices::Ports;
+use crate::devices::{lock, Ports};
 use crate::error::{failed, Error, Result};
 use crate::machine::Control;
 use crate::outcome::Outcome;
@@ -32,7 +34,8 @@ const DELIVER_NMI: u32 = 0x400;
 
 /// A virtual CPU.
 pub struct Vcpu {
-    fd: VcpuFd,
+    /// Its thread has it except while the CPU is parked.
+    fd: Mutex<VcpuFd>,
     id: u32,
 }
 
@@ -54,7 +57,10 @@ impl Vcpu {
                 wire_interrupts(&fd)?;
             }
         }
-        Ok(Self { fd, id })
+        Ok(Self {
+            fd: Mutex::new(fd),
+            id,
+        })
     }
 
     /// Its number.
@@ -63,14 +69,23 @@ impl Vcpu {
         self.id
     }
 
+    /// Its descriptor, for the thread of the CPU, and for others while it is parked.
+    pub(crate) fn fd(&self) -> MutexGuard<'_, VcpuFd> {
+        lock(&self.fd)
+    }
+
     /// Runs it until the guest has ended.
     ///
     /// # Errors
     ///
     /// [`Error::Call`] where a device fails.
-    pub fn run(mut self, ports: &Ports, bus: &Bus, control: &Control) -> Result<()> {
+    pub fn run(&self, ports: &Ports, bus: &Bus, control: &Control) -> Result<()> {
+        let mut fd = self.fd();
         while !control.ended() {
-            let what = match self.fd.run() {
+            // Where it is to park, it finishes the instruction that it left the guest in and comes back.
+            let paused = control.paused();
+            fd.set_kvm_immediate_exit(u8::from(paused));
+            let what = match fd.run() {
                 Ok(VcpuExit::IoOut(port, data)) => {
                     ports.write(port, data)?;
                     continue;
@@ -87,7 +102,10 @@ impl Vcpu {
                     bus.write(address, data);
                     continue;
                 }
-                Ok(VcpuExit::Intr) => continue,
+                Ok(VcpuExit::Intr) => {
+                    fd = self.park_if(paused, fd, control);
+                    continue;
+                }
                 Ok(VcpuExit::Shutdown) => What::Crash,
                 Ok(VcpuExit::SystemEvent(kind, _)) => What::Event(kind),
                 Ok(VcpuExit::FailEntry(reason, cpu)) => What::Stuck(format!(
@@ -97,32 +115,49 @@ impl Vcpu {
                 Ok(exit) => What::Stuck(format!("an exit that nobody asked for: {exit:?}")),
                 Err(error) => match error.errno() {
                     // A signal; or a CPU that waited for the first one has become ready to run.
-                    libc::EINTR | libc::EAGAIN => continue,
+                    libc::EINTR | libc::EAGAIN => {
+                        fd = self.park_if(paused, fd, control);
+                        continue;
+                    }
                     _ => What::Stuck(format!("KVM_RUN: {error}")),
                 },
             };
-            control.end(self.ending(what));
+            control.end(self.ending(&mut fd, what));
         }
         Ok(())
     }
 
-    fn ending(&mut self, what: What) -> Outcome {
+    fn park_if<'a>(
+        &'a self,
+        paused: bool,
+        fd: MutexGuard<'a, VcpuFd>,
+        control: &Control,
+    ) -> MutexGuard<'a, VcpuFd> {
+        if !paused {
+            return fd;
+        }
+        drop(fd);
+        control.park();
+        self.fd()
+    }
+
+    fn ending(&self, fd: &mut VcpuFd, what: What) -> Outcome {
         let cpu = format!("CPU {}", self.id);
         match what {
-            What::Crash => Outcome::Crashed(format!("{cpu}: {}", registers::report(&self.fd))),
+            What::Crash => Outcome::Crashed(format!("{cpu}: {}", registers::report(fd))),
             What::Event(KVM_SYSTEM_EVENT_SHUTDOWN) => Outcome::PoweredOff,
             What::Event(KVM_SYSTEM_EVENT_RESET) => Outcome::Rebooted,
             What::Event(KVM_SYSTEM_EVENT_CRASH) => Outcome::Stuck(format!(
                 "it reported a crash of its own\n{cpu}: {}",
-                registers::report(&self.fd)
+                registers::report(fd)
             )),
             What::Event(kind) => Outcome::Stuck(format!("it reported an unknown event, {kind}")),
             What::InternalError => {
-                let reason = registers::internal_error(self.fd.get_kvm_run());
-                Outcome::Stuck(format!("{reason}\n{cpu}: {}", registers::report(&self.fd)))
+                let reason = registers::internal_error(fd.get_kvm_run());
+                Outcome::Stuck(format!("{reason}\n{cpu}: {}", registers::report(fd)))
             }
             What::Stuck(reason) => {
-                Outcome::Stuck(format!("{reason}\n{cpu}: {}", registers::report(&self.fd)))
+                Outcome::Stuck(format!("{reason}\n{cpu}: {}", registers::report(fd)))
             }
         }
     }

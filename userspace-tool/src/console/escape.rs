@@ -12,6 +12,8 @@ pub(super) enum Key {
     Guest(u8),
     /// End the guest.
     Quit,
+    /// Leave the console and let the guest run.
+    Detach,
     /// Show the keys.
     Help,
     /// Nothing: the first half of a key, or an unknown one.
@@ -39,6 +41,7 @@ impl Escape {
         match byte {
             ESCAPE => Key::Guest(ESCAPE),
             b'x' | b'X' => Key::Quit,
+            b'd' | b'D' => Key::Detach,
             b'h' | b'H' | b'?' => Key::Help,
             _ => Key::Nothing,
         }
@@ -64,6 +67,7 @@ mod tests {
     #[test]
     fn the_keys_after_ctrl_a() {
         assert_eq!(keys(b"\x01x"), [Key::Nothing, Key::Quit]);
+        assert_eq!(keys(b"\x01d"), [Key::Nothing, Key::Detach]);
         assert_eq!(keys(b"\x01h"), [Key::Nothing, Key::Help]);
         assert_eq!(keys(b"\x01\x01"), [Key::Nothing, Key::Guest(1)]);
     }

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::Wake;
+use super::{Hub, Wake};
 use crate::devices::lock;
 
 /// How long a byte may wait.
@@ -26,7 +26,9 @@ struct Shared {
     /// The console's thread sleeps and must be woken for output.
     asleep: AtomicBool,
     wake: Wake,
-    file: File,
+    hub: Hub,
+    /// Standard output; none where the machine runs detached.
+    file: Option<File>,
 }
 
 /// A handle of the output.
@@ -34,18 +36,20 @@ struct Shared {
 pub struct Output(Arc<Shared>);
 
 impl Output {
-    /// Writes to standard output; `wake` wakes the console's thread.
+    /// Writes to the clients of `hub`, and to standard output where `here`; `wake` wakes the console's thread.
     ///
     /// # Errors
     ///
     /// No more file descriptors can be had.
-    pub fn new(wake: Wake) -> io::Result<Self> {
+    pub fn new(wake: Wake, hub: Hub, here: bool) -> io::Result<Self> {
         // A duplicate of our own: the standard library's handle would look for lines once more.
-        let file = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+        let own = || io::stdout().as_fd().try_clone_to_owned().map(File::from);
+        let file = here.then(own).transpose()?;
         Ok(Self(Arc::new(Shared {
             waiting: Mutex::new(Vec::with_capacity(MOST)),
             asleep: AtomicBool::new(false),
             wake,
+            hub,
             file,
         })))
     }
@@ -74,9 +78,10 @@ impl Output {
         if waiting.is_empty() {
             return Ok(false);
         }
-        let result = write_all(&self.0.file, waiting);
+        self.0.hub.write(waiting);
+        let result = self.0.file.as_ref().map(|file| write_all(file, waiting));
         waiting.clear();
-        result.map(|()| true)
+        result.transpose().map(|_| true)
     }
 }
 

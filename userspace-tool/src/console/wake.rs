@@ -32,7 +32,7 @@ impl Wake {
     }
 
     /// Forgets all wakes until now.
-    pub(super) fn clear(&self) {
+    pub fn clear(&self) {
         // Fails only where there was none.
         let _ = rustix::io::read(&*self.0, &mut [0_u8; 8]);
     }

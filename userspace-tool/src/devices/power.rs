@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::outcome::Outcome;
 
-/// PM1a event block: status, then enable, 2 bytes each. No event ever comes.
+/// PM1a event block: status, then enable, 2 bytes each. The power button is the only event that comes.
 pub const PM1A_EVENT: u16 = 0x600;
 /// Its size.
 pub const PM1A_EVENT_SIZE: u16 = 4;
@@ -27,6 +27,11 @@ pub const RESET: u16 = 0xcf9;
 /// What resets the machine when written there: a full reset of the CPU.
 pub const RESET_VALUE: u8 = 0x06;
 
+/// The interrupt of ACPI events, level-triggered.
+pub const SCI: u8 = 9;
+
+/// PM1 status and enable: the power button.
+const POWER_BUTTON: u16 = 1 << 8;
 const PM1A_ENABLE: u16 = PM1A_EVENT + 2;
 /// PM1 control: ACPI is on (SCI_EN); sleep type; enter the sleep state.
 const SCI_ENABLE: u16 = 1;
@@ -39,6 +44,7 @@ const RESET_CPU: u8 = 1 << 2;
 #[derive(Debug)]
 pub struct Power {
     started: Instant,
+    status: u16,
     enable: u16,
     control: u16,
     reset: u8,
@@ -48,6 +54,7 @@ impl Default for Power {
     fn default() -> Self {
         Self {
             started: Instant::now(),
+            status: 0,
             enable: 0,
             control: 0,
             reset: 0,
@@ -63,6 +70,17 @@ fn pm_timer(elapsed: Duration) -> u32 {
 }
 
 impl Power {
+    /// Somebody presses the power button.
+    pub fn press_button(&mut self) {
+        self.status |= POWER_BUTTON;
+    }
+
+    /// Whether the guest is to be interrupted, as long as it is.
+    #[must_use]
+    pub fn interrupts(&self) -> bool {
+        self.status & self.enable != 0
+    }
+
     /// A write; says where it ends the guest. Ports that are not here take it and forget it.
     pub fn write(&mut self, port: u16, data: &[u8]) -> Option<Outcome> {
         // A wider access reaches the registers behind the first one byte for byte.
@@ -76,7 +94,10 @@ impl Power {
     fn write_byte(&mut self, port: u16, byte: u8) -> Option<Outcome> {
         const CONTROL_HIGH: u16 = PM1A_CONTROL + 1;
         const ENABLE_HIGH: u16 = PM1A_ENABLE + 1;
+        const STATUS_HIGH: u16 = PM1A_EVENT + 1;
         match port {
+            // A bit is cleared by writing it.
+            STATUS_HIGH => self.status &= !(u16::from(byte) << 8),
             PM1A_ENABLE => self.enable = self.enable & 0xff00 | u16::from(byte),
             ENABLE_HIGH => self.enable = self.enable & 0x00ff | (u16::from(byte) << 8),
             PM1A_CONTROL => self.control = self.control & 0xff00 | u16::from(byte),
@@ -109,7 +130,7 @@ impl Power {
         }
         for (port, byte) in (port..).zip(data) {
             let (register, base) = match port {
-                PM1A_EVENT..PM1A_ENABLE => (0, PM1A_EVENT),
+                PM1A_EVENT..PM1A_ENABLE => (self.status, PM1A_EVENT),
                 PM1A_ENABLE..PM1A_CONTROL => (self.enable, PM1A_ENABLE),
                 PM1A_CONTROL..=0x605 => (self.control | SCI_ENABLE, PM1A_CONTROL),
                 RESET => (u16::from(self.reset), RESET),
@@ -163,14 +184,27 @@ mod tests {
     }
 
     #[test]
-    fn no_event_is_pending() {
+    fn the_power_button_interrupts_until_it_is_acknowledged() {
         let mut power = Power::default();
+        let event = |power: &Power| {
+            let mut data = [0xff; 4];
+            power.read(PM1A_EVENT, &mut data);
+            u32::from_le_bytes(data)
+        };
         assert!(power
             .write(PM1A_EVENT, &0x0120_ffff_u32.to_le_bytes())
             .is_none());
-        let mut data = [0xff; 4];
-        power.read(PM1A_EVENT, &mut data);
-        assert_eq!(u32::from_le_bytes(data), 0x0120_0000);
+        assert_eq!((event(&power), power.interrupts()), (0x0120_0000, false));
+        power.press_button();
+        assert_eq!((event(&power), power.interrupts()), (0x0120_0100, true));
+        // Other bits acknowledge nothing.
+        power.write(PM1A_EVENT, &0xfeff_u16.to_le_bytes());
+        assert!(power.interrupts());
+        power.write(PM1A_ENABLE, &0_u16.to_le_bytes());
+        assert_eq!((event(&power), power.interrupts()), (0x0000_0100, false));
+        power.write(PM1A_ENABLE, &0x0100_u16.to_le_bytes());
+        power.write(PM1A_EVENT, &0x0100_u16.to_le_bytes());
+        assert_eq!((event(&power), power.interrupts()), (0x0100_0000, false));
     }
 
     #[test]

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The commands that are about machines which run already: `ps`, `stop`, `kill`, `pause` and `resume`.
+
+use std::io::{self, Write};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::process::{kill_process, Signal};
+use serde::Serialize;
+
+use crate::control::{Client, Ended, Nothing};
+use crate::error::{failed, Error, Result};
+use crate::machine::Status;
+use crate::outcome::STATUS_KILLED;
+use crate::registry::{self, Name};
+use crate::size;
+
+/// How long a machine that was told to end may take for it before its process is killed.
+const INSIST: Duration = Duration::from_secs(5);
+
+/// Prints a table of the machines that run, or an array of what each answers to `status`.
+///
+/// # Errors
+///
+/// [`Error::Call`] where the machines' folder or standard output fails.
+pub fn ps(json: bool) -> Result<()> {
+    let mut machines = Vec::new();
+    for name in registry::names()? {
+        // A machine that was killed, or that ends right now, is none.
+        let Some(stream) = registry::connect(&name)? else {
+            continue;
+        };
+        match Client::new(&name, stream).call("status", Nothing {}) {
+            Ok(status) => machines.push(status),
+            Err(error) if registry::connect(&name)?.is_some() => eprintln!("rvisor: {error}"),
+            Err(_) => {}
+        }
+    }
+    if json {
+        return print_json(&machines);
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    print(&table(&machines, now.map_or(0, |now| now.as_secs())))
+}
+
+/// The table, for a moment in seconds since 1970.
+fn table(machines: &[Status], now: u64) -> String {
+    let mut table = format!(
+        "{:<16} {:>7} {:<8} {:>4} {:>8} {:>9}  DEVICE\n",
+        "NAME", "PID", "STATE", "CPUS", "MEMORY", "UP"
+    );
+    for machine in machines {
+        let up = now.saturating_sub(machine.started);
+        let up = format!("{}:{:02}:{:02}", up / 3600, up / 60 % 60, up % 60);
+        table += &format!(
+            "{:<16} {:>7} {:<8} {:>4} {:>8} {up:>9}  {}\n",
+            machine.name,
+            machine.pid,
+            machine.state,
+            machine.cpus,
+            size::text(machine.memory),
+            machine.device.display(),
+        );
+    }
+    table
+}
+
+/// Prints a value as one line of JSON.
+///
+/// # Errors
+///
+/// [`Error::Call`] where standard output fails.
+pub fn print_json(value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string(value);
+    let text = text.map_err(|e| Error::call("writing JSON", io::Error::other(e)))?;
+    print(&(text + "\n"))
+}
+
+fn print(text: &str) -> Result<()> {
+    let mut stdout = io::stdout();
+    stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+        .map_err(failed("writing standard output"))
+}
+
+/// Presses the machine's power button and waits for its end; after `timeout` ends it. Returns how it ended.
+///
+/// # Errors
+///
+/// [`Error::Input`] where no such machine runs or it is paused, [`Error::Call`] where it can't be ended.
+pub fn stop(name: &Name, timeout: Duration) -> Result<Ended> {
+    let mut client = Client::connect(name)?;
+    let Nothing {} = client.call("power-button", Nothing {})?;
+    client.send("wait", Nothing {})?;
+    match client.receive(Some(timeout))? {
+        Some(ended) => Ok(ended),
+        None => {
+            eprintln!(
+                "rvisor: {name} did not switch itself off within {} s: ending it",
+                timeout.as_secs()
+            );
+            kill(name)
+        }
+    }
+}
+
+/// Ends the machine at once, with its process where that does not answer. Returns how it ended.
+///
+/// # Errors
+///
+/// [`Error::Input`] where no such machine runs, [`Error::Call`] where its process can't be killed.
+pub fn kill(name: &Name) -> Result<Ended> {
+    let mut end = Client::connect(name)?;
+    end.send("wait", Nothing {})?;
+    let mut client = Client::connect(name)?;
+    client.send("kill", Nothing {})?;
+    if let Some(ended) = end.receive(Some(INSIST))? {
+        return Ok(ended);
+    }
+    let process = end.process()?;
+    kill_process(process, Signal::KILL)
+        .map_err(|error| Error::call(format!("killing {name}"), io::Error::from(error)))?;
+    // Its end is that of the connection.
+    let _ = end.receive::<Ended>(Some(INSIST));
+    Ok(Ended {
+        outcome: "it did not answer: its process was killed".to_owned(),
+        status: STATUS_KILLED,
+    })
+}
+
+/// Gives the machine a command without arguments or answer: `pause`, `resume`.
+///
+/// # Errors
+///
+/// [`Error::Input`] where no such machine runs, or it can't do that now.
+pub fn tell(name: &Name, command: &str) -> Result<()> {
+    let Nothing {} = Client::connect(name)?.call(command, Nothing {})?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_has_a_line_for_each_machine() {
+        let status = Status {
+            name: "web".parse().expect("a name"),
+            pid: 4711,
+            state: "running".to_owned(),
+            reason: None,
+            cpus: 2,
+            memory: 512 << 20,
+            device: "/dev/rvisor".into(),
+            started: 1000,
+        };
+        assert_eq!(
+            table(&[status], 1000 + 3 * 3600 + 62),
+            "NAME                 PID STATE    CPUS   MEMORY        UP  DEVICE\n\
+             web                 4711 running     2  512 MiB   3:01:02  /dev/rvisor\n"
+        );
+    }
+}

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The other side of [`super::hub`]: this terminal on the console of a machine that another process runs.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::event::{poll, PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::stdio::stdin;
+
+use super::escape::{Escape, Key};
+use super::{Raw, Signals};
+use crate::control::{Client, Ended, Nothing};
+use crate::error::{failed, Error, Result};
+use crate::outcome::STATUS_SIGNAL;
+use crate::registry::Name;
+
+const KEYS: &[u8] =
+    b"\r\nrvisor: Ctrl-A d leaves the console, Ctrl-A x ends the guest, Ctrl-A h shows this, \
+Ctrl-A Ctrl-A sends Ctrl-A\r\n";
+/// How long a machine whose console has ended may take to say how.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+/// Joins this terminal to the console of the machine of that name until the user leaves it or the machine
+/// ends. Returns the exit status: 0, that of the machine, or that of a signal.
+///
+/// # Errors
+///
+/// [`Error::Input`] where no such machine runs, [`Error::Call`] where it or the terminal can't be reached.
+pub fn attach(name: &Name) -> Result<u8> {
+    let mut end = Client::connect(name)?;
+    end.send("wait", Nothing {})?;
+    let mut console = Client::connect(name)?;
+    let Nothing {} = console.call("console", Nothing {})?;
+    let stream = console.into_stream();
+    // What came right behind the answer.
+    show(stream.buffer())?;
+    let signals = Signals::catch()?;
+    let raw = Raw::new().map_err(failed("setting the terminal"))?;
+    let left = join(stream.get_ref(), &signals, name);
+    drop(raw);
+    match left? {
+        Left::Detached => {
+            eprintln!("rvisor: {name} runs on");
+            Ok(0)
+        }
+        Left::Signal(signal) => Ok(STATUS_SIGNAL.saturating_add(signal)),
+        Left::Closed => {
+            let ended: Option<Ended> = end.receive(Some(GOODBYE))?;
+            let ended = ended.ok_or_else(|| {
+                let why = io::Error::other(
+                    "it has closed this console, which took its output too slowly",
+                );
+                Error::call(format!("machine {name}"), why)
+            })?;
+            eprintln!("rvisor: {name}: {}", ended.outcome);
+            Ok(ended.status)
+        }
+    }
+}
+
+/// Why the console was left.
+enum Left {
+    Detached,
+    Signal(u8),
+    Closed,
+}
+
+fn join(mut stream: &UnixStream, signals: &Signals, name: &Name) -> Result<Left> {
+    let mut escape = Escape::default();
+    let mut input_open = true;
+    let stdin = stdin();
+    let mut bytes = [0; 4096];
+    stream
+        .set_read_timeout(None)
+        .map_err(failed("setting a socket"))?;
+    loop {
+        let mut fds = vec![
+            PollFd::new(signals, PollFlags::IN),
+            PollFd::new(stream, PollFlags::IN),
+        ];
+        if input_open {
+            fds.push(PollFd::new(&stdin, PollFlags::IN));
+        }
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(Error::call("waiting", io::Error::from(error))),
+        }
+        let [output, input] =
+            [1, 2].map(|at| fds.get(at).is_some_and(|fd| !fd.revents().is_empty()));
+        if let Some(signal) = signals.take() {
+            return Ok(Left::Signal(signal));
+        }
+        if output {
+            match stream.read(&mut bytes) {
+                Ok(0) | Err(_) => return Ok(Left::Closed),
+                Ok(count) => show(&bytes[..count])?,
+            }
+        }
+        if input {
+            match rustix::io::read(stdin, &mut bytes) {
+                Ok(count @ 1..) => match type_keys(&bytes[..count], &mut escape, stream, name)? {
+                    Some(left) => return Ok(left),
+                    None => continue,
+                },
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                // What is typed has ended; what is shown goes on.
+                Ok(0) | Err(_) => input_open = false,
+            }
+        }
+    }
+}
+
+/// Sends the guest its keys and does what the others are for.
+fn type_keys(
+    keys: &[u8],
+    escape: &mut Escape,
+    mut stream: &UnixStream,
+    name: &Name,
+) -> Result<Option<Left>> {
+    let mut guests = Vec::with_capacity(keys.len());
+    let mut left = None;
+    for key in keys {
+        match escape.feed(*key) {
+            Key::Guest(byte) => guests.push(byte),
+            Key::Detach => {
+                left = Some(Left::Detached);
+                break;
+            }
+            Key::Quit => {
+                let Nothing {} = Client::connect(name)?.call("kill", Nothing {})?;
+            }
+            Key::Help => show(KEYS)?,
+            Key::Nothing => {}
+        }
+    }
+    // A machine that is gone shows by the end of its output.
+    let _ = stream.write_all(&guests);
+    Ok(left)
+}
+
+fn show(bytes: &[u8]) -> Result<()> {
+    let mut stdout = io::stdout();
+    stdout
+        .write_all(bytes)
+        .and_then(|()| stdout.flush())
+        .map_err(failed("writing the console"))
+}

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: GPL-2.0
+
+use super::*;
+use std::sync::mpsc;
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Number {
+    number: u8,
+}
+
+/// A server with a command that doubles a number and a stream that sends back what it gets.
+fn server(folder: &std::path::Path) -> (Server, impl Fn() -> UnixStream) {
+    let path = folder.join("sock");
+    let listener = UnixListener::bind(&path).expect("a socket");
+    let mut commands = Commands::default();
+    commands.add("double", |Number { number }| {
+        let number = number.checked_mul(2);
+        number.ok_or_else(|| Error::input("too large", "give less"))
+    });
+    commands.add_stream("echo", |_: Nothing, mut client| {
+        let mut bytes = [0; 16];
+        while let Ok(count @ 1..) = client.read(&mut bytes) {
+            client
+                .write_all(&bytes[..count])
+                .map_err(failed("writing"))?;
+        }
+        Ok(())
+    });
+    let server = Server::start(listener, commands).expect("a server");
+    (server, move || {
+        UnixStream::connect(&path).expect("it listens")
+    })
+}
+
+fn client(stream: UnixStream) -> Client {
+    Client::new(&"test".parse().expect("a name"), stream)
+}
+
+/// Sends a line as it is and reads the answer.
+fn ask(mut stream: &UnixStream, line: &str) -> Value {
+    stream.write_all(line.as_bytes()).expect("sent");
+    let mut answer = String::new();
+    BufReader::new(stream)
+        .read_line(&mut answer)
+        .expect("an answer");
+    serde_json::from_str(&answer).expect("JSON")
+}
+
+fn ended() -> Ended {
+    Ended::from(&Outcome::PoweredOff)
+}
+
+#[test]
+fn commands_are_answered_in_turn() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (server, connect) = server(folder.path());
+    let mut client = client(connect());
+    for number in [1, 100] {
+        let doubled: u8 = client.call("double", Number { number }).expect("an answer");
+        assert_eq!(doubled, 2 * number);
+    }
+    let error = client
+        .call::<u8>("double", Number { number: 200 })
+        .expect_err("too large");
+    assert_eq!(
+        (error.to_string(), error.status()),
+        ("too large; give less".to_owned(), STATUS_INPUT)
+    );
+    server.finish(ended());
+}
+
+#[test]
+fn wrong_lines_are_answered_and_do_no_harm() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (server, connect) = server(folder.path());
+    let stream = connect();
+    for (line, words) in [
+        ("\n", "JSON"),
+        ("[1]\n", "JSON"),
+        ("{\"number\":1}\n", "names no command"),
+        ("{\"command\":7}\n", "names no command"),
+        ("{\"command\":\"sing\"}\n", "'sing'"),
+        ("{\"command\":\"double\"}\n", "missing field"),
+        (
+            "{\"command\":\"double\",\"number\":\"1\"}\n",
+            "invalid type",
+        ),
+        (
+            "{\"command\":\"double\",\"number\":1,\"more\":2}\n",
+            "unknown field",
+        ),
+        ("{\"command\":\"wait\",\"more\":2}\n", "unknown field"),
+    ] {
+        let answer = ask(&stream, line);
+        let cause = answer["error"]["cause"].as_str().expect("a cause");
+        assert!(cause.contains(words), "{line}: {answer}");
+        assert_eq!(answer["error"]["status"], 2);
+    }
+    assert_eq!(
+        ask(&stream, "{\"command\":\"double\",\"number\":1}\n"),
+        json!({"ok": 2})
+    );
+    server.finish(ended());
+}
+
+#[test]
+fn a_line_is_bounded() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (server, connect) = server(folder.path());
+    let stream = connect();
+    let answer = ask(&stream, &"x".repeat(LONGEST as usize));
+    let cause = answer["error"]["cause"].as_str().expect("a cause");
+    assert!(cause.contains("65536"), "{cause}");
+    assert_eq!((&stream).read(&mut [0]).expect("the end"), 0);
+    server.finish(ended());
+}
+
+#[test]
+fn clients_are_bounded_and_idle_ones_hold_up_nobody() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (server, connect) = server(folder.path());
+    let idle: Vec<UnixStream> = (1..CLIENTS).map(|_| connect()).collect();
+    // An answer says that the server has taken it, and so those before it.
+    let mut last = client(connect());
+    assert_eq!(
+        last.call::<u8>("double", Number { number: 3 })
+            .expect("an answer"),
+        6
+    );
+    let mut line = String::new();
+    BufReader::new(connect())
+        .read_line(&mut line)
+        .expect("a line");
+    assert!(line.contains("serves 32 clients"), "{line}");
+    // Once one has gone there is room; the server sees that soon.
+    drop(idle);
+    let served = (0..500).any(|_| {
+        thread::sleep(Duration::from_millis(10));
+        client(connect())
+            .call::<u8>("double", Number { number: 1 })
+            .is_ok()
+    });
+    assert!(served);
+    server.finish(ended());
+}
+
+#[test]
+fn who_waits_learns_of_the_end_and_a_stream_ends() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (server, connect) = server(folder.path());
+    let (told, tells) = mpsc::channel();
+    let mut waiting = client(connect());
+    let thread = thread::spawn(move || {
+        let sent = waiting.send("wait", Nothing {});
+        let ended: Result<Option<Ended>> = sent.and_then(|()| waiting.receive(None));
+        told.send(ended).expect("the test listens");
+    });
+    let mut streaming = client(connect());
+    let Nothing {} = streaming.call("echo", Nothing {}).expect("a stream");
+    let mut stream = streaming.into_stream();
+    stream.get_mut().write_all(b"hello").expect("sent");
+    let mut bytes = [0; 5];
+    stream.read_exact(&mut bytes).expect("sent back");
+    assert_eq!(&bytes, b"hello");
+    assert!(tells.recv_timeout(Duration::from_millis(50)).is_err());
+    server.finish(ended());
+    assert_eq!(stream.read(&mut bytes).expect("the end"), 0);
+    let ended = tells
+        .recv()
+        .expect("it was told")
+        .expect("no error")
+        .expect("an answer");
+    assert_eq!(ended.status, 0);
+    thread.join().expect("no panic");
+}
+
+#[test]
+fn a_client_that_waits_and_goes_leaves_its_place() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (server, connect) = server(folder.path());
+    for _ in 0..2 * CLIENTS {
+        let stream = connect();
+        (&stream)
+            .write_all(b"{\"command\":\"wait\"}\n")
+            .expect("sent");
+        drop(stream);
+        // The next one finds room as soon as the server has seen this one go.
+        let served = (0..500).any(|_| {
+            let done = client(connect())
+                .call::<u8>("double", Number { number: 1 })
+                .is_ok();
+            if !done {
+                thread::sleep(Duration::from_millis(10));
+            }
+            done
+        });
+        assert!(served);
+    }
+    server.finish(ended());
+}

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Machines that outlive the command that starts them: `--detach`.
+//!
+//! The command starts itself once more, as the machine's process, with a pipe for standard output. While that
+//! process has no guest, its errors go where the command's go. As soon as the guest runs it says its name on the
+//! pipe, and has let go of all that it had from the command: its session, its folder, its files.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use rustix::io::Errno;
+use rustix::process::setsid;
+use rustix::stdio::{dup2_stderr, dup2_stdout};
+
+use crate::error::{failed, Error, Result};
+use crate::registry::{Claim, Name};
+
+/// The option that `--detach` becomes for the machine's process.
+pub const DETACHED: &str = "--detached";
+
+/// Starts a machine with those words behind `rvisor`, in the folder `directory` where there is one. Returns when
+/// its guest runs, with its name, or with the exit status after it said why there is none.
+///
+/// # Errors
+///
+/// [`Error::Call`] where no process can be had, or it was killed.
+pub fn start(
+    words: &[OsString],
+    directory: Option<&Path>,
+) -> Result<std::result::Result<Name, u8>> {
+    let what = "starting the machine's process";
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("rvisor")
+        .args(words)
+        .arg(DETACHED)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    if let Some(directory) = directory.filter(|path| !path.as_os_str().is_empty()) {
+        command.current_dir(directory);
+    }
+    let mut child = command.spawn().map_err(failed(what))?;
+    let mut said = String::new();
+    if let Some(pipe) = child.stdout.as_mut() {
+        // One line: processes that the machine started may have the pipe for longer.
+        BufReader::new(pipe)
+            .read_line(&mut said)
+            .map_err(failed(what))?;
+    }
+    if let Ok(name) = said.trim_end().parse() {
+        return Ok(Ok(name));
+    }
+    let status = child.wait().map_err(failed(what))?;
+    match status.code().and_then(|code| u8::try_from(code).ok()) {
+        // It ends with its guest, which never ran.
+        Some(code) => Ok(Err(code.max(1))),
+        None => Err(Error::call(what, io::Error::other(status.to_string()))),
+    }
+}
+
+/// Makes this process nobody's but its own, in the beginning.
+///
+/// # Errors
+///
+/// [`Error::Call`] where the kernel refuses.
+pub fn begin() -> Result<()> {
+    match setsid() {
+        // It leads one already: it was started so.
+        Ok(_) | Err(Errno::PERM) => Ok(()),
+        Err(error) => Err(Error::call("making a session", io::Error::from(error))),
+    }
+}
+
+/// Tells whoever started this process that the guest runs, and lets go of what came from there.
+///
+/// # Errors
+///
+/// [`Error::Call`] where the log can't be made or nobody listens any more.
+pub fn ready(claim: &Claim) -> Result<()> {
+    let what = "letting go of the terminal";
+    let log = claim.log()?;
+    let null = File::options()
+        .write(true)
+        .open("/dev/null")
+        .map_err(failed(what))?;
+    rustix::process::chdir("/").map_err(|e| Error::call(what, io::Error::from(e)))?;
+    let mut stdout = io::stdout();
+    writeln!(stdout, "{}", claim.name())
+        .and_then(|()| stdout.flush())
+        .map_err(failed("telling that the guest runs"))?;
+    dup2_stderr(log)
+        .and_then(|()| dup2_stdout(null))
+        .map_err(|error| Error::call(what, io::Error::from(error)))
+}
+
+/// The words of this process's command line behind its name, for [`start`].
+#[must_use]
+pub fn words() -> Vec<OsString> {
+    std::env::args_os()
+        .skip(1)
+        .filter(|word| word != "--detach")
+        .collect()
+}

@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The machines that run: their names, and the folder with what they have for others.
+//!
+//! The folder is `rvisor` in `$XDG_RUNTIME_DIR`; without that variable `/run/rvisor` for root, and
+//! `/tmp/rvisor-UID` for others. It is its user's alone. A machine has there
+//!
+//! - `NAME.lock`, locked by flock(2) for as long as its process lives: the name is taken while it is,
+//! - `NAME.sock`, where it takes commands (see [`crate::control`]),
+//! - `NAME.log`, what it said on standard error since it runs detached. The next start begins it anew.
+//!
+//! A process that was killed leaves files behind and no lock, so the next start takes them over.
+
+use std::env;
+use std::fmt;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use rustix::fs::{flock, FlockOperation};
+use rustix::io::Errno;
+use rustix::process::geteuid;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// The longest name. With the folder before it, it must fit into a socket's address of 108 bytes.
+const LONGEST: usize = 32;
+/// How often a lock is tried whose file goes away meanwhile, as its owner ends.
+const TRIES: usize = 16;
+
+/// The name of a machine: letters, digits, `.`, `_` and `-`, the first one a letter or digit.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Name(String);
+
+impl Name {
+    /// The name of a machine that was given none: `machine-PID`.
+    #[must_use]
+    pub fn of_this_process() -> Self {
+        Self(format!("machine-{}", std::process::id()))
+    }
+}
+
+impl FromStr for Name {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let plain = |c: char| c.is_ascii_alphanumeric();
+        if text.starts_with(plain)
+            && text.len() <= LONGEST
+            && text.chars().all(|c| plain(c) || "._-".contains(c))
+        {
+            return Ok(Self(text.to_owned()));
+        }
+        Err(format!(
+            "a name has up to {LONGEST} letters, digits, '.', '_' and '-', and begins with a letter or digit"
+        ))
+    }
+}
+
+impl TryFrom<String> for Name {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Name> for String {
+    fn from(name: Name) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+/// The folder, made where it is not there.
+///
+/// # Errors
+///
+/// [`Error::Input`] where it can't be made, or is somebody else's.
+pub fn directory() -> Result<PathBuf> {
+    let uid = geteuid();
+    let path = match env::var_os("XDG_RUNTIME_DIR").filter(|value| !value.is_empty()) {
+        Some(runtime) => Path::new(&runtime).join("rvisor"),
+        None if uid.is_root() => PathBuf::from("/run/rvisor"),
+        None => PathBuf::from(format!("/tmp/rvisor-{}", uid.as_raw())),
+    };
+    let refused = |why: String| {
+        Error::input(
+            format!("the machines' folder {}: {why}", path.display()),
+            "have XDG_RUNTIME_DIR name a folder of this user's own",
+        )
+    };
+    match DirBuilder::new().recursive(true).mode(0o700).create(&path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(refused(error.to_string())),
+    }
+    let found = fs::symlink_metadata(&path).map_err(|e| refused(e.to_string()))?;
+    if !found.is_dir() || found.uid() != uid.as_raw() || found.mode() & 0o077 != 0 {
+        return Err(refused("it is no folder of this user's alone".to_owned()));
+    }
+    Ok(path)
+}
+
+/// A name that is this process's until this is dropped.
+#[derive(Debug)]
+pub struct Claim {
+    name: Name,
+    directory: PathBuf,
+    _lock: File,
+}
+
+impl Claim {
+    /// Takes the name.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`] where a machine that runs has it, or the folder is of no use.
+    pub fn new(name: Name) -> Result<Self> {
+        let directory = directory()?;
+        let path = directory.join(format!("{name}.lock"));
+        let refused = |error: io::Error| Error::call(format!("locking {}", path.display()), error);
+        for _ in 0..TRIES {
+            let lock = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&path)
+                .map_err(refused)?;
+            match flock(lock.as_fd(), FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => {
+                    return Err(Error::input(
+                        format!("a machine named {name} runs already"),
+                        format!("give another --name, or end that one by 'rvisor stop {name}'"),
+                    ))
+                }
+                Err(error) => return Err(refused(error.into())),
+            }
+            // Its owner may have removed it between the two calls: then the lock is on no file.
+            let locked = lock.metadata().map_err(refused)?.ino();
+            if fs::metadata(&path).is_ok_and(|found| found.ino() == locked) {
+                return Ok(Self {
+                    name,
+                    directory,
+                    _lock: lock,
+                });
+            }
+        }
+        Err(refused(io::Error::other("it keeps going away")))
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn name(&self) -> &Name {
+        &self.name
+    }
+
+    /// The socket on which the machine takes commands.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`] where the folder's path is too long for a socket, [`Error::Call`] where the kernel
+    /// refuses for another reason.
+    pub fn listen(&self) -> Result<UnixListener> {
+        let path = self.path("sock");
+        // One that a killed process left: nobody else can be at it while the lock is held.
+        let _ = fs::remove_file(&path);
+        UnixListener::bind(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidInput => Error::input(
+                format!("{} is too long for a socket's address", path.display()),
+                "give a shorter --name, or have XDG_RUNTIME_DIR name a shorter path",
+            ),
+            _ => Error::call(format!("making {}", path.display()), error),
+        })
+    }
+
+    /// A new file for what a detached machine says on standard error.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Call`] where it can't be made.
+    pub fn log(&self) -> Result<File> {
+        let path = self.path("log");
+        let _ = fs::remove_file(&path);
+        OpenOptions::new()
+            .append(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|error| Error::call(format!("making {}", path.display()), error))
+    }
+
+    fn path(&self, kind: &str) -> PathBuf {
+        self.directory.join(format!("{}.{kind}", self.name))
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // What can't be removed is taken over by the next one of the name.
+        let _ = fs::remove_file(self.path("sock"));
+        let _ = fs::remove_file(self.path("lock"));
+    }
+}
+
+/// The names of machines that run, or were killed, in their order.
+///
+/// # Errors
+///
+/// [`Error::Call`] where the folder can't be read.
+pub fn names() -> Result<Vec<Name>> {
+    let directory = directory()?;
+    let unreadable = |error| Error::call(format!("reading {}", directory.display()), error);
+    let mut names = Vec::new();
+    for entry in fs::read_dir(&directory).map_err(unreadable)? {
+        let file = entry.map_err(unreadable)?.file_name();
+        let name = file.to_str().and_then(|file| file.strip_suffix(".sock"));
+        names.extend(name.and_then(|name| name.parse::<Name>().ok()));
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Connects to the machine of that name; `None` where none runs.
+///
+/// # Errors
+///
+/// [`Error::Call`] where its socket can't be reached for another reason.
+pub fn connect(name: &Name) -> Result<Option<UnixStream>> {
+    match UnixStream::connect(directory()?.join(format!("{name}.sock"))) {
+        Ok(stream) => Ok(Some(stream)),
+        Err(error) => match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Ok(None),
+            _ => Err(Error::call(format!("reaching machine {name}"), error)),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_files_names() {
+        for good in ["a", "7", "web-1.example_x", &"x".repeat(LONGEST)] {
+            assert_eq!(good.parse::<Name>().map(String::from), Ok(good.to_owned()));
+        }
+        for bad in [
+            "",
+            ".",
+            "-a",
+            "a/b",
+            "a b",
+            "é",
+            "a\n",
+            &"x".repeat(LONGEST + 1),
+        ] {
+            assert!(bad.parse::<Name>().is_err(), "{bad:?}");
+        }
+    }
+}
