@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::error::STATUS_INPUT;
 use crate::registry::Name;
+use crate::sharing::Sharing;
 use crate::size;
 
 /// The device that rvisor's module offers.
@@ -56,6 +57,7 @@ Exit status:
   4    the guest crashed: a triple fault
   5    the hypervisor can't go on with the guest; its reason and the registers are shown
   6    the user ended it with Ctrl-A x
+  7    the machine reached its --memory-max
   8    'rvisor kill' ended it, or 'rvisor stop' after its patience
   129  SIGHUP, 130 SIGINT, 131 SIGQUIT, 143 SIGTERM ended it
 
@@ -134,7 +136,7 @@ struct Arguments {
 pub enum Command {
     /// Start a kernel or firmware as a guest
     #[command(long_about = RUN_LONG_ABOUT, after_long_help = RUN_AFTER_HELP)]
-    Run(RunOptions),
+    Run(Box<RunOptions>),
     /// Tell whether this host can run guests
     #[command(long_about = CHECK_LONG_ABOUT)]
     Check(CheckOptions),
@@ -236,6 +238,10 @@ pub struct RunOptions {
     /// This is the process that --detach made.
     #[arg(long, hide = true, conflicts_with = "detach")]
     pub detached: bool,
+
+    /// What it may take of the host.
+    #[command(flatten)]
+    pub sharing: Sharing,
 }
 
 impl RunOptions {
@@ -318,7 +324,7 @@ mod tests {
             .expect("these are right")
             .command
         {
-            Command::Run(options) => options,
+            Command::Run(options) => *options,
             other => unreachable!("the word was run: {other:?}"),
         }
     }

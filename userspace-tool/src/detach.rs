@@ -98,6 +98,19 @@ pub fn ready(claim: &Claim) -> Result<()> {
         .map_err(|error| Error::call(what, io::Error::from(error)))
 }
 
+/// Lets go of what came from the command, in a process that only waits for the machine's.
+///
+/// # Errors
+///
+/// [`Error::Call`] where the kernel refuses.
+pub fn let_go() -> Result<()> {
+    let what = "letting go of the terminal";
+    begin()?;
+    rustix::process::chdir("/").map_err(failed(what))?;
+    let null = File::options().write(true).open("/dev/null").map_err(failed(what))?;
+    dup2_stderr(&null).and_then(|()| dup2_stdout(&null)).map_err(failed(what))
+}
+
 /// The words of this process's command line behind its name, for [`start`].
 #[must_use]
 pub fn words() -> Vec<OsString> {

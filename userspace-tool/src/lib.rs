@@ -11,6 +11,7 @@
 pub mod acpi;
 pub mod arguments;
 pub mod boot;
+pub mod cgroup;
 pub mod check;
 pub mod client;
 pub mod console;
@@ -26,6 +27,8 @@ pub mod memory;
 pub mod outcome;
 pub mod registers;
 pub mod registry;
+pub mod sharing;
 pub mod size;
+pub mod supervisor;
 pub mod up;
 pub mod vcpu;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rvisor::arguments::{self, Command, RunOptions};
 use rvisor::error::{Error, Result};
-use rvisor::{check, client, console, detach, machine, up};
+use rvisor::{check, client, console, detach, machine, supervisor, up};
 
 fn main() -> ExitCode {
     let command = match arguments::parse() {
@@ -58,6 +58,9 @@ fn run(options: &RunOptions) -> Result<u8> {
             }
             Err(status) => status,
         });
+    }
+    if let Some(status) = supervisor::share(options)? {
+        return Ok(status);
     }
     let outcome = machine::run(options)?;
     eprintln!("rvisor: {outcome}");

@@ -37,6 +37,8 @@ pub const STATUS_STUCK: u8 = 5;
 pub const STATUS_QUIT: u8 = 6;
 /// Exit status of [`Outcome::Killed`].
 pub const STATUS_KILLED: u8 = 8;
+/// Exit status where the machine reached its limit of memory (`--memory-max`).
+pub const STATUS_MEMORY: u8 = 7;
 /// Exit status of [`Outcome::Signal`], less the signal's number: the shell's own convention.
 pub const STATUS_SIGNAL: u8 = 128;
 
@@ -90,8 +92,8 @@ mod tests {
             Outcome::Host(Error::input("", "")),
         ];
         let mut statuses: BTreeSet<u8> = all.iter().map(Outcome::status).collect();
-        statuses.insert(crate::error::STATUS_INPUT);
-        assert_eq!(statuses.len(), all.len() + 1);
+        statuses.extend([crate::error::STATUS_INPUT, STATUS_MEMORY]);
+        assert_eq!(statuses.len(), all.len() + 2);
     }
 
     #[test]

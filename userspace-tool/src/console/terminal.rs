@@ -20,16 +20,23 @@ impl Raw {
     ///
     /// What the terminal answers.
     pub fn new() -> io::Result<Self> {
-        if !isatty(stdin()) {
-            return Ok(Self { before: None });
+        let kept = Self::keep()?;
+        if let Some(before) = &kept.before {
+            let mut raw = before.clone();
+            raw.make_raw();
+            tcsetattr(stdin(), OptionalActions::Now, &raw)?;
         }
-        let before = tcgetattr(stdin())?;
-        let mut raw = before.clone();
-        raw.make_raw();
-        tcsetattr(stdin(), OptionalActions::Now, &raw)?;
-        Ok(Self {
-            before: Some(before),
-        })
+        Ok(kept)
+    }
+
+    /// Leaves the terminal as it is, and brings that back whatever others do to it meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// What the terminal answers.
+    pub fn keep() -> io::Result<Self> {
+        let before = isatty(stdin()).then(|| tcgetattr(stdin())).transpose()?;
+        Ok(Self { before })
     }
 }
 
