@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 
+use crate::devices::virtio::block::Format;
 use crate::error::STATUS_INPUT;
 use crate::registry::Name;
 use crate::sharing::Sharing;
@@ -36,6 +37,19 @@ into raw mode meanwhile, so that every key goes to the guest.
 
 Firmware starts where a PC's does, at the reset vector in real mode, and finds the sizes of memory and the \
 number of CPUs in the clock's memory. What it prints on the debug port, 0x402, comes out here too.";
+
+const DISK_LONG_HELP: &str = "\
+A disk for the guest, from a file or a block device; can be given several times. The first is /dev/vda in \
+a Linux guest, the next /dev/vdb, and so on. Behind the name, each after a comma:
+  format=raw     the file holds the disk byte for byte
+  format=qcow2   it is a qcow2 image, without a backing file
+  readonly       the guest can't write; several guests can share the disk
+  serial=TEXT    what the disk calls itself, at most 20 characters
+Without a format the file's first bytes tell. As a guest can write these, one whose disk was taken for raw \
+can't make a qcow2 image of it; format=raw lets it. A name can't have a comma.
+
+What the guest has flushed has reached the host's disk. Where the host's file system is full, the guest's \
+write waits until there is room again, and the guest with it.";
 
 const RUN_AFTER_HELP: &str = "\
 Keys, on the guest's console:
@@ -219,6 +233,10 @@ pub struct RunOptions {
     )]
     pub cmdline: String,
 
+    /// A disk for the guest, from a file or a block device; can be given several times
+    #[arg(long = "disk", value_name = "FILE[,OPTION...]", value_parser = Disk::parse, long_help = DISK_LONG_HELP)]
+    pub disks: Vec<Disk>,
+
     /// The guest's memory; K, M, G and T are powers of 1024
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size::parse)]
     pub memory: u64,
@@ -251,6 +269,53 @@ impl RunOptions {
         format!("{DEFAULT_COMMAND_LINE} {}", self.cmdline)
             .trim_end()
             .to_owned()
+    }
+}
+
+/// A disk of the guest's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Its file.
+    pub path: PathBuf,
+    /// How the file holds it; none where the file is to tell.
+    pub format: Option<Format>,
+    /// The guest can't write to it.
+    pub readonly: bool,
+    /// What it calls itself, at most 20 bytes.
+    pub serial: Option<String>,
+}
+
+impl Disk {
+    /// Reads `FILE[,format=raw|qcow2][,readonly][,serial=TEXT]`.
+    ///
+    /// # Errors
+    ///
+    /// The word that is wrong, and those that there are.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let mut words = text.split(',');
+        let mut disk = Self {
+            path: words.next().unwrap_or_default().into(),
+            format: None,
+            readonly: false,
+            serial: None,
+        };
+        for word in words {
+            match word.split_once('=').unwrap_or((word, "")) {
+                ("format", "raw") => disk.format = Some(Format::Raw),
+                ("format", "qcow2") => disk.format = Some(Format::Qcow2),
+                ("readonly", "") => disk.readonly = true,
+                ("serial", serial) if (1..=20).contains(&serial.len()) && serial.is_ascii() => {
+                    disk.serial = Some(serial.to_owned());
+                }
+                _ => {
+                    return Err(format!(
+                        "{word:?} is none of format=raw, format=qcow2, readonly and serial=TEXT \
+                         (at most 20 characters)"
+                    ))
+                }
+            }
+        }
+        Ok(disk)
     }
 }
 

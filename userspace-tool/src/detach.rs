@@ -107,8 +107,13 @@ pub fn let_go() -> Result<()> {
     let what = "letting go of the terminal";
     begin()?;
     rustix::process::chdir("/").map_err(failed(what))?;
-    let null = File::options().write(true).open("/dev/null").map_err(failed(what))?;
-    dup2_stderr(&null).and_then(|()| dup2_stdout(&null)).map_err(failed(what))
+    let null = File::options()
+        .write(true)
+        .open("/dev/null")
+        .map_err(failed(what))?;
+    dup2_stderr(&null)
+        .and_then(|()| dup2_stdout(&null))
+        .map_err(failed(what))
 }
 
 /// The words of this process's command line behind its name, for [`start`].

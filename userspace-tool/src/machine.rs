@@ -193,6 +193,16 @@ impl Machine {
         self.control.resume();
     }
 
+    /// A device can't go on before the user has done something: pauses the guest and says why.
+    fn stuck(&self, reason: &str) {
+        eprintln!(
+            "rvisor: {reason}; the machine is paused, 'rvisor resume {}' has it try again",
+            self.name
+        );
+        // Fails only where the guest ends.
+        let _ = self.pause(reason);
+    }
+
     /// Adds the commands that every machine takes.
     fn add_commands(self: &Arc<Self>, commands: &mut Commands) {
         let machine = Arc::clone(self);
@@ -341,9 +351,12 @@ fn make_ports(
     Ports::new(control.clone(), Arc::clone(vm), serial, cmos, debug)
 }
 
+/// What a thread of a machine does.
+type Work = Box<dyn FnOnce(&Machine) -> Result<()> + Send>;
+
 /// Starts the threads of the console, the devices and the CPUs, in that order.
 fn start_threads(machine: &Arc<Machine>, console: Console) -> Result<()> {
-    let start = |name: String, work: Box<dyn FnOnce(&Machine) -> Result<()> + Send>| {
+    let start = |name: String, work: Work| {
         let for_thread = Arc::clone(machine);
         let thread = spawn(&machine.control, name, move || work(&for_thread))?;
         lock(&machine.threads).push(thread);
@@ -355,7 +368,10 @@ fn start_threads(machine: &Arc<Machine>, console: Console) -> Result<()> {
     )?;
     for device in machine.parts.bus.devices() {
         let (name, device) = (device.name().to_owned(), Arc::clone(device));
-        start(name, Box::new(move |machine| device.work(&machine.control)))?;
+        start(
+            name,
+            Box::new(move |machine| device.work(&machine.control, |reason| machine.stuck(reason))),
+        )?;
     }
     for vcpu in &machine.parts.vcpus {
         let (name, vcpu) = (format!("vcpu{}", vcpu.id()), Arc::clone(vcpu));

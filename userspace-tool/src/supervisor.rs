@@ -62,12 +62,18 @@ pub fn share(options: &RunOptions) -> Result<Option<u8>> {
         .env(INSIDE, inside)
         .spawn()
         .map_err(failed("starting the machine's process"))?;
-    let let_go = if options.detached { detach::let_go() } else { Ok(()) };
+    let let_go = if options.detached {
+        detach::let_go()
+    } else {
+        Ok(())
+    };
     // A child that is not watched must not run on.
-    let status = let_go.and_then(|()| watch(&mut child, &signals)).inspect_err(|_| {
-        let _ = child.kill();
-        let _ = child.wait();
-    })?;
+    let status = let_go
+        .and_then(|()| watch(&mut child, &signals))
+        .inspect_err(|_| {
+            let _ = child.kill();
+            let _ = child.wait();
+        })?;
     let (Some(signal), None) = (status.signal(), status.code()) else {
         return Ok(status.code().map(|code| code as u8));
     };
@@ -93,7 +99,10 @@ fn say(options: &RunOptions, process: u32, text: &str) {
         let name = name.unwrap_or_else(|| format!("machine-{process}"));
         log = registry::directory()
             .and_then(|path| {
-                File::options().append(true).open(path.join(format!("{name}.log"))).map_err(failed("opening the log"))
+                File::options()
+                    .append(true)
+                    .open(path.join(format!("{name}.log")))
+                    .map_err(failed("opening the log"))
             })
             .ok();
     }

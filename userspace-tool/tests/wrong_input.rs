@@ -104,8 +104,8 @@ fn a_kernel_is_needed() {
 fn unknown_words_are_refused() {
     refused(&["start"], &["start", "--help"]);
     refused(
-        &["run", "--kernel", "k", "--disk", "d"],
-        &["--disk", "--help"],
+        &["run", "--kernel", "k", "--floppy", "d"],
+        &["--floppy", "--help"],
     );
     refused(&["check", "now"], &["now", "--help"]);
 }
@@ -412,4 +412,58 @@ fn check_fails_where_the_device_is_missing_and_says_what_to_do() {
         lines.next().is_some_and(|line| line.contains("next: ")),
         "{text}"
     );
+}
+
+/// `--disk` with `text` is refused with all of `words`.
+fn disk(text: &str, words: &[&str]) {
+    let files = Files::new();
+    run(&files.bzimage(MIB), &["--disk", text], words);
+}
+
+#[test]
+fn a_missing_disk_is_named() {
+    disk(
+        "/nowhere/d.img",
+        &["/nowhere/d.img", "there is no such file", "truncate"],
+    );
+}
+
+#[test]
+fn what_is_no_disk_is_refused() {
+    disk("/", &["--disk /", "neither a file nor a block device"]);
+    disk("/dev/null", &["/dev/null", "neither a file nor"]);
+    let files = Files::new();
+    let empty = files.write("empty", b"");
+    disk(empty.to_str().unwrap(), &["empty", "0 bytes", "truncate"]);
+    let odd = files.write("odd", &[1; 1000]);
+    disk(odd.to_str().unwrap(), &["odd", "1000 bytes"]);
+}
+
+#[test]
+fn a_damaged_image_is_refused() {
+    let files = Files::new();
+    let mut image = vec![0; 1 << 18];
+    image[..8].copy_from_slice(b"QFI\xfb\x00\x00\x00\x03");
+    let path = files.write("d.qcow2", &image);
+    let path = path.to_str().unwrap();
+    disk(path, &["d.qcow2", "damaged", "qemu-img check"]);
+    let text = files.write("text", &[b'x'; 4096]);
+    let text = format!("{},format=qcow2", text.display());
+    disk(&text, &["text", "is no qcow2 image"]);
+}
+
+#[test]
+fn unknown_words_of_a_disk_are_refused() {
+    disk("d,format=vmdk", &["format=vmdk", "format=qcow2"]);
+    disk("d,serial=123456789012345678901", &["serial=1234", "20"]);
+    disk("d,", &["format=raw"]);
+}
+
+#[test]
+fn more_disks_than_interrupts_are_refused() {
+    let files = Files::new();
+    let path = files.write("d.img", &[0; 512]);
+    let readonly = format!("{},readonly", path.display());
+    let many: Vec<&str> = (0..30).flat_map(|_| ["--disk", &readonly]).collect();
+    run(&files.bzimage(MIB), &many, &["virtio devices", "11"]);
 }

@@ -7,6 +7,7 @@
 //! guest through an irqfd, so that no CPU of the guest waits for input or output. [`Bus`] is the place of
 //! the register pages in the guest's physical addresses.
 
+pub mod block;
 pub mod mmio;
 mod rings;
 pub mod rng;
@@ -116,8 +117,12 @@ pub trait Device: Send {
 /// # Errors
 ///
 /// [`Error::Input`] where one can't be had.
-pub fn open(_options: &RunOptions) -> Result<Vec<Box<dyn Device>>> {
-    let devices: Vec<Box<dyn Device>> = vec![Box::new(rng::Rng)];
+pub fn open(options: &RunOptions) -> Result<Vec<Box<dyn Device>>> {
+    let mut devices: Vec<Box<dyn Device>> = Vec::new();
+    for disk in &options.disks {
+        devices.push(Box::new(block::Block::open(disk)?));
+    }
+    devices.push(Box::new(rng::Rng));
     let most = layout::VIRTIO_GSIS.len();
     if devices.len() > most {
         return Err(Error::input(

@@ -21,6 +21,7 @@ use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
 
+use super::rings::Finished;
 use super::{Device, Fault, Rings};
 use crate::devices::lock;
 use crate::error::{failed, Error, Result};
@@ -324,12 +325,13 @@ impl Transport {
         Ok(())
     }
 
-    /// The worker: serves the queues until the guest has ended, and closes the device.
+    /// The worker: serves the queues until the guest has ended, and closes the device. Calls `stuck` with the
+    /// reason, each time that it finds the device unable to go on before the user has done something.
     ///
     /// # Errors
     ///
     /// [`Error::Call`] where the host fails.
-    pub fn work(&self, control: &Control) -> Result<()> {
+    pub fn work(&self, control: &Control, stuck: impl Fn(&str)) -> Result<()> {
         let events = self
             .watch()
             .map_err(|error| Error::call("watching a device's queues", error))?;
@@ -346,7 +348,11 @@ impl Transport {
             if todo == 0 && retry.is_some() {
                 todo = EVERYTHING;
             }
-            (todo, retry) = self.serve(todo)?;
+            let finished = self.serve(todo)?;
+            (todo, retry) = (finished.again, finished.retry);
+            if let Some(reason) = finished.stuck {
+                stuck(&reason);
+            }
         }
         lock(&self.state).device.close()
     }
@@ -368,19 +374,18 @@ impl Transport {
         Ok(events)
     }
 
-    /// Serves the queues and the source that have a bit in `todo`. Returns those that want more at once, and
-    /// when to serve all.
+    /// Serves the queues and the source that have a bit in `todo`. Says what is to be done next.
     ///
     /// # Errors
     ///
     /// [`Error::Call`] where the host fails.
-    pub(super) fn serve(&self, todo: u64) -> Result<(u64, Option<Duration>)> {
+    pub(super) fn serve(&self, todo: u64) -> Result<Finished> {
         let mut guard = lock(&self.state);
         let state = &mut *guard;
         let status = self.status.load(Ordering::SeqCst);
         if state.paused || status & (DRIVER_OK | NEEDS_RESET) != DRIVER_OK {
             // Resuming and becoming ready wake the worker for everything.
-            return Ok((0, None));
+            return Ok(Finished::default());
         }
         let mut rings = Rings::new(&mut state.queues, &self.memory);
         let mut result = Ok(());
@@ -393,11 +398,11 @@ impl Transport {
             result = result.and_then(|()| state.device.ready(&mut rings));
         }
         match result.and_then(|()| rings.finish()) {
-            Ok((interrupt, again, retry)) => {
-                if interrupt {
+            Ok(finished) => {
+                if finished.interrupt {
                     self.raise(register::VIRTIO_MMIO_INT_VRING);
                 }
-                Ok((again, retry))
+                Ok(finished)
             }
             Err(Fault::Host(error)) => Err(error),
             Err(Fault::Guest(reason)) => {
@@ -409,7 +414,7 @@ impl Transport {
                         self.name
                     );
                 }
-                Ok((0, None))
+                Ok(Finished::default())
             }
         }
     }
@@ -567,3 +572,6 @@ impl SavedQueue {
         .ok()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -26,6 +26,20 @@ pub struct Rings<'a> {
     /// Queues with used chains that the driver was not told of, a bit each.
     used: u64,
     retry: Option<Duration>,
+    stuck: Option<String>,
+}
+
+#[derive(Default)]
+/// What is to be done when all calls of a device have ended.
+pub(super) struct Finished {
+    /// The driver is to be interrupted.
+    pub(super) interrupt: bool,
+    /// The queues that want another call, a bit each.
+    pub(super) again: u64,
+    /// When all queues want a call, whatever happens.
+    pub(super) retry: Option<Duration>,
+    /// Why the device can't go on before the user has done something.
+    pub(super) stuck: Option<String>,
 }
 
 impl<'a> Rings<'a> {
@@ -37,6 +51,7 @@ impl<'a> Rings<'a> {
             again: 0,
             used: 0,
             retry: None,
+            stuck: None,
         }
     }
 
@@ -100,24 +115,35 @@ impl<'a> Rings<'a> {
         self.retry = Some(self.retry.map_or(delay, |other| other.min(delay)));
     }
 
+    /// The device can't go on before the user has done what `reason` says: the guest is to be paused, and
+    /// all queues are processed again when it goes on, or after `delay`.
+    pub fn stuck(&mut self, delay: Duration, reason: String) {
+        self.retry_after(delay);
+        self.stuck = Some(reason);
+    }
+
     /// A call of the device has ended: the next one has a share of its own.
     pub(super) fn next_share(&mut self) {
         self.left = BATCH;
     }
 
-    /// All calls have ended: whether to interrupt the driver, the queues that want another call, and when to
-    /// call for all of them.
+    /// All calls have ended.
     ///
     /// # Errors
     ///
     /// A ring is none.
-    pub(super) fn finish(self) -> Result<(bool, u64, Option<Duration>), Fault> {
+    pub(super) fn finish(self) -> Result<Finished, Fault> {
         let mut interrupt = false;
         for (index, queue) in self.queues.iter_mut().enumerate() {
             if self.used & (1 << index) != 0 {
                 interrupt |= queue.needs_notification(self.memory)?;
             }
         }
-        Ok((interrupt, self.again, self.retry))
+        Ok(Finished {
+            interrupt,
+            again: self.again,
+            retry: self.retry,
+            stuck: self.stuck,
+        })
     }
 }

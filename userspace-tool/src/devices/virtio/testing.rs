@@ -122,8 +122,7 @@ impl Driver {
 
     /// Makes the chain that begins with `head` available, and does not kick.
     pub(crate) fn offer(&mut self, queue: usize, head: u16) {
-        self.write(register::VIRTIO_MMIO_QUEUE_SEL, queue as u32);
-        let size = self.read(register::VIRTIO_MMIO_QUEUE_NUM_MAX) as u16;
+        let size = self.queue_size(queue);
         let place = available(queue) + 4 + 2 * u64::from(self.next[queue] % size);
         self.memory.write_obj(head, GuestAddress(place)).unwrap();
         self.next[queue] = self.next[queue].wrapping_add(1);
@@ -135,7 +134,7 @@ impl Driver {
     pub(crate) fn serve(&self, queue: usize) {
         let mut todo = 1 << queue;
         while todo != 0 {
-            (todo, _) = self.transport.serve(todo).unwrap();
+            todo = self.transport.serve(todo).unwrap().again;
         }
     }
 
@@ -148,6 +147,19 @@ impl Driver {
     /// device says that it wrote, and these bytes.
     pub(crate) fn request(&mut self, queue: usize, parts: &[&[u8]], length: u32) -> (u32, Vec<u8>) {
         let before = self.used(queue);
+        let address = self.put_request(queue, parts, length);
+        self.serve(queue);
+        assert_eq!(self.used(queue), before.wrapping_add(1), "not given back");
+        let element = used(queue) + 4 + 8 * u64::from(before % self.queue_size(queue));
+        let written: u32 = self.memory.read_obj(GuestAddress(element + 4)).unwrap();
+        let mut bytes = vec![0; length as usize];
+        let from = GuestAddress(address);
+        self.memory.read_slice(&mut bytes, from).unwrap();
+        (written, bytes)
+    }
+
+    /// Makes such a request available. Returns where its bytes will be written.
+    pub(crate) fn put_request(&mut self, queue: usize, parts: &[&[u8]], length: u32) -> u64 {
         let mut address = BUFFERS;
         let mut index = 0;
         for part in parts {
@@ -163,18 +175,10 @@ impl Driver {
             self.put_descriptor(queue, index, address, length, RING_FLAG_WRITE, 0);
         }
         self.offer(queue, 0);
-        self.serve(queue);
-        assert_eq!(self.used(queue), before.wrapping_add(1), "not given back");
-        let size = 1 << 15 >> (self.read_queue_size(queue).leading_zeros());
-        let element = used(queue) + 4 + 8 * u64::from(before % size);
-        let written: u32 = self.memory.read_obj(GuestAddress(element + 4)).unwrap();
-        let mut bytes = vec![0; length as usize];
-        let from = GuestAddress(address);
-        self.memory.read_slice(&mut bytes, from).unwrap();
-        (written, bytes)
+        address
     }
 
-    fn read_queue_size(&self, queue: usize) -> u16 {
+    fn queue_size(&self, queue: usize) -> u16 {
         self.write(register::VIRTIO_MMIO_QUEUE_SEL, queue as u32);
         self.read(register::VIRTIO_MMIO_QUEUE_NUM_MAX) as u16
     }

@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The block device (virtio 1.3, 5.2): a disk of the guest's in a file of the host's.
+
+mod image;
+
+use std::io::{self, Read, Write};
+use std::time::Duration;
+
+use virtio_bindings::virtio_blk as blk;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use virtio_queue::{Reader, Writer};
+use vm_memory::{ByteValued, Le32, Le64};
+
+use super::{Chain, Device, Fault, Rings};
+use crate::arguments::Disk;
+use crate::error::{Error, Result};
+pub use image::Format;
+use image::Image;
+
+/// The unit of the protocol, in bytes.
+pub const SECTOR: u64 = 512;
+/// The most segments of a request, and the most bytes of each.
+const SEGMENTS: u32 = 126;
+const SEGMENT_SIZE: u32 = 512 << 10;
+/// The most bytes of a request.
+const MOST: usize = SEGMENTS as usize * SEGMENT_SIZE as usize;
+/// The most ranges of a request that discards or zeroes, and the most sectors of one that is zeroed.
+const RANGES: u32 = 16;
+const ZEROES: u32 = 32 << 11;
+/// How much is on its way between the file and the guest's memory at once.
+const BUFFER: usize = 64 << 10;
+/// How long to wait before a write to a full disk is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Head of a request (5.2.6).
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Head {
+    kind: Le32,
+    reserved: Le32,
+    sector: Le64,
+}
+
+/// A range to discard or to fill with zeroes (5.2.6).
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Range {
+    sector: Le64,
+    count: Le32,
+    flags: Le32,
+}
+
+#[allow(unsafe_code)]
+// SAFETY: Integers alone, without padding: any bytes are a value.
+unsafe impl ByteValued for Head {}
+#[allow(unsafe_code)]
+// SAFETY: As above.
+unsafe impl ByteValued for Range {}
+
+/// A disk.
+pub struct Block {
+    image: Image,
+    serial: String,
+    buffer: Vec<u8>,
+    /// The driver does not flush: each write is made durable at once.
+    write_through: bool,
+    /// The host's error was said once.
+    told: bool,
+}
+
+/// Why a request was not done.
+enum Failure {
+    /// The driver is told this status.
+    Status(u32),
+    /// There is no room: it is tried again, and the driver is told nothing.
+    Full,
+    /// The host's error: the driver is told of an I/O error, and the user.
+    Host(io::Error),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full,
+            _ => Self::Host(error),
+        }
+    }
+}
+
+/// What a request should have and has not.
+const BROKEN: Failure = Failure::Status(blk::VIRTIO_BLK_S_IOERR);
+const UNSUPPORTED: Failure = Failure::Status(blk::VIRTIO_BLK_S_UNSUPP);
+
+type Done<T> = std::result::Result<T, Failure>;
+
+impl Block {
+    /// Opens the disk that the user named.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`] where it can't be opened, is in use or is damaged.
+    pub fn open(disk: &Disk) -> Result<Self> {
+        Ok(Self {
+            image: Image::open(disk)?,
+            serial: disk.serial.clone().unwrap_or_default(),
+            buffer: Vec::new(),
+            write_through: false,
+            told: false,
+        })
+    }
+
+    /// Does the request of a chain. Returns how many bytes went to `writer`.
+    fn serve(&mut self, reader: &mut Reader<'_>, writer: &mut Writer<'_>) -> Done<u32> {
+        let head: Head = reader.read_obj().map_err(|_| BROKEN)?;
+        let sector = head.sector.to_native();
+        match head.kind.to_native() {
+            blk::VIRTIO_BLK_T_IN => self.read(sector, writer)?,
+            blk::VIRTIO_BLK_T_OUT => {
+                self.write(sector, reader)?;
+                if self.write_through {
+                    self.image.flush()?;
+                }
+            }
+            blk::VIRTIO_BLK_T_FLUSH => self.image.flush()?,
+            blk::VIRTIO_BLK_T_GET_ID => {
+                let mut id = [0; blk::VIRTIO_BLK_ID_BYTES as usize];
+                let length = self.serial.len().min(id.len());
+                id[..length].copy_from_slice(&self.serial.as_bytes()[..length]);
+                writer.write_all(&id).map_err(|_| BROKEN)?;
+            }
+            kind @ (blk::VIRTIO_BLK_T_DISCARD | blk::VIRTIO_BLK_T_WRITE_ZEROES) => {
+                self.clear(kind == blk::VIRTIO_BLK_T_WRITE_ZEROES, reader)?;
+            }
+            _ => return Err(UNSUPPORTED),
+        }
+        Ok(writer.bytes_written() as u32)
+    }
+
+    /// Where the sectors from `sector` on lie whose data has `length` bytes.
+    fn place(&self, sector: u64, length: u64) -> Done<u64> {
+        let offset = sector.checked_mul(SECTOR).ok_or(BROKEN)?;
+        let end = offset.checked_add(length).ok_or(BROKEN)?;
+        if end > self.image.size() || length % SECTOR != 0 {
+            return Err(BROKEN);
+        }
+        Ok(offset)
+    }
+
+    fn read(&mut self, sector: u64, writer: &mut Writer<'_>) -> Done<()> {
+        let mut left = writer.available_bytes();
+        let mut offset = self.place(sector, left as u64)?;
+        if left > MOST {
+            return Err(BROKEN);
+        }
+        while left > 0 {
+            let count = left.min(BUFFER);
+            self.buffer.resize(BUFFER, 0);
+            self.image.read(&mut self.buffer[..count], offset)?;
+            writer
+                .write_all(&self.buffer[..count])
+                .map_err(|_| BROKEN)?;
+            left -= count;
+            offset += count as u64;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, sector: u64, reader: &mut Reader<'_>) -> Done<()> {
+        let mut left = reader.available_bytes();
+        let mut offset = self.place(sector, left as u64)?;
+        if left > MOST || self.image.readonly() {
+            return Err(BROKEN);
+        }
+        while left > 0 {
+            let count = left.min(BUFFER);
+            self.buffer.resize(BUFFER, 0);
+            reader
+                .read_exact(&mut self.buffer[..count])
+                .map_err(|_| BROKEN)?;
+            self.image.write(&self.buffer[..count], offset)?;
+            left -= count;
+            offset += count as u64;
+        }
+        Ok(())
+    }
+
+    /// Discards the ranges that `reader` has, or fills them with zeroes.
+    fn clear(&mut self, zero: bool, reader: &mut Reader<'_>) -> Done<()> {
+        let size = size_of::<Range>();
+        let count = reader.available_bytes() / size;
+        if reader.available_bytes() % size != 0 || count > RANGES as usize || self.image.readonly()
+        {
+            return Err(BROKEN);
+        }
+        for _ in 0..count {
+            let range: Range = reader.read_obj().map_err(|_| BROKEN)?;
+            let sectors = range.count.to_native();
+            let length = u64::from(sectors) * SECTOR;
+            let offset = self.place(range.sector.to_native(), length)?;
+            match (zero, range.flags.to_native()) {
+                (true, _) if sectors > ZEROES => return Err(BROKEN),
+                (true, flags @ 0..=blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP) => {
+                    self.image.zero(offset, length, flags != 0)?;
+                }
+                (false, 0) => self.image.discard(offset, length)?,
+                _ => return Err(UNSUPPORTED),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Device for Block {
+    fn id(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn name(&self) -> String {
+        format!("disk {}", self.image.path().display())
+    }
+
+    fn features(&self) -> u64 {
+        let mut features = 1 << blk::VIRTIO_BLK_F_SIZE_MAX
+            | 1 << blk::VIRTIO_BLK_F_SEG_MAX
+            | 1 << blk::VIRTIO_BLK_F_BLK_SIZE
+            | 1 << blk::VIRTIO_BLK_F_FLUSH;
+        features |= if self.image.readonly() {
+            1 << blk::VIRTIO_BLK_F_RO
+        } else {
+            1 << blk::VIRTIO_BLK_F_DISCARD | 1 << blk::VIRTIO_BLK_F_WRITE_ZEROES
+        };
+        features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[256]
+    }
+
+    /// `struct virtio_blk_config` (5.2.4) up to `write_zeroes_may_unmap`.
+    fn config(&self) -> Vec<u8> {
+        let mut config = vec![0; 60];
+        let mut put =
+            |at: usize, value: u32| config[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        let sectors = self.image.size() / SECTOR;
+        put(0, sectors as u32);
+        put(4, (sectors >> 32) as u32);
+        put(8, SEGMENT_SIZE);
+        put(12, SEGMENTS);
+        put(20, SECTOR as u32);
+        // Discarding: the most sectors, the most ranges, the alignment. Zeroing: the same, and unmapping.
+        put(36, u32::MAX);
+        put(40, RANGES);
+        put(44, 1);
+        put(48, ZEROES);
+        put(52, RANGES);
+        put(56, 1);
+        config
+    }
+
+    fn activate(&mut self, features: u64) {
+        self.write_through = features & (1 << blk::VIRTIO_BLK_F_FLUSH) == 0;
+    }
+
+    fn process(&mut self, queue: usize, rings: &mut Rings<'_>) -> std::result::Result<(), Fault> {
+        while let Some(chain) = rings.pop(queue)? {
+            let (mut reader, mut writer) = parts(&chain, rings)?;
+            // The status is the last byte.
+            let end = writer.available_bytes().saturating_sub(1);
+            let mut status_writer = writer.split_at(end)?;
+            let (status, written) = match self.serve(&mut reader, &mut writer) {
+                Ok(written) => (blk::VIRTIO_BLK_S_OK, written),
+                Err(Failure::Status(status)) => (status, 0),
+                Err(Failure::Full) => {
+                    rings.put_back(queue);
+                    rings.stuck(
+                        RETRY,
+                        format!("there is no room for {}; make some", self.name()),
+                    );
+                    return Ok(());
+                }
+                Err(Failure::Host(error)) => {
+                    if !std::mem::replace(&mut self.told, true) {
+                        eprintln!("rvisor: {}: {error}", self.name());
+                    }
+                    (blk::VIRTIO_BLK_S_IOERR, 0)
+                }
+            };
+            status_writer
+                .write_all(&[status as u8])
+                .map_err(|_| Fault::Guest("a request has no room for its status".into()))?;
+            rings.push(queue, &chain, written + 1)?;
+        }
+        Ok(())
+    }
+
+    fn close(&mut self) -> Result<()> {
+        let what = format!("writing the rest of {}", self.name());
+        self.image.close().map_err(|error| Error::call(what, error))
+    }
+}
+
+/// The parts of a chain that the device reads, and that it writes.
+fn parts<'a>(
+    chain: &Chain<'a>,
+    rings: &Rings<'a>,
+) -> std::result::Result<(Reader<'a>, Writer<'a>), Fault> {
+    let reader = chain.clone().reader(rings.memory())?;
+    Ok((reader, chain.clone().writer(rings.memory())?))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,355 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The file of a disk, raw or qcow2.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::path::{Path, PathBuf};
+
+use imago::format::drivers::FormatDriverInstance;
+use imago::qcow2::Qcow2;
+use imago::SyncFormatAccess;
+use rustix::fs::{fallocate, flock, FallocateFlags, FlockOperation};
+use rustix::io::Errno;
+
+use super::{BUFFER, SECTOR};
+use crate::arguments::Disk;
+use crate::error::{Error, Result};
+
+/// With these bytes a qcow2 file begins.
+const QCOW2_MAGIC: &[u8; 4] = b"QFI\xfb";
+
+/// How a file holds a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Byte for byte.
+    Raw,
+    /// QEMU's format.
+    Qcow2,
+}
+
+enum Access {
+    Raw(File),
+    Qcow2(Box<SyncFormatAccess<imago::file::File>>),
+}
+
+/// A disk's file, open and locked.
+pub(super) struct Image {
+    path: PathBuf,
+    access: Access,
+    size: u64,
+    readonly: bool,
+    /// The format was not named but guessed to be raw: then the guest must not make the file look like
+    /// another one, which the next start would read otherwise.
+    guessed_raw: bool,
+    /// A flush failed: what was written before may be lost, and no later flush can say otherwise.
+    broken: bool,
+}
+
+impl Image {
+    /// Opens and locks the file.
+    pub(super) fn open(disk: &Disk) -> Result<Self> {
+        let path = &disk.path;
+        let file = open_file(path, disk.readonly)?;
+        lock(&file, path, disk.readonly)?;
+        let broken = |error: io::Error| {
+            Error::input(
+                format!("--disk {} can't be read: {error}", path.display()),
+                "check the file",
+            )
+        };
+        let mut magic = [0; 4];
+        let qcow2 = match file.read_exact_at(&mut magic, 0) {
+            Ok(()) => &magic == QCOW2_MAGIC,
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => false,
+            Err(error) => return Err(broken(error)),
+        };
+        let found = if qcow2 { Format::Qcow2 } else { Format::Raw };
+        let (access, size) = match disk.format.unwrap_or(found) {
+            Format::Qcow2 if !qcow2 => {
+                return Err(Error::input(
+                    format!("--disk {} is no qcow2 image", path.display()),
+                    "leave format=qcow2 out, or name another file",
+                ))
+            }
+            Format::Qcow2 => open_qcow2(file, path, disk.readonly)?,
+            Format::Raw => {
+                let size = raw_size(&file).map_err(broken)?;
+                (Access::Raw(file), size)
+            }
+        };
+        if size == 0 || size % SECTOR != 0 {
+            return Err(Error::input(
+                format!(
+                    "--disk {} has {size} bytes, which are no disk of {SECTOR}-byte sectors",
+                    path.display()
+                ),
+                "give it a size, for example by 'truncate -s 1G FILE'",
+            ));
+        }
+        Ok(Self {
+            path: path.clone(),
+            guessed_raw: disk.format.is_none() && matches!(access, Access::Raw(_)),
+            access,
+            size,
+            readonly: disk.readonly,
+            broken: false,
+        })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The disk's size in bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub(super) fn readonly(&self) -> bool {
+        self.readonly
+    }
+
+    /// Reads from `offset` on; the caller has checked that all lies inside the disk, here and below.
+    pub(super) fn read(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        match &self.access {
+            Access::Raw(file) => file.read_exact_at(bytes, offset),
+            Access::Qcow2(image) => guarded(|| image.read(bytes, offset)),
+        }
+    }
+
+    pub(super) fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        if self.guessed_raw && offset == 0 && bytes.starts_with(QCOW2_MAGIC) {
+            return Err(io::Error::other(
+                "the guest wants to make a qcow2 image of it; format=raw lets it",
+            ));
+        }
+        #[cfg(test)]
+        if FULL.get() {
+            return Err(Errno::NOSPC.into());
+        }
+        match &self.access {
+            Access::Raw(file) => file.write_all_at(bytes, offset),
+            Access::Qcow2(image) => guarded(|| image.write(bytes, offset)),
+        }
+    }
+
+    /// Makes all that was written durable.
+    pub(super) fn flush(&mut self) -> io::Result<()> {
+        if self.broken {
+            return Err(io::Error::other("an earlier flush failed"));
+        }
+        let result = match &self.access {
+            Access::Raw(file) => file.sync_data(),
+            Access::Qcow2(image) => guarded(|| image.flush().and_then(|()| image.sync())),
+        };
+        self.broken = matches!(&result, Err(error)
+            if !matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded));
+        result
+    }
+
+    /// Gives the room of a range back, where that is possible. What is read there afterwards is anything.
+    pub(super) fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        match &self.access {
+            Access::Raw(file) => match punch(file, offset, length) {
+                Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
+                result => result,
+            },
+            // The library can't.
+            Access::Qcow2(_) => Ok(()),
+        }
+    }
+
+    /// Fills a range with zeroes, and with `unmap` gives its room back where that is possible.
+    pub(super) fn zero(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
+        if let (Access::Raw(file), true) = (&self.access, unmap) {
+            match punch(file, offset, length) {
+                Err(error) if error.kind() == ErrorKind::Unsupported => {}
+                result => return result,
+            }
+        }
+        let zeroes = vec![0; BUFFER];
+        let end = offset + length;
+        let mut at = offset;
+        while at < end {
+            let count = (end - at).min(BUFFER as u64);
+            self.write(&zeroes[..count as usize], at)?;
+            at += count;
+        }
+        Ok(())
+    }
+
+    /// Writes what the library still holds. A raw file has nothing of that kind.
+    pub(super) fn close(&mut self) -> io::Result<()> {
+        match &self.access {
+            Access::Qcow2(image) if !self.readonly => guarded(|| image.flush()),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+thread_local! {
+    /// The host's file system is full, for this thread's test.
+    pub(super) static FULL: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+fn open_file(path: &Path, readonly: bool) -> Result<File> {
+    let refuse = |cause: &str, next: &str| {
+        Err(Error::input(
+            format!("--disk {}: {cause}", path.display()),
+            next,
+        ))
+    };
+    let kind = match fs::metadata(path) {
+        Ok(metadata) => metadata.file_type(),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            return refuse(
+                "there is no such file",
+                "name another, or make one by 'truncate -s 1G FILE'",
+            )
+        }
+        Err(error) => return refuse(&error.to_string(), "check the path"),
+    };
+    if !kind.is_file() && !kind.is_block_device() {
+        return refuse("that is neither a file nor a block device", "name another");
+    }
+    // To a block device that is to say: nobody else may have it, no file system above all.
+    let flags = if kind.is_block_device() && !readonly {
+        libc::O_EXCL
+    } else {
+        0
+    };
+    let opened = OpenOptions::new()
+        .read(true)
+        .write(!readonly)
+        .custom_flags(flags | libc::O_CLOEXEC)
+        .open(path);
+    opened.or_else(|error| match error.kind() {
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem if !readonly => refuse(
+            &format!("it can't be written: {error}"),
+            "get the right to write it, or add ',readonly'",
+        ),
+        ErrorKind::PermissionDenied => refuse(&error.to_string(), "get the right to read it"),
+        ErrorKind::ResourceBusy => refuse("it is in use", "unmount it, or add ',readonly'"),
+        _ => refuse(&error.to_string(), "check the file"),
+    })
+}
+
+/// Locks the file, so that no two guests write to it, and none reads what another writes.
+fn lock(file: &File, path: &Path, readonly: bool) -> Result<()> {
+    let operation = if readonly {
+        FlockOperation::NonBlockingLockShared
+    } else {
+        FlockOperation::NonBlockingLockExclusive
+    };
+    match flock(file, operation) {
+        Ok(()) => Ok(()),
+        Err(Errno::AGAIN) => Err(Error::input(
+            format!("--disk {} is in use by another guest", path.display()),
+            "end that one, or give both ',readonly'",
+        )),
+        Err(error) => Err(Error::call(
+            format!("locking --disk {}", path.display()),
+            error,
+        )),
+    }
+}
+
+/// Calls the library, which panics over some damaged tables. It keeps no lock over that, and what it has in
+/// memory is no worse than the image.
+fn guarded<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| {
+        let text = "the image is damaged; 'qemu-img check' tells more";
+        Err(io::Error::new(ErrorKind::InvalidData, text))
+    })
+}
+
+fn open_qcow2(file: File, path: &Path, readonly: bool) -> Result<(Access, u64)> {
+    let damaged = |error: io::Error| {
+        Error::input(
+            format!("--disk {} is damaged: {error}", path.display()),
+            "'qemu-img check' tells more",
+        )
+    };
+    check_tables(&file).map_err(damaged)?;
+    let file = imago::file::File::try_from(file).map_err(damaged)?;
+    let image: Qcow2<_> = guarded(|| Qcow2::open_image_sync(file, !readonly)).map_err(damaged)?;
+    let other = image.implicit_backing_file().cloned();
+    if let Some(other) = other.or(image.implicit_external_data_file().cloned()) {
+        return Err(Error::input(
+            format!(
+                "--disk {} is only a part of a disk, the other being {other:?}",
+                path.display()
+            ),
+            "make one image of both by 'qemu-img convert -O qcow2'",
+        ));
+    }
+    let size = image.size();
+    let access = SyncFormatAccess::new(image).map_err(damaged)?;
+    Ok((Access::Qcow2(Box::new(access)), size))
+}
+
+/// Checks what the library takes on trust (docs/interop/qcow2.rst of QEMU, "Header"): that the L1 table, the
+/// refcount table and the refcount blocks lie in the file.
+fn check_tables(file: &File) -> io::Result<()> {
+    let outside = || io::Error::new(ErrorKind::InvalidData, "a table lies outside the file");
+    let mut header = [0; 72];
+    file.read_exact_at(&mut header, 0)?;
+    let word = |at: usize| {
+        u64::from(u32::from_be_bytes(
+            [0, 1, 2, 3].map(|byte| header[at + byte]),
+        ))
+    };
+    let long = |at: usize| word(at) << 32 | word(at + 4);
+    let (cluster_bits, size) = (word(20), raw_size(file)?);
+    if !(9..=21).contains(&cluster_bits) {
+        return Err(io::Error::new(
+            ErrorKind::InvalidData,
+            "the cluster size is wrong",
+        ));
+    }
+    let cluster = 1 << cluster_bits;
+    let inside = |at: u64, length: u64| {
+        let end = at.checked_add(length).filter(|end| *end <= size);
+        end.filter(|_| at >= cluster && at % cluster == 0)
+            .ok_or_else(outside)
+    };
+    let (refcounts, length) = (long(48), word(56) * cluster);
+    // Clusters of metadata alone, of a disk that is large.
+    if word(36) * 8 > 64 << 20 || length > 64 << 20 {
+        return Err(outside());
+    }
+    inside(long(40), word(36) * 8)?;
+    inside(refcounts, length)?;
+    let mut table = vec![0; length as usize];
+    file.read_exact_at(&mut table, refcounts)?;
+    for entry in table.chunks_exact(8) {
+        match entry
+            .iter()
+            .fold(0, |all, byte| all << 8 | u64::from(*byte))
+        {
+            0 => {}
+            block => {
+                inside(block, cluster)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The size of a file or of a block device.
+fn raw_size(mut file: &File) -> io::Result<u64> {
+    io::Seek::seek(&mut file, io::SeekFrom::End(0))
+}
+
+/// Makes a hole, which reads as zeroes.
+fn punch(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    if length == 0 {
+        return Ok(());
+    }
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    rustix::io::retry_on_intr(|| fallocate(file, flags, offset, length)).map_err(io::Error::from)
+}

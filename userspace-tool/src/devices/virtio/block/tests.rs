@@ -1,0 +1,352 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The block device as a driver sees it, on files of both formats.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use std::sync::{Mutex, MutexGuard};
+
+use tempfile::TempDir;
+
+use super::super::testing::{self, Driver, Numbers};
+use super::*;
+use crate::devices::lock;
+use crate::size::MIB;
+
+const SIZE: u64 = 8 * MIB;
+const CLUSTER: u64 = 64 << 10;
+
+/// A folder for a test. One test at a time has one: a process that another test starts would hold the locks of
+/// its files for a moment.
+struct Files(TempDir, #[allow(dead_code)] MutexGuard<'static, ()>);
+
+impl Files {
+    fn new() -> Self {
+        static ALONE: Mutex<()> = Mutex::new(());
+        Self(tempfile::tempdir().unwrap(), lock(&ALONE))
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.path().join("disk")
+    }
+
+    fn raw(&self) -> Disk {
+        let file = fs::File::create(self.path()).unwrap();
+        file.set_len(SIZE).unwrap();
+        disk(&self.path())
+    }
+
+    fn qcow2(&self) -> Disk {
+        fs::write(self.path(), empty_qcow2()).unwrap();
+        disk(&self.path())
+    }
+}
+
+fn disk(path: &std::path::Path) -> Disk {
+    Disk::parse(path.to_str().unwrap()).unwrap()
+}
+
+/// An empty qcow2 image of version 3: header, refcount table, refcount block and L1 table, a cluster each.
+fn empty_qcow2() -> Vec<u8> {
+    let mut image = vec![0; 4 * CLUSTER as usize];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"QFI\xfb\x00\x00\x00\x03");
+    put(20, &16_u32.to_be_bytes());
+    put(24, &SIZE.to_be_bytes());
+    put(36, &1_u32.to_be_bytes());
+    put(40, &(3 * CLUSTER).to_be_bytes());
+    put(48, &CLUSTER.to_be_bytes());
+    put(56, &1_u32.to_be_bytes());
+    put(96, &4_u32.to_be_bytes());
+    put(100, &104_u32.to_be_bytes());
+    put(CLUSTER as usize, &(2 * CLUSTER).to_be_bytes());
+    for cluster in 0..4 {
+        put(2 * CLUSTER as usize + 2 * cluster, &1_u16.to_be_bytes());
+    }
+    image
+}
+
+fn head(kind: u32, sector: u64) -> [u8; 16] {
+    let mut head = [0; 16];
+    head[..4].copy_from_slice(&kind.to_le_bytes());
+    head[8..].copy_from_slice(&sector.to_le_bytes());
+    head
+}
+
+fn range(sector: u64, count: u32, flags: u32) -> [u8; 16] {
+    let mut range = [0; 16];
+    range[..8].copy_from_slice(&sector.to_le_bytes());
+    range[8..12].copy_from_slice(&count.to_le_bytes());
+    range[12..].copy_from_slice(&flags.to_le_bytes());
+    range
+}
+
+fn start(disk: &Disk) -> Driver {
+    Driver::new(Box::new(Block::open(disk).unwrap()))
+}
+
+/// A request that gives nothing but its status.
+fn tell(driver: &mut Driver, kind: u32, sector: u64, data: &[u8]) -> u32 {
+    let head = head(kind, sector);
+    let parts = [head.as_slice(), data];
+    let parts = &parts[..1 + usize::from(!data.is_empty())];
+    let (written, bytes) = driver.request(0, parts, 1);
+    assert_eq!(written, 1);
+    bytes[0].into()
+}
+
+/// Reads so many bytes; none where the status is not good.
+fn read(driver: &mut Driver, sector: u64, length: u32) -> Option<Vec<u8>> {
+    let head = head(blk::VIRTIO_BLK_T_IN, sector);
+    let (written, mut bytes) = driver.request(0, &[&head], length + 1);
+    let status = bytes.pop().unwrap();
+    (u32::from(status) == blk::VIRTIO_BLK_S_OK).then(|| {
+        assert_eq!(written, length + 1);
+        bytes
+    })
+}
+
+const OK: u32 = blk::VIRTIO_BLK_S_OK;
+const IOERR: u32 = blk::VIRTIO_BLK_S_IOERR;
+const UNSUPP: u32 = blk::VIRTIO_BLK_S_UNSUPP;
+const OUT: u32 = blk::VIRTIO_BLK_T_OUT;
+const FLUSH: u32 = blk::VIRTIO_BLK_T_FLUSH;
+const DISCARD: u32 = blk::VIRTIO_BLK_T_DISCARD;
+const ZERO: u32 = blk::VIRTIO_BLK_T_WRITE_ZEROES;
+
+/// What was written is read, now and by the next guest, byte for byte against a copy in memory.
+fn writes_are_read(disk: &Disk) {
+    let mut copy = vec![0; SIZE as usize];
+    let mut numbers = Numbers(1);
+    let mut driver = start(disk);
+    for _ in 0..60 {
+        let length = 512 * numbers.of(&[1, 2, 7, 8, 129, 300_u64]);
+        let sector = numbers.next() % ((SIZE - length) / 512);
+        let data: Vec<u8> = (0..length).map(|_| numbers.next() as u8).collect();
+        let place = 512 * sector as usize..512 * sector as usize + length as usize;
+        copy[place.clone()].copy_from_slice(&data);
+        assert_eq!(tell(&mut driver, OUT, sector, &data), OK);
+        assert_eq!(
+            read(&mut driver, sector, length as u32).unwrap(),
+            copy[place]
+        );
+    }
+    assert_eq!(tell(&mut driver, FLUSH, 0, &[]), OK);
+    for (kind, flags) in [(ZERO, 0), (ZERO, 1)] {
+        let sector = numbers.next() % (SIZE / 512 - 700);
+        copy[512 * sector as usize..][..512 * 700].fill(0);
+        assert_eq!(tell(&mut driver, kind, 0, &range(sector, 700, flags)), OK);
+    }
+    // As after a crash of the tool: nothing is closed.
+    assert_eq!(tell(&mut driver, FLUSH, 0, &[]), OK);
+    let mut disk = disk.clone();
+    disk.readonly = true;
+    std::mem::drop(driver);
+    let mut driver = start(&disk);
+    for sector in (0..SIZE / 512).step_by(256) {
+        let place = 512 * sector as usize..512 * (sector as usize + 256);
+        assert!(
+            read(&mut driver, sector, 512 * 256).unwrap() == copy[place],
+            "sector {sector}"
+        );
+    }
+}
+
+#[test]
+fn raw_writes_are_read() {
+    writes_are_read(&Files::new().raw());
+}
+
+#[test]
+fn qcow2_writes_are_read() {
+    let files = Files::new();
+    let disk = files.qcow2();
+    writes_are_read(&disk);
+    let check = Command::new("qemu-img")
+        .arg("check")
+        .arg(&disk.path)
+        .output();
+    match check {
+        Ok(output) => assert!(output.status.success(), "{output:?}"),
+        Err(error) => eprintln!("SKIP the check of the image: qemu-img: {error}"),
+    }
+}
+
+#[test]
+fn what_lies_outside_is_refused() {
+    let files = Files::new();
+    for disk in [files.raw(), files.qcow2()] {
+        let mut driver = start(&disk);
+        let end = SIZE / 512;
+        assert_eq!(tell(&mut driver, OUT, end, &[0; 512]), IOERR);
+        assert_eq!(tell(&mut driver, OUT, end - 1, &[0; 1024]), IOERR);
+        assert_eq!(tell(&mut driver, OUT, u64::MAX, &[0; 512]), IOERR);
+        assert_eq!(tell(&mut driver, OUT, u64::MAX / 512 + 1, &[0; 512]), IOERR);
+        assert_eq!(tell(&mut driver, OUT, 0, &[0; 100]), IOERR);
+        assert_eq!(read(&mut driver, end, 512), None);
+        assert_eq!(tell(&mut driver, DISCARD, 0, &range(end - 1, 2, 0)), IOERR);
+        assert_eq!(tell(&mut driver, DISCARD, 0, &range(0, 1, 1)), UNSUPP);
+        assert_eq!(tell(&mut driver, ZERO, 0, &range(0, 1, 2)), UNSUPP);
+        assert_eq!(tell(&mut driver, ZERO, 0, &[0; 15]), IOERR);
+        assert_eq!(tell(&mut driver, 99, 0, &[]), UNSUPP);
+        assert_eq!(tell(&mut driver, OUT, end - 1, &[1; 512]), OK);
+    }
+}
+
+#[test]
+fn a_readonly_disk_takes_no_writes() {
+    let files = Files::new();
+    for mut disk in [files.raw(), files.qcow2()] {
+        disk.readonly = true;
+        let mut driver = start(&disk);
+        let before = fs::read(&disk.path).unwrap();
+        assert_eq!(tell(&mut driver, OUT, 0, &[1; 512]), IOERR);
+        assert_eq!(tell(&mut driver, DISCARD, 0, &range(0, 8, 0)), IOERR);
+        assert_eq!(tell(&mut driver, ZERO, 0, &range(0, 8, 0)), IOERR);
+        assert_eq!(tell(&mut driver, FLUSH, 0, &[]), OK);
+        assert_eq!(read(&mut driver, 0, 512).unwrap(), [0; 512]);
+        assert!(fs::read(&disk.path).unwrap() == before);
+    }
+}
+
+#[test]
+fn discarded_room_is_given_back() {
+    let files = Files::new();
+    let disk = files.raw();
+    fs::write(&disk.path, vec![7; SIZE as usize]).unwrap();
+    let full = fs::metadata(&disk.path).unwrap().blocks();
+    let mut driver = start(&disk);
+    assert_eq!(
+        tell(&mut driver, DISCARD, 0, &range(0, SIZE as u32 / 512, 0)),
+        OK
+    );
+    let metadata = fs::metadata(&disk.path).unwrap();
+    assert_eq!(metadata.len(), SIZE);
+    assert!(metadata.blocks() < full / 4, "{} blocks", metadata.blocks());
+}
+
+#[test]
+fn the_serial_number_is_told() {
+    let files = Files::new();
+    let mut disk = files.raw();
+    disk.serial = Some("rvisor-0001".into());
+    let mut driver = start(&disk);
+    let (written, bytes) = driver.request(0, &[&head(blk::VIRTIO_BLK_T_GET_ID, 0)], 21);
+    assert_eq!((written, bytes[20]), (21, 0));
+    assert_eq!(&bytes[..12], b"rvisor-0001\0");
+}
+
+#[test]
+fn a_guessed_raw_disk_never_becomes_a_qcow2_image() {
+    let files = Files::new();
+    let mut disk = files.raw();
+    let image = empty_qcow2();
+    let mut driver = start(&disk);
+    assert_eq!(tell(&mut driver, OUT, 0, &image[..512]), IOERR);
+    assert_eq!(tell(&mut driver, OUT, 1, &image[..512]), OK);
+    drop(driver);
+    disk.format = Some(Format::Raw);
+    let mut driver = start(&disk);
+    assert_eq!(tell(&mut driver, OUT, 0, &image[..512]), OK);
+    assert_eq!(read(&mut driver, 0, 512).unwrap(), image[..512]);
+}
+
+#[test]
+fn two_guests_share_a_disk_for_reading_alone() {
+    let files = Files::new();
+    let writable = files.raw();
+    let mut readonly = writable.clone();
+    readonly.readonly = true;
+    let in_use = |disk: &Disk| match Block::open(disk) {
+        Ok(_) => None,
+        Err(error) => Some(error.to_string()),
+    };
+    let first = Block::open(&writable).unwrap();
+    for disk in [&writable, &readonly] {
+        assert!(in_use(disk).unwrap().contains("in use by another guest"));
+    }
+    drop(first);
+    let _first = Block::open(&readonly).unwrap();
+    assert_eq!(in_use(&readonly), None);
+    assert!(in_use(&writable).is_some());
+}
+
+#[test]
+fn a_driver_that_does_not_flush_has_its_writes_flushed() {
+    let files = Files::new();
+    let mut driver = start(&files.raw());
+    driver.set_up(!(1 << blk::VIRTIO_BLK_F_FLUSH));
+    assert_eq!(tell(&mut driver, OUT, 3, &[1; 512]), OK);
+    assert_eq!(read(&mut driver, 3, 512).unwrap(), [1; 512]);
+}
+
+#[test]
+fn damaged_images_are_refused_or_do_no_harm() {
+    let files = Files::new();
+    let mut numbers = Numbers(7);
+    let disk_with_data = files.qcow2();
+    let mut driver = start(&disk_with_data);
+    for sector in [0, 500, 5000] {
+        assert_eq!(tell(&mut driver, OUT, sector, &[3; 4096]), OK);
+    }
+    drop(driver);
+    let good = fs::read(files.path()).unwrap();
+    let (mut refused, mut opened) = (0, 0);
+    for _ in 0..300 {
+        let mut image = good.clone();
+        for _ in 0..numbers.of(&[1, 1, 2, 4]) {
+            let cluster = numbers.of(&[0, 0, 0, 1, 2, 3, 4, 4, 5]);
+            let at = cluster * CLUSTER as usize;
+            let at = at + 4 + (numbers.next() % 100) as usize;
+            image[at] = numbers.of(&[0, 1, 0x7f, 0x80, 0xff]);
+        }
+        image.truncate(numbers.of(&[image.len(), image.len(), 104, 70_000]));
+        fs::write(files.path(), &image).unwrap();
+        match Block::open(&disk(&files.path())) {
+            Err(error) => {
+                assert_eq!(error.status(), 2, "{error}");
+                assert_eq!(error.to_string().lines().count(), 1, "{error}");
+                refused += 1;
+            }
+            Ok(block) => {
+                opened += 1;
+                let mut driver = Driver::new(Box::new(block));
+                for sector in [0, 1000, 5000] {
+                    let _ = tell(&mut driver, OUT, sector, &[1; 4096]);
+                    let _ = read(&mut driver, sector, 4096);
+                    let _ = tell(&mut driver, FLUSH, 0, &[]);
+                }
+            }
+        }
+    }
+    assert!(refused > 50 && opened > 50, "{refused} {opened}");
+}
+
+#[test]
+fn hostile_rings_do_no_harm() {
+    let files = Files::new();
+    let raw = files.raw();
+    testing::torture(|| Box::new(Block::open(&raw).unwrap()));
+    let qcow2 = files.qcow2();
+    testing::torture(|| Box::new(Block::open(&qcow2).unwrap()));
+}
+
+/// A full host: the write is not answered, and done when there is room.
+#[test]
+fn a_full_disk_loses_nothing() {
+    let files = Files::new();
+    let disk = files.raw();
+    let mut driver = start(&disk);
+    image::FULL.set(true);
+    driver.put_request(0, &[&head(OUT, 4), &[5; 512][..]], 1);
+    let finished = driver.transport.serve(1).unwrap();
+    assert!(finished.stuck.unwrap().contains("no room"));
+    assert_eq!((driver.used(0), finished.retry), (0, Some(RETRY)));
+    image::FULL.set(false);
+    driver.serve(0);
+    assert_eq!(driver.used(0), 1);
+    assert_eq!(read(&mut driver, 4, 512).unwrap(), [5; 512]);
+}
