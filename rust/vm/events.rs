@@ -213,10 +213,9 @@ impl Core {
                     );
                 }
             }
-            if self.has_interrupt() {
-                window |= primary::INTERRUPT_WINDOW_EXITING;
-            }
-        } else if self.wants_window {
+        }
+        // A window that userspace could put nothing through would open again and again.
+        if self.has_interrupt() || (self.wants_window && self.takes_external_interrupt()) {
             window |= primary::INTERRUPT_WINDOW_EXITING;
         }
         self.set_windows(vmcs, window);

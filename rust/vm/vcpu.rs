@@ -524,6 +524,8 @@ impl Core {
                     self.shared.mailbox.publish_identity(lapic.identity());
                 }
                 self.watch_eois();
+                // LINT0 may let userspace's interrupts through now.
+                self.events.attention = true;
             }
         }
     }

@@ -83,6 +83,7 @@ fn main() -> std::process::ExitCode {
         split::no_resampler,
         split::end_of_interrupt,
         split::external,
+        split::masked_window,
         window::interrupt,
         window::request_window,
         window::second_interrupt,

@@ -253,3 +253,53 @@ pub(crate) fn external(device: &Device) -> Outcome {
     check_eq!(cpu.ready_for_injection(), 0, "ready while LINT0 is masked");
     Ok(())
 }
+
+guest_code!(
+    masking_guest,
+    code64,
+    [
+        "mov ebx, {lapic}",
+        "mov dword ptr [rbx + 0xf0], 0x1ff",
+        // Mask LINT0.
+        "mov dword ptr [rbx + 0x350], 0x10700",
+        "sti",
+        "nop",
+        "out {done}, al",
+        "nop",
+        "out {done}, al",
+        "mov dword ptr [rbx + 0x350], 0x700",
+        "nop",
+        "out {done}, al",
+        "nop",
+        "out {done}, al",
+    ],
+    lapic = LAPIC as i32,
+    done = DONE_PORT
+);
+
+/// The interrupt window that userspace asks for opens when LINT0 would let its interrupt through, and not
+/// before: the guest goes on meanwhile. An interrupt of the local APIC that comes first does not close it.
+pub(crate) fn masked_window(device: &Device) -> Outcome {
+    let (machine, cpu) = start(device, masking_guest(), Acknowledge::LocalApic)?;
+    cpu.run_until_done()?;
+    check_eq!(cpu.if_flag(), 1, "IF");
+    cpu.request_interrupt_window(1);
+    cpu.run_until_done().during("while LINT0 is masked")?;
+    check_eq!(cpu.ready_for_injection(), 0, "ready while LINT0 is masked");
+    let exit = cpu.run()?;
+    check_eq!(exit, Exit::InterruptWindow, "the exit behind the unmasking");
+    check_eq!(cpu.ready_for_injection(), 1, "ready in the window");
+    cpu.request_interrupt_window(0);
+    cpu.run_until_done()?;
+    machine.vm.signal_msi(kb::kvm_msi {
+        address_lo: LAPIC as u32,
+        data: 0x50,
+        ..Default::default()
+    })?;
+    cpu.request_interrupt_window(1);
+    let exit = cpu.run()?;
+    check_eq!(exit, Exit::InterruptWindow, "the exit behind an interrupt");
+    check_eq!(count(&machine.memory, 0x50), 1, "interrupts");
+    cpu.request_interrupt_window(0);
+    cpu.run_until_done()
+}
