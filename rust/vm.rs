@@ -29,4 +29,5 @@ pub(crate) mod shared;
 pub(crate) mod split;
 pub(crate) mod state;
 mod task;
+mod task_priority;
 pub(crate) mod vcpu;

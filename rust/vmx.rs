@@ -9,3 +9,4 @@ pub(crate) mod hardware;
 pub(crate) mod instruction;
 pub(crate) mod msr_bitmap;
 pub(crate) mod setup;
+pub(crate) mod virtual_apic;

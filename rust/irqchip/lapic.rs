@@ -99,8 +99,10 @@ pub enum LapicEffect {
     Eoi(Vector),
     /// [`LocalApic::deadline`] has changed.
     TimerChanged,
-    /// [`LocalApic::identity`] has changed and is to be published.
+    /// [`LocalApic::identity`] or [`LocalApic::mode`] has changed; the identity is to be published.
     IdentityChanged,
+    /// [`LocalApic::tpr`] may have changed.
+    PriorityChanged,
 }
 
 /// The kinds of reset (SDM vol. 3, 12.4.7).
@@ -385,10 +387,10 @@ impl LocalApic {
         }
     }
 
-    /// The highest vector in the IRR, whatever the priorities are: for the TPR threshold.
+    /// Whether any vector is in the IRR, whatever the priorities are.
     #[inline]
-    pub fn highest_request(&self) -> Option<Vector> {
-        self.irr.highest()
+    pub const fn has_request(&self) -> bool {
+        !self.irr.is_empty()
     }
 
     /// The highest vector in service.

@@ -219,6 +219,7 @@ impl Core {
             window |= primary::INTERRUPT_WINDOW_EXITING;
         }
         self.set_windows(vmcs, window);
+        self.share_task_priority(vmcs);
         self.events.attention = false;
     }
 

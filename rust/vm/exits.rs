@@ -102,7 +102,7 @@ impl Core {
     fn handle_rare_exit(&mut self, vmcs: &mut CurrentVmcs<'_>, reason: ExitReason) -> Next {
         match reason {
             ExitReason::EXCEPTION_OR_NMI => self.exit_exception(vmcs),
-            ExitReason::NMI_WINDOW => {
+            ExitReason::NMI_WINDOW | ExitReason::TPR_BELOW_THRESHOLD => {
                 self.events.attention = true;
                 Next::Enter
             }

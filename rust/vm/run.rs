@@ -229,12 +229,15 @@ impl Vcpu {
             let reason = vmcs.enter(&mut core.registers);
             self.shared.set_outside();
             match reason {
-                Ok(reason) => match core.handle_exit(&mut vmcs, reason) {
-                    Next::Enter => {}
-                    Next::OpenInterrupts => return Ok(Outer::Again),
-                    Next::Slow(slow) => return Ok(Outer::Slow(slow)),
-                    Next::User(exit) => return Ok(Outer::User(exit)),
-                },
+                Ok(reason) => {
+                    core.take_task_priority(&mut vmcs);
+                    match core.handle_exit(&mut vmcs, reason) {
+                        Next::Enter => {}
+                        Next::OpenInterrupts => return Ok(Outer::Again),
+                        Next::Slow(slow) => return Ok(Outer::Slow(slow)),
+                        Next::User(exit) => return Ok(Outer::User(exit)),
+                    }
+                }
                 Err(error) => {
                     core.take_back_injection(&mut vmcs);
                     return Ok(Outer::User(UserExit::FailedEntry {

@@ -439,12 +439,11 @@ impl State {
 impl Core {
     /// Takes the instructions away that the guest's CPUID does not show and that VMX can withhold.
     fn offer_instructions(&self, vmcs: &mut CurrentVmcs<'_>) {
-        let controls = self
-            .vm
-            .host
-            .capabilities
-            .guest_secondary(self.cpu.rdtscp || self.cpu.rdpid, self.cpu.invpcid);
-        vmcs.write32(Field32::SECONDARY_CONTROLS, controls);
+        let is_x2apic = vmcs.hardware.virtual_apic.is_x2apic();
+        vmcs.write32(
+            Field32::SECONDARY_CONTROLS,
+            self.secondary_controls(is_x2apic),
+        );
         // Commands that can harm nobody but the guest itself need no exit.
         let bitmap = &mut vmcs.hardware.msr_bitmap;
         bitmap.set_write_exits(MsrIndex::PRED_CMD, !self.cpu.ibpb);

@@ -212,6 +212,7 @@ impl State {
         super::msr::fill_bitmap(&mut hardware.msr_bitmap);
         let pointers = Pointers {
             msr_bitmap: hardware.msr_bitmap.physical(),
+            virtual_apic: hardware.virtual_apic.physical(),
             eptp,
             vpid,
         };
@@ -222,7 +223,7 @@ impl State {
             signal_mask: None,
         };
         state.with_vmcs(|core, vmcs| {
-            setup::initialise(vmcs, capabilities, &pointers);
+            setup::initialise(vmcs, capabilities, core.primary_controls, &pointers);
             core.reset(vmcs);
             vmcs.write64(Field64::TSC_OFFSET, core.tsc_offset);
         })?;
@@ -289,10 +290,10 @@ impl Core {
             },
             sipi_vector: Vector(0),
             sipi_given: false,
+            primary_controls: capabilities.guest_primary(lapic.is_some()),
             lapic,
             events: Events::default(),
             wants_window: false,
-            primary_controls: capabilities.controls.primary,
             entry_controls: capabilities.controls.entry,
             cpuid: KVec::new(),
             cpuid_index: Index::default(),
@@ -441,17 +442,20 @@ impl Core {
     /// Whether an external interrupt waits that the local APIC's priorities let through.
     #[inline]
     pub(crate) fn has_interrupt(&self) -> bool {
-        match (&self.lapic, self.vm.irqchip()) {
-            (Some(lapic), Some(chip)) => {
-                lapic.highest_pending().is_some()
-                    || (chip.pic_output() && lapic.accepts_pic_interrupt())
-            }
-            (Some(lapic), None) => {
-                lapic.highest_pending().is_some()
-                    || (self.events.interrupt.is_some() && lapic.accepts_pic_interrupt())
-            }
-            (None, _) => self.events.interrupt.is_some(),
+        match &self.lapic {
+            Some(lapic) => lapic.highest_pending().is_some() || self.has_pic_interrupt(lapic),
+            None => self.events.interrupt.is_some(),
         }
+    }
+
+    /// Whether the 8259s, the kernel's or userspace's, have an interrupt that `lapic` lets through.
+    #[inline]
+    fn has_pic_interrupt(&self, lapic: &LocalApic) -> bool {
+        let waits = match self.vm.irqchip() {
+            Some(chip) => chip.pic_output(),
+            None => self.events.interrupt.is_some(),
+        };
+        waits && lapic.accepts_pic_interrupt()
     }
 
     /// Whether userspace has the 8259s, or all interrupt controllers, and may give the guest an interrupt
@@ -495,7 +499,12 @@ impl Core {
     /// Looks whether an access of the local APIC has let an interrupt through, or raised one.
     #[inline]
     pub(crate) fn note_interrupts(&mut self) {
-        if self.has_interrupt() {
+        let waits = match &self.lapic {
+            // One that waits for the task priority to fall counts too: the TPR threshold hangs on it.
+            Some(lapic) => lapic.has_request() || self.has_pic_interrupt(lapic),
+            None => self.events.interrupt.is_some(),
+        };
+        if waits {
             self.events.attention = true;
         }
     }
@@ -524,9 +533,10 @@ impl Core {
                     self.shared.mailbox.publish_identity(lapic.identity());
                 }
                 self.watch_eois();
-                // LINT0 may let userspace's interrupts through now.
+                // LINT0 may let userspace's interrupts through now, and the x2APIC's TPR be elsewhere.
                 self.events.attention = true;
             }
+            LapicEffect::PriorityChanged => self.events.attention = true,
         }
     }
 

@@ -11,6 +11,7 @@ use super::{
     guard::{Guard, Mitigations},
     instruction::{invept, invvpid, vmclear, vmptrld, vmptrst, vmread, vmwrite, VmFail},
     msr_bitmap::MsrBitmap,
+    virtual_apic::VirtualApic,
 };
 use crate::{
     bindings,
@@ -118,6 +119,8 @@ pub(crate) struct Hardware {
     pub(crate) cr2: Gva,
     /// Which MSRs the guest accesses by itself.
     pub(crate) msr_bitmap: MsrBitmap,
+    /// The guest's task priority, as far as it has a TPR shadow.
+    pub(crate) virtual_apic: VirtualApic,
     pub(crate) guard: Guard,
 }
 
@@ -174,6 +177,7 @@ impl Hardware {
             seldom: 0,
             cr2: Gva::new(0),
             msr_bitmap: MsrBitmap::new()?,
+            virtual_apic: VirtualApic::new()?,
             guard: Guard::new(mitigations),
         })
     }
@@ -480,6 +484,27 @@ impl<'a> CurrentVmcs<'a> {
         self.write(segment.base(), value.base);
         self.write32(segment.limit(), value.limit);
         self.write32(segment.access_rights(), value.access.0);
+    }
+
+    /// Sets the TPR threshold, 0 to 15: no more than the task priority's class.
+    #[inline]
+    pub(crate) fn set_tpr_threshold(&mut self, class: u8) {
+        if self.hardware.virtual_apic.threshold != class {
+            self.hardware.virtual_apic.threshold = class;
+            self.write32(Field32::TPR_THRESHOLD, class.into());
+        }
+    }
+
+    /// Says whether the guest's x2APIC has its TPR in the virtual-APIC page, for a guest with a TPR shadow
+    /// whose secondary controls `secondary` say the same. Where it has not, accesses exit: without the
+    /// control they would reach the host's own APIC.
+    pub(crate) fn virtualize_x2apic(&mut self, is_x2apic: bool, secondary: u32) {
+        self.write32(Field32::SECONDARY_CONTROLS, secondary);
+        let hardware = &mut *self.hardware;
+        hardware.virtual_apic.is_x2apic = is_x2apic;
+        let bitmap = &mut hardware.msr_bitmap;
+        bitmap.set_read_exits(MsrIndex::X2APIC_TPR, !is_x2apic);
+        bitmap.set_write_exits(MsrIndex::X2APIC_TPR, !is_x2apic);
     }
 
     /// Drops all translations that this CPU holds for the virtual machine's EPT.

@@ -6,6 +6,7 @@ use super::{capability::Capabilities, hardware::CurrentVmcs};
 use crate::{bindings, host::cpu};
 use rvisor_core::x86::{
     address::Hpa,
+    capability::GuestFeatures,
     control::{Cr0, Cr4, Rflags},
     msr::{MsrIndex, PAT_RESET},
     segment::{AccessRights, Segment},
@@ -35,21 +36,28 @@ const PLE_WINDOW: u32 = 4096;
 pub(crate) struct Pointers {
     /// The MSR bitmap.
     pub(crate) msr_bitmap: Hpa,
+    /// The virtual-APIC page.
+    pub(crate) virtual_apic: Hpa,
     /// The EPT pointer.
     pub(crate) eptp: u64,
     /// The virtual-processor identifier, not 0.
     pub(crate) vpid: u16,
 }
 
-/// Fills a new VMCS, the guest's registers aside.
-pub(crate) fn initialise(vmcs: &mut CurrentVmcs<'_>, capabilities: &Capabilities, to: &Pointers) {
+/// Fills a new VMCS, the guest's registers aside. `primary` holds its primary controls.
+pub(crate) fn initialise(
+    vmcs: &mut CurrentVmcs<'_>,
+    capabilities: &Capabilities,
+    primary: u32,
+    to: &Pointers,
+) {
     let controls = &capabilities.controls;
     vmcs.write32(Field32::PIN_BASED_CONTROLS, controls.pin);
-    vmcs.write32(Field32::PRIMARY_CONTROLS, controls.primary);
+    vmcs.write32(Field32::PRIMARY_CONTROLS, primary);
     // A guest has no CPUID yet, so none of the instructions that hang on it.
     vmcs.write32(
         Field32::SECONDARY_CONTROLS,
-        capabilities.guest_secondary(false, false),
+        capabilities.guest_secondary(GuestFeatures::default()),
     );
     vmcs.write32(Field32::EXIT_CONTROLS, controls.exit);
     vmcs.write32(Field32::ENTRY_CONTROLS, controls.entry);
@@ -71,6 +79,10 @@ pub(crate) fn initialise(vmcs: &mut CurrentVmcs<'_>, capabilities: &Capabilities
         vmcs.write64(Field64::ENCLV_EXITING_BITMAP, u64::MAX);
     }
     vmcs.write64(Field64::MSR_BITMAP, to.msr_bitmap.raw());
+    if capabilities.has_tpr_shadow() {
+        vmcs.write64(Field64::VIRTUAL_APIC_PAGE, to.virtual_apic.raw());
+        vmcs.write32(Field32::TPR_THRESHOLD, 0);
+    }
     vmcs.write64(Field64::EPT_POINTER, to.eptp);
     vmcs.write16(Field16::VPID, to.vpid);
     vmcs.write64(Field64::VMCS_LINK_POINTER, u64::MAX);

@@ -24,6 +24,17 @@ pub struct Controls {
     pub entry: u32,
 }
 
+/// What secondary controls a guest has as far as its CPU has them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GuestFeatures {
+    /// RDTSCP and RDPID.
+    pub rdtscp: bool,
+    /// INVPCID.
+    pub invpcid: bool,
+    /// The virtual-APIC page answers for the x2APIC's TPR.
+    pub x2apic_mode: bool,
+}
+
 /// What the CPU offers, and the controls chosen from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
@@ -134,12 +145,13 @@ const PRIMARY_REQUIRED: u32 = primary::USE_TSC_OFFSETTING
     | primary::MWAIT_EXITING
     | primary::MONITOR_EXITING
     | primary::RDPMC_EXITING
-    | primary::CR8_LOAD_EXITING
-    | primary::CR8_STORE_EXITING
+    | CR8_EXITING
     | primary::MOV_DR_EXITING
     | primary::UNCONDITIONAL_IO_EXITING
     | primary::USE_MSR_BITMAPS
     | primary::ACTIVATE_SECONDARY;
+/// What a guest without a TPR shadow has.
+const CR8_EXITING: u32 = primary::CR8_LOAD_EXITING | primary::CR8_STORE_EXITING;
 /// Set later, while a guest waits for an interrupt or NMI window.
 const PRIMARY_ON_DEMAND: u32 = primary::INTERRUPT_WINDOW_EXITING | primary::NMI_WINDOW_EXITING;
 const SECONDARY_REQUIRED: u32 = secondary::ENABLE_EPT
@@ -148,6 +160,7 @@ const SECONDARY_REQUIRED: u32 = secondary::ENABLE_EPT
     | secondary::WBINVD_EXITING;
 /// ENCLS and ENCLV must exit where the CPU has them: without the control the guest would have SGX.
 const SECONDARY_OPTIONAL: u32 = secondary::ENABLE_RDTSCP
+    | secondary::VIRTUALIZE_X2APIC_MODE
     | secondary::ENABLE_INVPCID
     | secondary::PAUSE_LOOP_EXITING
     | secondary::ENCLS_EXITING
@@ -258,14 +271,25 @@ impl<R: Fn(MsrIndex) -> Option<u64>> Reader<R> {
         };
         self.check_features(primary, &PRIMARY_FEATURES)?;
         self.check_features(index::SECONDARY, &SECONDARY_FEATURES)?;
+        // A shadow that accesses go past is none.
+        let shadow = if AllowedControls(self.read(primary)?).may_be_zero(CR8_EXITING) {
+            primary::USE_TPR_SHADOW
+        } else {
+            0
+        };
         let primary = self.choose(
             primary,
             "primary processor-based",
             PRIMARY_REQUIRED | PRIMARY_ON_DEMAND,
-            0,
+            shadow,
         )? & !PRIMARY_ON_DEMAND;
         if primary & (primary::CR3_LOAD_EXITING | primary::CR3_STORE_EXITING) != 0 {
             return Err(Missing::Cr3Exits);
+        }
+        let mut secondary_optional = SECONDARY_OPTIONAL;
+        if primary & primary::USE_TPR_SHADOW == 0 {
+            // VM entry fails where one is set without the other (SDM vol. 3, 28.2.1.1).
+            secondary_optional &= !secondary::VIRTUALIZE_X2APIC_MODE;
         }
         Ok(Controls {
             pin: self.choose(pin, "pin-based", PIN_REQUIRED, 0)?,
@@ -274,7 +298,7 @@ impl<R: Fn(MsrIndex) -> Option<u64>> Reader<R> {
                 index::SECONDARY,
                 "secondary processor-based",
                 SECONDARY_REQUIRED,
-                SECONDARY_OPTIONAL,
+                secondary_optional,
             )?,
             exit: self.choose(exit, "VM-exit", EXIT_REQUIRED, 0)?,
             entry: self.choose(
@@ -329,6 +353,16 @@ impl Capabilities {
         self.has_secondary(secondary::ENABLE_INVPCID)
     }
 
+    /// A guest's CR8 can live in the virtual-APIC page.
+    pub const fn has_tpr_shadow(&self) -> bool {
+        self.controls.primary & primary::USE_TPR_SHADOW != 0
+    }
+
+    /// So can the TPR of a guest's x2APIC.
+    pub const fn has_x2apic_mode(&self) -> bool {
+        self.has_secondary(secondary::VIRTUALIZE_X2APIC_MODE)
+    }
+
     /// ENCLS can be made to exit.
     pub const fn has_encls_exiting(&self) -> bool {
         self.has_secondary(secondary::ENCLS_EXITING)
@@ -339,14 +373,28 @@ impl Capabilities {
         self.has_secondary(secondary::ENCLV_EXITING)
     }
 
-    /// The secondary controls for a guest: instructions that its CPUID does not offer raise #UD.
-    pub const fn guest_secondary(&self, has_rdtscp: bool, has_invpcid: bool) -> u32 {
+    /// The primary controls for a guest at first. Where there is a TPR shadow, a guest whose local APIC is
+    /// in the kernel has it, in the place of exits for CR8.
+    pub const fn guest_primary(&self, has_local_apic: bool) -> u32 {
+        if has_local_apic && self.has_tpr_shadow() {
+            self.controls.primary & !CR8_EXITING
+        } else {
+            self.controls.primary & !primary::USE_TPR_SHADOW
+        }
+    }
+
+    /// The secondary controls for a guest: instructions that its CPUID does not offer raise #UD, and its
+    /// x2APIC's TPR is virtual in x2APIC mode alone.
+    pub const fn guest_secondary(&self, offered: GuestFeatures) -> u32 {
         let mut controls = self.controls.secondary;
-        if !has_rdtscp {
+        if !offered.rdtscp {
             controls &= !secondary::ENABLE_RDTSCP;
         }
-        if !has_invpcid {
+        if !offered.invpcid {
             controls &= !secondary::ENABLE_INVPCID;
+        }
+        if !offered.x2apic_mode {
+            controls &= !secondary::VIRTUALIZE_X2APIC_MODE;
         }
         controls
     }

@@ -120,7 +120,7 @@ fn each_control_that_is_needed_is_named() {
 
 #[test]
 fn what_is_not_needed_may_be_missing() {
-    for bit in [3, 10, 12, 15, 28] {
+    for bit in [3, 4, 10, 12, 15, 28] {
         let found = changed(0x48b, 1 << (32 + bit), 0).unwrap();
         assert_eq!(found.controls.secondary & (1 << bit), 0);
     }
@@ -184,10 +184,66 @@ fn features_come_before_the_msrs_that_hang_on_them() {
 #[test]
 fn a_guest_has_no_more_instructions_than_its_cpuid() {
     let found = Capabilities::detect(whole).unwrap();
-    let both = found.guest_secondary(true, true);
-    assert_eq!(both, found.controls.secondary);
-    assert_eq!(both & !found.guest_secondary(false, true), 1 << 3);
-    assert_eq!(both & !found.guest_secondary(true, false), 1 << 12);
+    let all = GuestFeatures {
+        rdtscp: true,
+        invpcid: true,
+        x2apic_mode: true,
+    };
+    let with = |features| found.guest_secondary(features);
+    assert_eq!(with(all), found.controls.secondary);
+    for (features, bit) in [
+        (
+            GuestFeatures {
+                rdtscp: false,
+                ..all
+            },
+            3,
+        ),
+        (
+            GuestFeatures {
+                invpcid: false,
+                ..all
+            },
+            12,
+        ),
+        (
+            GuestFeatures {
+                x2apic_mode: false,
+                ..all
+            },
+            4,
+        ),
+    ] {
+        assert_eq!(with(all) & !with(features), 1 << bit);
+    }
+}
+
+/// The TPR shadow comes in the place of CR8 exits, and only for a local APIC of the kernel's.
+#[test]
+fn a_tpr_shadow_takes_the_place_of_cr8_exits() {
+    const SHADOW: u32 = 1 << 21;
+    const CR8: u32 = (1 << 19) | (1 << 20);
+    let found = Capabilities::detect(whole).unwrap();
+    assert!(found.has_tpr_shadow() && found.has_x2apic_mode());
+    assert_eq!(found.guest_primary(true) & (SHADOW | CR8), SHADOW);
+    assert_eq!(found.guest_primary(false) & (SHADOW | CR8), CR8);
+    // A CPU without it, and one whose CR8 exits can't be had off.
+    for found in [
+        changed(0x48e, u64::from(SHADOW) << 32, 0).unwrap(),
+        changed(0x48e, 0, u64::from(CR8)).unwrap(),
+        changed(0x48e, 0, 1 << 19).unwrap(),
+    ] {
+        assert!(!found.has_tpr_shadow() && !found.has_x2apic_mode());
+        for has_local_apic in [false, true] {
+            let primary = found.guest_primary(has_local_apic);
+            assert_eq!(primary & (SHADOW | CR8), CR8);
+        }
+        // VM entry fails with x2APIC mode alone.
+        assert_eq!(found.controls.secondary & (1 << 4), 0);
+    }
+    // The shadow alone will do.
+    let found = changed(0x48b, 1 << (32 + 4), 0).unwrap();
+    assert!(found.has_tpr_shadow() && !found.has_x2apic_mode());
 }
 
 #[test]

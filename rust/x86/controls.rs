@@ -34,6 +34,8 @@ pub mod primary {
     pub const CR8_LOAD_EXITING: u32 = 1 << 19;
     /// MOV from CR8 exits.
     pub const CR8_STORE_EXITING: u32 = 1 << 20;
+    /// MOV to and from CR8 reach the virtual-APIC page.
+    pub const USE_TPR_SHADOW: u32 = 1 << 21;
     /// Exit as soon as the guest can take an NMI.
     pub const NMI_WINDOW_EXITING: u32 = 1 << 22;
     /// MOV to and from debug registers exits.
@@ -58,6 +60,8 @@ pub mod secondary {
     pub const DESCRIPTOR_TABLE_EXITING: u32 = 1 << 2;
     /// RDTSCP does not raise #UD.
     pub const ENABLE_RDTSCP: u32 = 1 << 3;
+    /// RDMSR and WRMSR of the x2APIC's TPR reach the virtual-APIC page. Needs the TPR shadow.
+    pub const VIRTUALIZE_X2APIC_MODE: u32 = 1 << 4;
     /// VPID.
     pub const ENABLE_VPID: u32 = 1 << 5;
     /// WBINVD exits.
@@ -127,6 +131,12 @@ impl AllowedControls {
     #[inline]
     pub const fn may_be_one(self) -> u32 {
         (self.0 >> 32) as u32
+    }
+
+    /// Whether all of `bits` may be clear.
+    #[inline]
+    pub const fn may_be_zero(self, bits: u32) -> bool {
+        self.must_be_one() & bits == 0
     }
 
     /// `required`, those of `optional` that the CPU has, and what it insists on.

@@ -74,6 +74,8 @@ reasons! {
     PAUSE = 40,
     /// VM-entry failure: machine check.
     ENTRY_FAILURE_MACHINE_CHECK = 41,
+    /// The guest's TPR fell below the TPR threshold.
+    TPR_BELOW_THRESHOLD = 43,
     /// EPT violation.
     EPT_VIOLATION = 48,
     /// EPT misconfiguration.

@@ -155,6 +155,8 @@ indices! {
     TSC_DEADLINE = 0x6e0;
     /// The first MSR of the x2APIC.
     X2APIC_FIRST = 0x800;
+    /// The x2APIC's task priority.
+    X2APIC_TPR = 0x808;
     /// The last MSR of the x2APIC.
     X2APIC_LAST = 0x8ff;
     /// Supervisor state components of XSAVES.

@@ -138,6 +138,8 @@ fields! {
         MSR_BITMAP = 0x2004,
         /// TSC offset.
         TSC_OFFSET = 0x2010,
+        /// Address of the virtual-APIC page.
+        VIRTUAL_APIC_PAGE = 0x2012,
         /// EPT pointer.
         EPT_POINTER = 0x201a,
         /// XSS-exiting bitmap.

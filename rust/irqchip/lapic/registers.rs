@@ -191,7 +191,7 @@ impl LocalApic {
         let effect = match register {
             offset::TPR => {
                 self.set_tpr((value & 0xff) as u8);
-                LapicEffect::None
+                LapicEffect::PriorityChanged
             }
             offset::EOI => self.eoi().map_or(LapicEffect::None, LapicEffect::Eoi),
             offset::SPURIOUS => self.write_spurious(value),

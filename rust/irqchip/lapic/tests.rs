@@ -265,6 +265,20 @@ fn base_address_has_52_bits_at_most() {
     assert!(apic.set_base((1 << 52) | 0x800, Origin::Host).is_err());
 }
 
+/// Who keeps the priority elsewhere too has to know.
+#[test]
+fn a_write_of_the_task_priority_is_told() {
+    let mut apic = enabled();
+    assert_eq!(apic.write(0x80, 0x50, NOW), LapicEffect::PriorityChanged);
+    let _ = apic.set_base(0xfee0_0c00, Origin::Host).unwrap();
+    let tpr = MsrIndex(0x808);
+    assert_eq!(
+        apic.write_msr(tpr, 0x34, NOW),
+        Ok(LapicEffect::PriorityChanged)
+    );
+    assert_eq!((apic.tpr(), apic.read_msr(tpr, NOW)), (0x34, Ok(0x34)));
+}
+
 #[test]
 fn switched_off_apic_leaves_intr_to_the_pic() {
     let mut apic = enabled();

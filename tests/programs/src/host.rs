@@ -113,3 +113,50 @@ impl Drop for Swap {
         unsafe { libc::swapoff(SWAP_DEVICE.as_ptr()) };
     }
 }
+
+/// The CPUs that threads may run on.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub fn online_cpus() -> Result<usize, Fail> {
+    Ok(std::thread::available_parallelism()?.get())
+}
+
+/// Lets the thread `thread` run on this CPU alone.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub fn bind_to_cpu(thread: libc::pid_t, cpu: usize) -> Result<(), Fail> {
+    // SAFETY: A set of CPUs is plain data, for which zeros are the empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: The set is whole; CPUs past its end are ignored.
+    unsafe { libc::CPU_SET(cpu, &mut set) };
+    // SAFETY: The set is as long as said.
+    if unsafe { libc::sched_setaffinity(thread, size_of_val(&set), &raw const set) } != 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    Ok(())
+}
+
+/// Lets this thread run before all ordinary ones, the kernel's workers too, or no more.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub fn real_time(on: bool) -> Result<(), Fail> {
+    let policy = if on {
+        libc::SCHED_FIFO
+    } else {
+        libc::SCHED_OTHER
+    };
+    let parameters = libc::sched_param {
+        sched_priority: on.into(),
+    };
+    // SAFETY: Reads the structure.
+    if unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) } != 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    Ok(())
+}

@@ -68,10 +68,21 @@ measured!(
     wrmsr,
     ["mov ecx, 0x8b", "xor eax, eax", "xor edx, edx", "wrmsr"]
 );
+measured!(cr8, ["mov eax, 3", "mov cr8, rax", "mov rax, cr8"]);
 measured!(pic, ["in al, 0x21"]);
 measured!(apic_read, ["mov eax, [rdi + 0x30]"]);
 measured!(apic_eoi, ["mov dword ptr [rdi + 0xb0], 0"]);
 measured!(x2apic_read, ["mov ecx, 0x803", "rdmsr"]);
+measured!(
+    x2apic_priority,
+    [
+        "mov ecx, 0x808",
+        "mov eax, 0x30",
+        "xor edx, edx",
+        "wrmsr",
+        "rdmsr"
+    ]
+);
 measured!(
     x2apic_eoi,
     ["mov ecx, 0x80b", "xor eax, eax", "xor edx, edx", "wrmsr"]
@@ -90,17 +101,18 @@ measured!(mmio_read, ["mov eax, [{hole}]"], hole = HOLE);
 measured!(mmio_write, ["mov [{hole}], eax"], hole = HOLE);
 measured!(touch, ["mov [rdi], al", "add rdi, 4096"]);
 
-/// The table, but for its last rows. A write of the x2APIC's TPR is none: KVM has the CPU do it, without an
-/// exit.
-pub(crate) const ROWS: [Row; 15] = [
+/// The table, but for its last rows. The task priority is the CPU's own affair where it has a TPR shadow.
+pub(crate) const ROWS: [Row; 17] = [
     Row::new("CPUID", cpuid),
     Row::new("VMCALL, unknown number", vmcall),
     Row::new("RDMSR IA32_APIC_BASE", rdmsr),
     Row::new("WRMSR IA32_BIOS_SIGN_ID", wrmsr),
+    Row::new("CR8, write and read", cr8),
     Row::new("IN from the in-kernel PIC", pic),
     Row::new("local APIC register read, by MMIO", apic_read),
     Row::new("local APIC EOI, by MMIO", apic_eoi),
     Row::x2apic("x2APIC register read, by RDMSR", x2apic_read),
+    Row::x2apic("x2APIC TPR, write and read", x2apic_priority),
     Row::x2apic("x2APIC EOI, by WRMSR", x2apic_eoi),
     Row::x2apic("x2APIC self-IPI, by WRMSR", x2apic_self_ipi),
     Row::x2apic("x2APIC ICR to itself, by WRMSR", x2apic_command),

@@ -6,6 +6,7 @@ mod chips;
 mod halt;
 mod ipi;
 mod pic;
+mod priority;
 mod probe;
 mod smp;
 mod split;
@@ -43,6 +44,13 @@ fn main() -> std::process::ExitCode {
         apic::timer_tsc_deadline,
         apic::self_ipi,
         apic::task_priority,
+        priority::cr8_lets_through,
+        priority::x2apic_lets_through,
+        priority::priority_behind_in_service,
+        priority::priority_falls_by_itself,
+        priority::priority_moves,
+        priority::priority_for_userspace,
+        priority::x2apic_comes_and_goes,
         apic::hlt_wakes,
         apic::nmi_wakes_hlt,
         apic::sti_shadow,
