@@ -7,6 +7,7 @@ mod large;
 mod log;
 mod pressure;
 mod process;
+mod race;
 mod running;
 
 use rvisor_tests::{ktap, tests};
@@ -50,6 +51,7 @@ fn main() -> std::process::ExitCode {
         running::slots_change_under_emulation,
         running::delete_waits_for_emulation,
         running::slot_goes_during_a_fault,
+        race::fork_while_a_slot_goes,
         running::pages_go,
         running::rights_change,
         log::dirty_log,

@@ -10,7 +10,7 @@ use rvisor_tests::{check, check_eq, guest_code, Cpu, Device, Exit, Fail, Outcome
 use std::time::{Duration, Instant};
 
 /// A guest ends where it finds this to be not 0.
-const STOP: u64 = DATA;
+pub(crate) const STOP: u64 = DATA;
 
 // Counts in RCX and writes the count to [RSI], until it is told to stop.
 guest_code!(
