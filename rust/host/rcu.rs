@@ -47,18 +47,24 @@ impl<T: Send + Sync> RcuCell<T> {
         unsafe { self.current.load(Ordering::Acquire).as_ref() }.map(f)
     }
 
+    /// Replaces the value. Gives the old one when nobody reads it any more. May sleep.
+    pub(crate) fn swap(&self, new: Option<KBox<T>>) -> Option<KBox<T>> {
+        let new = new.map_or(ptr::null_mut(), KBox::into_raw);
+        // INVARIANT: `new` came out of a box, and the old one goes back into its own below.
+        let old = self.current.swap(new, Ordering::AcqRel);
+        if old.is_null() {
+            return None;
+        }
+        // SAFETY: Task context. After it no reader has the old value, which was ours by the invariant.
+        unsafe {
+            bindings::synchronize_rcu_expedited();
+            Some(KBox::from_raw(old))
+        }
+    }
+
     /// Replaces the value, and returns when nobody reads the old one. May sleep.
     pub(crate) fn replace(&self, new: Option<KBox<T>>) {
-        let new = new.map_or(ptr::null_mut(), KBox::into_raw);
-        // INVARIANT: `new` came out of a box, and the old one is freed below.
-        let old = self.current.swap(new, Ordering::AcqRel);
-        if !old.is_null() {
-            // SAFETY: Task context. After it no reader has the old value, which was ours by the invariant.
-            unsafe {
-                bindings::synchronize_rcu_expedited();
-                drop(KBox::from_raw(old));
-            }
-        }
+        drop(self.swap(new));
     }
 }
 

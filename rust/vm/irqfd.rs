@@ -6,7 +6,10 @@
 //! stays high until the guest ends the interrupt; the resampler's eventfd then asks the device's owner
 //! whether to raise it again.
 
-use super::{machine::Vm, resample::MAX_RESAMPLERS};
+use super::{
+    machine::Vm,
+    resample::{ResamplerTable, MAX_RESAMPLERS},
+};
 use crate::host::eventfd::{EventFd, EventQueue, Hook, Listener};
 use core::sync::atomic::{AtomicBool, Ordering};
 use kernel::{
@@ -55,11 +58,18 @@ impl Listener for Irqfd {
     }
 }
 
+/// What the irqfds' lock guards.
+struct List {
+    hooks: KVVec<Hook<Irqfd>>,
+    /// An empty table with room for every resampler of `hooks`, so that a removal needs no memory.
+    spare: Option<ResamplerTable>,
+}
+
 /// The irqfds of one virtual machine.
 #[pin_data]
 pub(crate) struct Irqfds {
     #[pin]
-    list: Mutex<KVVec<Hook<Irqfd>>>,
+    list: Mutex<List>,
     /// There was one, so that a worker may have something to do.
     used: AtomicBool,
     queue: Arc<EventQueue>,
@@ -69,7 +79,10 @@ impl Irqfds {
     /// None.
     pub(crate) fn new(queue: Arc<EventQueue>) -> impl PinInit<Self> {
         pin_init!(Self {
-            list <- new_mutex!(KVVec::new()),
+            list <- new_mutex!(List {
+                hooks: KVVec::new(),
+                spare: None,
+            }),
             used: AtomicBool::new(false),
             queue,
         })
@@ -110,20 +123,20 @@ impl Irqfds {
             GFP_KERNEL_ACCOUNT,
         )?;
         let mut list = self.list.lock();
-        if list.len() >= MAX_IRQFDS {
+        if list.hooks.len() >= MAX_IRQFDS {
             return Err(ENOSPC);
         }
         self.used.store(true, Ordering::Relaxed);
-        list.reserve(1, GFP_KERNEL_ACCOUNT)?;
+        list.hooks.reserve(1, GFP_KERNEL_ACCOUNT)?;
         // The end of an interrupt must find the resampler before the eventfd can raise the line.
-        if resampler.is_some() {
-            publish(vm, &list, resampler)?;
+        if let Some(resampler) = resampler {
+            list.publish_with(vm, resampler)?;
         }
         match Hook::attach(descriptor, self.queue.clone(), irqfd.clone()) {
-            Ok(hook) => Ok(list.push_within_capacity(hook)?),
+            Ok(hook) => Ok(list.hooks.push_within_capacity(hook)?),
             Err(error) => {
                 if irqfd.resampler.is_some() {
-                    publish(vm, &list, None)?;
+                    list.publish(vm);
                 }
                 Err(error)
             }
@@ -157,9 +170,10 @@ impl Irqfds {
         loop {
             let mut list = self.list.lock();
             let Some(hook) = list
+                .hooks
                 .iter()
                 .position(&matches)
-                .and_then(|place| list.remove(place).ok())
+                .and_then(|place| list.hooks.remove(place).ok())
             else {
                 return;
             };
@@ -168,10 +182,9 @@ impl Irqfds {
             // Waits for the workers, which may want the list.
             drop(hook);
             if let Some(resampler) = resampler {
-                let list = self.list.lock();
-                // Without memory the old table stays, and its eventfd is signalled in vain.
-                let _published = publish(vm, &list, None);
-                if !resamplers(&list).any(|other| other.gsi == resampler.gsi) {
+                let mut list = self.list.lock();
+                list.publish(vm);
+                if !resamplers(&list.hooks).any(|other| other.gsi == resampler.gsi) {
                     vm.set_line(resampler.gsi, LineSource::RESAMPLER, false);
                 }
             }
@@ -184,22 +197,53 @@ fn resamplers(list: &[Hook<Irqfd>]) -> impl Iterator<Item = &Resampler> {
         .filter_map(|hook| hook.listener().resampler.as_ref())
 }
 
-/// Tells the controllers of the resamplers in `list` and of one more.
-fn publish(vm: &Vm, list: &[Hook<Irqfd>], more: Option<Resampler>) -> Result {
-    let chip = vm.irqchip().ok_or(EINVAL)?;
-    let mut table: KVVec<Resampler> = KVVec::new();
-    for resampler in Iterator::chain(resamplers(list), &more) {
-        // Interrupts are off where they are told: each once, and not many.
-        let is_known = table
-            .iter()
-            .any(|known| known.gsi == resampler.gsi && known.eventfd.is_same(&resampler.eventfd));
-        if is_known {
-            continue;
+/// Adds a resampler to a table that does not have it; `false` where there is no room.
+fn add_to(table: &mut KVVec<Resampler>, resampler: &Resampler) -> bool {
+    // Interrupts are off where they are told: each once, and not many.
+    let is_known = table
+        .iter()
+        .any(|known| known.gsi == resampler.gsi && known.eventfd.is_same(&resampler.eventfd));
+    is_known
+        || (table.len() < MAX_RESAMPLERS && table.push_within_capacity(resampler.clone()).is_ok())
+}
+
+impl List {
+    /// Tells the controllers of the resamplers and of one more.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`; `ENOSPC` for too many. Nothing has changed then.
+    fn publish_with(&mut self, vm: &Vm, more: Resampler) -> Result {
+        let chip = vm.irqchip().ok_or(EINVAL)?;
+        let room = (resamplers(&self.hooks).count() + 1).min(MAX_RESAMPLERS);
+        let make = || -> Result<ResamplerTable> {
+            let table = KVVec::with_capacity(room, GFP_KERNEL_ACCOUNT)?;
+            Ok(KBox::new(table, GFP_KERNEL_ACCOUNT)?)
+        };
+        let (mut table, spare) = (make()?, make()?);
+        for resampler in Iterator::chain(resamplers(&self.hooks), [&more]) {
+            if !add_to(&mut table, resampler) {
+                return Err(ENOSPC);
+            }
         }
-        if table.len() >= MAX_RESAMPLERS {
-            return Err(ENOSPC);
-        }
-        table.push(resampler.clone(), GFP_KERNEL_ACCOUNT)?;
+        chip.set_resamplers(Some(table));
+        self.spare = Some(spare);
+        Ok(())
     }
-    chip.set_resamplers(table)
+
+    /// Tells the controllers of the resamplers, of which one has gone.
+    fn publish(&mut self, vm: &Vm) {
+        let (Some(chip), Some(mut table)) = (vm.irqchip(), self.spare.take()) else {
+            return;
+        };
+        for resampler in resamplers(&self.hooks) {
+            // There is room: the spare one was made when they were more.
+            add_to(&mut table, resampler);
+        }
+        let table = (!table.is_empty()).then_some(table);
+        self.spare = chip.set_resamplers(table).map(|mut old| {
+            old.clear();
+            old
+        });
+    }
 }

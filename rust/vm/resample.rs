@@ -15,6 +15,8 @@ use rvisor_core::{
 
 /// The most resamplers of one machine that differ in GSI or eventfd.
 pub(super) const MAX_RESAMPLERS: usize = 256;
+/// All resamplers of one machine, none twice.
+pub(super) type ResamplerTable = KBox<KVVec<Resampler>>;
 /// The most GSIs whose interrupt can end at once: one for each pin and line.
 const MAX_ENDED: usize = ioapic::PINS + pic::LINES;
 
@@ -120,20 +122,11 @@ impl Chips {
 }
 
 impl IrqChip {
-    /// Sets the resamplers.
-    ///
-    /// # Errors
-    ///
-    /// `ENOMEM`.
-    pub(super) fn set_resamplers(&self, table: KVVec<Resampler>) -> Result {
-        let boxed = if table.is_empty() {
-            None
-        } else {
-            Some(KBox::new(table, GFP_KERNEL_ACCOUNT)?)
-        };
-        self.resamplers.replace(boxed);
+    /// Sets the resamplers. Gives the table that was there before, which nobody reads any more.
+    pub(super) fn set_resamplers(&self, table: Option<ResamplerTable>) -> Option<ResamplerTable> {
+        let old = self.resamplers.swap(table);
         self.refresh_resampled(&mut self.chips.lock());
-        Ok(())
+        old
     }
 
     /// Finds the pins of the resamplers anew, where there are any or were.

@@ -54,6 +54,11 @@ fn bell(
     Ok(eventfd)
 }
 
+/// A new eventfd that rings on any OUT to this port.
+pub(crate) fn port(machine: &Machine, port: u64) -> Result<EventFd, Fail> {
+    bell(machine, PIO, port, 0, 0)
+}
+
 pub(crate) fn errors(device: &Device) -> Outcome {
     let machine = Machine::new(device)?;
     let eventfd = EventFd::new()?;

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 //! KVM_IRQFD without a resampler.
 
+use crate::doorbell;
 use crate::start;
 use kvm_bindings as kb;
 use rvisor_tests::guest::Mode;
 use rvisor_tests::handlers::{count, Acknowledge};
+use rvisor_tests::host::real_time;
 use rvisor_tests::layout::{COUNTS, DONE_PORT, IOAPIC, LAPIC};
 use rvisor_tests::raw::{expect_errno, ioctl_with, Errno};
 use rvisor_tests::{
@@ -321,6 +323,64 @@ pub(crate) fn closed_eventfd(device: &Device) -> Outcome {
     drop(last);
     drop(cpu);
     drop(machine);
+    Ok(())
+}
+
+guest_code!(
+    rings_ports,
+    code64,
+    [
+        "2: out dx, al",
+        "inc edx",
+        "dec ecx",
+        "jnz 2b",
+        "out {done}, al",
+    ],
+    done = DONE_PORT
+);
+
+/// More eventfds than the kernel has workers for at once are closed, and signalled after that, before any
+/// worker has seen to one: the ends do not wait for signals that wait behind them.
+pub(crate) fn closed_then_signalled(device: &Device) -> Outcome {
+    /// Above the kernel's limit on a workqueue, 1024.
+    const EVENTFDS: u64 = 1300;
+    const FIRST_PORT: u64 = 0x4000;
+    raise_descriptor_limit(2 * EVENTFDS)?;
+    let (machine, cpu) = ready(device)?;
+    let (ringer, ring) = start(device, Mode::Long, rings_ports(), Acknowledge::None)?;
+    let mut eventfds = Vec::with_capacity(EVENTFDS as usize);
+    for index in 0..EVENTFDS {
+        // Of another machine, whose guest signals it when its descriptor is gone.
+        let eventfd = doorbell::port(&ringer, FIRST_PORT + index)?;
+        assign(&machine, &eventfd, 20)?;
+        eventfds.push(eventfd);
+    }
+    let mut regs = ring.regs()?;
+    (regs.rdx, regs.rcx) = (FIRST_PORT, EVENTFDS);
+    ring.set_regs(&regs)?;
+    // On a host with one CPU no worker runs meanwhile.
+    real_time(true)?;
+    drop(eventfds);
+    let rung = ring.run_until_done();
+    real_time(false)?;
+    rung?;
+    let eventfd = EventFd::new()?;
+    assign(&machine, &eventfd, 10)?;
+    eventfd.signal()?;
+    expect_interrupts(&machine, &cpu, 1)?;
+    deassign(&machine, &eventfd, 10)
+}
+
+/// Lets this process have so many descriptors.
+fn raise_descriptor_limit(descriptors: u64) -> Outcome {
+    let limit = libc::rlimit {
+        rlim_cur: descriptors,
+        rlim_max: descriptors,
+    };
+    // SAFETY: Reads the structure.
+    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } != 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
     Ok(())
 }
 

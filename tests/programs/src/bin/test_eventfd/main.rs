@@ -36,6 +36,7 @@ fn main() -> std::process::ExitCode {
         irqfd::wakes_hlt,
         irqfd::deassigned,
         irqfd::closed_eventfd,
+        irqfd::closed_then_signalled,
         irqfd::closed_machine,
         resampler::errors,
         resampler::ioapic_line,
