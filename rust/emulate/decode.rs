@@ -292,6 +292,14 @@ impl Decoder<'_> {
         }
     }
 
+    /// The operand size of near branches, which no prefix changes in 64-bit mode (SDM vol. 2, CALL).
+    fn near_branch_size(&self) -> Size {
+        match self.code {
+            CodeSize::Bits64 => Size::Qword,
+            CodeSize::Bits16 | CodeSize::Bits32 => self.operand_size(),
+        }
+    }
+
     /// The operand size by the opcode's lowest bit: clear for bytes.
     fn size_by_bit(&self, opcode: u8) -> Size {
         match opcode & 1 {

@@ -50,6 +50,7 @@ pub fn execute<M: Machine>(
         Operation::Bit(operation) => bit::bit(instruction, machine, operation),
         Operation::Push => stack::push(instruction, machine),
         Operation::Pop => stack::pop(instruction, machine),
+        Operation::Call => stack::call(instruction, machine),
         Operation::Vector(kind, encoding) => vector::vector(instruction, machine, kind, encoding),
         Operation::String(operation) => string::string(instruction, machine, operation),
     }

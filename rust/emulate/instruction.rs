@@ -371,6 +371,9 @@ pub enum Operation {
     Push,
     /// POP: from the stack to the destination.
     Pop,
+    /// Near CALL: the next instruction's address to the stack, and on at the source; an immediate counts
+    /// from the next instruction.
+    Call,
     /// A move from or to a vector register.
     Vector(VectorMove, Encoding),
     /// MOVS, STOS, LODS, CMPS, SCAS, INS, OUTS.
@@ -396,6 +399,7 @@ impl Operation {
             | Self::Test
             | Self::Push
             | Self::Pop
+            | Self::Call
             | Self::Vector(..)
             | Self::String(_) => false,
         }

@@ -42,6 +42,7 @@ impl Decoder<'_> {
             0xae | 0xaf => self.string(StringOperation::Scas, opcode),
             0xb0..=0xbf => self.mov_register_immediate(opcode),
             0xc6 | 0xc7 => self.mov_immediate(opcode),
+            0xe8 => self.call_relative(),
             0xf6 | 0xf7 => self.group_3(opcode),
             0xfe | 0xff => self.group_4_and_5(opcode),
             _ => Err(DecodeError::Unsupported),
@@ -191,6 +192,11 @@ impl Decoder<'_> {
                 Ok(Form::new(inc_or_dec(extension), size, rm, Operand::None))
             }
             (_, 0xfe) | (7, _) => Err(DecodeError::InvalidOpcode),
+            (2, _) => {
+                let size = self.near_branch_size();
+                let rm = self.rm(&modrm, size);
+                Ok(Form::new(Operation::Call, size, Operand::None, rm))
+            }
             (6, _) => {
                 let size = self.stack_size();
                 let rm = self.rm(&modrm, size);
@@ -215,6 +221,12 @@ impl Decoder<'_> {
         let size = self.stack_size();
         let immediate = self.immediate(if opcode == 0x6a { Size::Byte } else { size })?;
         Ok(Form::new(Operation::Push, size, Operand::None, immediate))
+    }
+
+    fn call_relative(&mut self) -> Result<Form, DecodeError> {
+        let size = self.near_branch_size();
+        let distance = self.immediate(size)?;
+        Ok(Form::new(Operation::Call, size, Operand::None, distance))
     }
 
     /// 8F: group 1A. Its other forms are AMD's XOP.

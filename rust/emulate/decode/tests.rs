@@ -160,11 +160,11 @@ fn lock_needs_a_destination_in_memory_that_is_changed() {
 
 #[test]
 fn what_is_not_known_is_refused() {
-    // hlt, div, call, popcnt, an AVX form that computes, crc32, rdmsr, the MMX and EVEX forms of a move
+    // hlt, div, jmp, popcnt, an AVX form that computes, crc32, rdmsr, the MMX and EVEX forms of a move
     for bytes in [
         &[0xf4][..],
         &[0xf7, 0x30],
-        &[0xff, 0x10],
+        &[0xff, 0x20],
         &[0xf3, 0x0f, 0xb8, 0x00],
         &[0xc5, 0xf8, 0x58, 0x00],
         &[0xf2, 0x0f, 0x38, 0xf0, 0x00],

@@ -69,6 +69,22 @@ pub(super) fn linear<M: Machine>(
     }
 }
 
+/// Checks where a near branch leads (SDM vol. 2, CALL): a canonical address, or one inside CS.
+pub(super) fn check_branch<M: Machine>(machine: &mut M, target: u64) -> Result<(), Stop<M::Stop>> {
+    let mode = machine.mode();
+    let is_legal = match mode.code {
+        CodeSize::Bits64 => Gva::new(target).is_canonical(mode.linear_bits),
+        CodeSize::Bits16 | CodeSize::Bits32 => {
+            target <= u64::from(machine.segment(SegmentRegister::Cs).limit)
+        }
+    };
+    if is_legal {
+        Ok(())
+    } else {
+        Err(Stop::Fault(general_protection(mode)))
+    }
+}
+
 /// The width of the stack pointer: 64 bits in 64-bit mode, else as SS.B says.
 pub(super) fn stack_size<M: Machine>(machine: &mut M) -> Size {
     if machine.mode().code == CodeSize::Bits64 {

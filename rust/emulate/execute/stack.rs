@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! PUSH and POP (SDM vol. 1, 6.2).
+//! PUSH, POP and near CALL (SDM vol. 1, 6.2 and 6.4).
 
 use super::{
-    address::{linear, stack_size},
+    address::{check_branch, linear, stack_size},
+    next_instruction,
     operand::{place, read, set_register, write_memory, Intent, Place},
     retire, Outcome,
 };
@@ -72,4 +73,34 @@ pub(super) fn pop<M: Machine>(instruction: &Instruction, machine: &mut M) -> Out
     // The destination comes last: POP into the stack pointer is not moved on.
     set_register(machine, target, size, value);
     retire(instruction, machine)
+}
+
+/// Near CALL. The target is found with the stack pointer as it was, and checked before anything is pushed.
+pub(super) fn call<M: Machine>(instruction: &Instruction, machine: &mut M) -> Outcome<M> {
+    let (size, source) = (instruction.size, &instruction.source);
+    let source = place(instruction, machine, source, size, Intent::Read)?;
+    let next = next_instruction(instruction, machine);
+    let width = stack_size(machine);
+    let old = read(machine, POINTER, width, Intent::Read)?;
+    let new = old.wrapping_sub(size.bytes() as u64) & width.mask();
+    let top = linear(machine, SegmentRegister::Ss, new, size, Intent::Write)?;
+    if let Place::Memory(_) = source {
+        // As with PUSH.
+        machine
+            .prepare_write(top, size.bytes())
+            .map_err(Stop::Machine)?;
+    }
+    let value = read(machine, source, size, Intent::Read)?;
+    let target = match source {
+        Place::Immediate(_) => next.wrapping_add(value) & size.mask(),
+        _ => value,
+    };
+    check_branch(machine, target)?;
+    let pushed = next & size.mask();
+    if !write_memory(instruction, machine, Place::Memory(top), None, pushed)? {
+        return Ok(Progress::Again);
+    }
+    set_register(machine, POINTER, width, new);
+    machine.set_rip(target);
+    Ok(Progress::Retired)
 }

@@ -21,6 +21,46 @@ fn push_of_device_memory_reads_no_device_where_the_stack_faults() {
 }
 
 #[test]
+fn call_pushes_the_next_address_to_a_device_and_goes_on_at_its_target() {
+    let mut fake = Fake::long();
+    fake.gprs[4] = DEVICE + 0x20;
+    // call +0x10
+    let relative = [0xe8, 0x10, 0, 0, 0];
+    assert_eq!(fake.run(&relative), Ok(Progress::Retired));
+    let pushed = 0x105u64.to_le_bytes().to_vec();
+    assert_eq!(fake.device_writes, [(DEVICE + 0x18, pushed)]);
+    assert_eq!((fake.gprs[4], fake.rip), (DEVICE + 0x18, 0x115));
+    // call rsp: the stack pointer as it was
+    assert_eq!(fake.run(&[0xff, 0xd4]), Ok(Progress::Retired));
+    assert_eq!((fake.gprs[4], fake.rip), (DEVICE + 0x10, DEVICE + 0x18));
+    // Backwards, in 16 bits: IP wraps.
+    let mut fake = Fake::new(CodeSize::Bits16, Protection::Real);
+    fake.gprs[4] = 0x80;
+    assert_eq!(fake.run(&[0xe8, 0xf0, 0xfe]), Ok(Progress::Retired));
+    assert_eq!((fake.gprs[4], fake.rip), (0x7e, 0xfff3));
+    assert_eq!(fake.memory[0x7e..0x80], [0x03, 0x01]);
+}
+
+#[test]
+fn a_call_that_leads_nowhere_pushes_nothing() {
+    let general_protection =
+        Stop::Fault(Exception::with_code(ExceptionVector::GeneralProtection, 0));
+    let mut fake = Fake::long();
+    fake.gprs[0] = 1 << 47;
+    fake.gprs[4] = DEVICE + 8;
+    // call rax
+    assert_eq!(fake.run(&[0xff, 0xd0]), Err(general_protection));
+    let mut far = Fake::new(CodeSize::Bits32, Protection::Protected);
+    far.gprs[0] = 0x1_0000;
+    far.gprs[4] = DEVICE + 8;
+    assert_eq!(far.run(&[0xff, 0xd0]), Err(general_protection));
+    for fake in [fake, far] {
+        assert_eq!((fake.gprs[4], fake.rip), (DEVICE + 8, 0x100));
+        assert!(fake.device_writes.is_empty());
+    }
+}
+
+#[test]
 fn pop_moves_nothing_where_its_destination_faults() {
     let mut fake = Fake::long();
     fake.gprs[0] = 0x2_0000;

@@ -34,6 +34,7 @@ pub(super) fn operation_of(iced: &iced_x86::Instruction) -> Option<Operation> {
         Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b => Operation::CompareExchangePair,
         Mnemonic::Push => Operation::Push,
         Mnemonic::Pop => Operation::Pop,
+        Mnemonic::Call if iced.is_call_near() || iced.is_call_near_indirect() => Operation::Call,
         Mnemonic::Bt => Operation::Bit(BitOperation::Test),
         Mnemonic::Bts => Operation::Bit(BitOperation::Set),
         Mnemonic::Btr => Operation::Bit(BitOperation::Reset),

@@ -140,6 +140,8 @@ pub(crate) fn candidate(random: &mut Random, native: &Native, code: CodeSize) ->
         bytes[operands_at] = (bytes[operands_at] & 0xc7) | (extension << 3);
     }
     match decode(&bytes, code) {
+        // It would not come back.
+        Ok(instruction) if instruction.operation == Operation::Call => Decoded::Unknown,
         Ok(instruction) => {
             bytes.truncate(usize::from(instruction.length));
             Decoded::Instruction(Candidate {

@@ -3,9 +3,10 @@
 
 use crate::guests::{Guest, PAGE, PLACE};
 use kvm_bindings as kb;
+use rvisor_tests::layout::{CODE, DONE_PORT};
 use rvisor_tests::mapping::Mapping;
 use rvisor_tests::raw::expect_errno;
-use rvisor_tests::{check_eq, ktap, Device, Exit, Fail, Outcome};
+use rvisor_tests::{check_eq, guest_code, ktap, Device, Exit, Fail, Outcome};
 
 pub(crate) fn host_and_guest_share(device: &Device) -> Outcome {
     let guest = Guest::new(device)?;
@@ -54,6 +55,48 @@ pub(crate) fn read_only_slot(device: &Device) -> Outcome {
             "the memory after a write, round {round}"
         );
     }
+    Ok(())
+}
+
+guest_code!(
+    push_and_call,
+    code64,
+    [
+        "mov rax, rsp",
+        "mov rsp, rsi",
+        "push 0x77",
+        "call 2f",
+        "2: lea rbx, [rip + 3f]",
+        "call rbx",
+        "3: mov rdi, rsp",
+        "mov rsp, rax",
+        "out {done}, al",
+    ],
+    done = DONE_PORT
+);
+
+/// PUSH and CALL with the stack in a read-only slot: what they push is a device's, and the guest goes on.
+pub(crate) fn read_only_stack(device: &Device) -> Outcome {
+    let guest = Guest::with(device, push_and_call())?;
+    if guest.machine.extension(kb::KVM_CAP_READONLY_MEM) == 0 {
+        return Err(Fail::skip("READONLY_MEM is not offered"));
+    }
+    let memory = Mapping::anonymous(PAGE)?;
+    let flags = kb::KVM_MEM_READONLY;
+    guest.machine.set_slot(1, flags, PLACE, &memory, 0, PAGE)?;
+    let top = PLACE + 0x800;
+    guest.prepare(top, None)?;
+    // PUSH, CALL and MOV before the last LEA take 3, 3, 2 and 5 bytes; LEA and the other CALL 7 and 2.
+    let pushed = [0x77, CODE + 13, CODE + 22];
+    for (place, value) in (1..).zip(pushed) {
+        guest.cpu.run_expecting(&Exit::MmioWrite {
+            address: top - 8 * place,
+            data: value.to_le_bytes().to_vec(),
+        })?;
+    }
+    guest.cpu.run_until_done()?;
+    check_eq!(guest.cpu.regs()?.rdi, top - 24, "RSP");
+    check_eq!(memory.read_u64(0x800 - 8), 0, "the memory");
     Ok(())
 }
 

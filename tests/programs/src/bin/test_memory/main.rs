@@ -16,6 +16,7 @@ fn main() -> std::process::ExitCode {
     ktap::main(tests![
         basic::host_and_guest_share,
         basic::read_only_slot,
+        basic::read_only_stack,
         basic::delete_slot,
         basic::move_slot,
         basic::two_slots_one_memory,
