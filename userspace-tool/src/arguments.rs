@@ -241,6 +241,10 @@ pub struct RunOptions {
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size::parse)]
     pub memory: u64,
 
+    /// Of that memory, how much the guest is asked to leave to the host by its balloon
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
+    pub balloon: u64,
+
     /// The number of the guest's CPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,

@@ -7,6 +7,7 @@
 //! guest through an irqfd, so that no CPU of the guest waits for input or output. [`Bus`] is the place of
 //! the register pages in the guest's physical addresses.
 
+pub mod balloon;
 pub mod block;
 pub mod mmio;
 mod rings;
@@ -102,6 +103,16 @@ pub trait Device: Send {
         Ok(())
     }
 
+    /// The guest is asked to leave so many bytes of its memory to the host. Says whether this device asks it.
+    fn set_balloon(&mut self, _bytes: u64) -> bool {
+        false
+    }
+
+    /// How many bytes of its memory the guest has left to the host, where this device knows.
+    fn balloon(&self) -> Option<u64> {
+        None
+    }
+
     /// The guest has ended: writes what has not reached the host's disk.
     ///
     /// # Errors
@@ -123,6 +134,7 @@ pub fn open(options: &RunOptions) -> Result<Vec<Box<dyn Device>>> {
         devices.push(Box::new(block::Block::open(disk)?));
     }
     devices.push(Box::new(rng::Rng));
+    devices.push(Box::new(balloon::Balloon::new(options.balloon)));
     let most = layout::VIRTIO_GSIS.len();
     if devices.len() > most {
         return Err(Error::input(
@@ -159,6 +171,20 @@ impl Bus {
     /// The devices.
     pub fn devices(&self) -> impl Iterator<Item = &Arc<Transport>> {
         self.0.iter()
+    }
+
+    /// Asks the guest to leave `bytes` of its memory to the host, in place of what it was asked for before.
+    pub fn set_balloon(&self, bytes: u64) {
+        self.0.iter().for_each(|device| device.set_balloon(bytes));
+    }
+
+    /// How many bytes of its memory the guest has left to the host.
+    #[must_use]
+    pub fn balloon(&self) -> u64 {
+        self.0
+            .iter()
+            .find_map(|device| device.balloon())
+            .unwrap_or(0)
     }
 
     /// The guest reads at a physical address as many bytes as `data` has. Where no device is, all bits read

@@ -253,6 +253,19 @@ impl Transport {
         }
     }
 
+    /// Asks the guest for memory, where this is the balloon.
+    pub fn set_balloon(&self, bytes: u64) {
+        if lock(&self.state).device.set_balloon(bytes) {
+            self.config_changed();
+        }
+    }
+
+    /// How many bytes of its memory the guest has left, where this is the balloon.
+    #[must_use]
+    pub fn balloon(&self) -> Option<u64> {
+        lock(&self.state).device.balloon()
+    }
+
     /// Lets the device rest: when this returns, the worker does nothing and touches no memory of the guest
     /// until [`resume`](Self::resume).
     pub fn pause(&self) {
