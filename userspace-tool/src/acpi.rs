@@ -168,6 +168,85 @@ fn tables(start: u64, cpus: u8, virtio_devices: usize) -> Vec<(u64, Vec<u8>)> {
     tables
 }
 
+/// The tables as firmware gets them, which places them itself: QEMU's files `etc/acpi/tables`, `etc/acpi/rsdp`
+/// and `etc/table-loader` (hw/acpi/bios-linker-loader.c of QEMU tells the latter's form).
+#[derive(Debug)]
+pub struct ForFirmware {
+    /// All tables but the RSDP. What they point to is counted from the first byte.
+    pub tables: Vec<u8>,
+    /// The RSDP, whose pointer is counted so too.
+    pub rsdp: Vec<u8>,
+    /// What firmware is to do with both.
+    pub loader: Vec<u8>,
+}
+
+/// The tables for firmware with `cpus` CPUs and so many virtio devices.
+#[must_use]
+pub fn for_firmware(cpus: u8, virtio_devices: usize) -> ForFirmware {
+    const TABLES: &str = "etc/acpi/tables";
+    const RSDP: &str = "etc/acpi/rsdp";
+    let mut all = tables(0, cpus, virtio_devices);
+    let (_, rsdp) = all.remove(0);
+    let mut loader = [allocate(TABLES, 64, 1), allocate(RSDP, 16, 2)].concat();
+    let mut file = Vec::new();
+    for (start, bytes) in &all {
+        file.resize(*start as usize, 0);
+        file.extend_from_slice(bytes);
+        let pointers: Vec<(usize, u8)> = match &bytes[..4] {
+            b"FACP" => vec![(36, 4), (40, 4), (140, 8)],
+            b"XSDT" => (HEADER..bytes.len()).step_by(8).map(|at| (at, 8)).collect(),
+            _ => continue,
+        };
+        let start = *start as usize;
+        for (at, size) in pointers {
+            loader.extend(add_pointer(TABLES, TABLES, start + at, size));
+        }
+        loader.extend(add_checksum(TABLES, start + CHECKSUM, start, bytes.len()));
+    }
+    loader.extend(add_pointer(RSDP, TABLES, 24, 8));
+    loader.extend(add_checksum(RSDP, 8, 0, 20));
+    loader.extend(add_checksum(RSDP, 32, 0, rsdp.len()));
+    ForFirmware {
+        tables: file,
+        rsdp,
+        loader,
+    }
+}
+
+/// A command of the loader, in its 128 bytes: a number, names of files, and then numbers.
+fn command(number: u32, files: &[&str], rest: &[u8]) -> Vec<u8> {
+    let mut command = number.to_le_bytes().to_vec();
+    for file in files {
+        let end = command.len() + 56;
+        command.extend_from_slice(file.as_bytes());
+        command.resize(end, 0);
+    }
+    command.extend_from_slice(rest);
+    command.resize(128, 0);
+    command
+}
+
+/// Has the file put into memory at a multiple of `align`: in zone 1, or 2 where the RSDP is looked for.
+fn allocate(file: &str, align: u32, zone: u8) -> Vec<u8> {
+    command(
+        1,
+        &[file],
+        &[align.to_le_bytes().as_slice(), &[zone]].concat(),
+    )
+}
+
+/// Adds the address of `target` to the `size` bytes at `offset` of `file`.
+fn add_pointer(file: &str, target: &str, offset: usize, size: u8) -> Vec<u8> {
+    let offset = (offset as u32).to_le_bytes();
+    command(2, &[file, target], &[offset.as_slice(), &[size]].concat())
+}
+
+/// Sets the byte at `offset` of `file` so that the `length` bytes from `start` on sum up to 0.
+fn add_checksum(file: &str, offset: usize, start: usize, length: usize) -> Vec<u8> {
+    let numbers = [offset, start, length].map(|number| (number as u32).to_le_bytes());
+    command(3, &[file], &numbers.concat())
+}
+
 /// The root system description pointer (5.2.5.3).
 fn rsdp(xsdt: u64) -> Vec<u8> {
     let mut rsdp = vec![0; 36];

@@ -4,6 +4,7 @@
 
 pub mod cmos;
 pub mod debug;
+pub mod fwcfg;
 pub mod power;
 pub mod serial;
 pub mod virtio;
@@ -18,6 +19,7 @@ use crate::machine::Control;
 use crate::outcome::Outcome;
 use cmos::Cmos;
 use debug::Debug;
+use fwcfg::FwCfg;
 use power::{Power, SCI};
 use serial::Serial;
 
@@ -45,13 +47,21 @@ impl Trigger for ResetLine {
     }
 }
 
+/// What firmware has beside a PC's devices, and an operating system no use for.
+pub struct Firmware {
+    /// The port on which it prints.
+    pub debug: Debug,
+    /// What it is to know of its machine.
+    pub config: Mutex<FwCfg>,
+}
+
 /// The I/O ports.
 pub struct Ports {
     control: Control,
     /// The serial port, which the console feeds too.
     pub serial: Mutex<Serial>,
     cmos: Mutex<Cmos>,
-    debug: Option<Debug>,
+    firmware: Option<Firmware>,
     power: Mutex<Power>,
     i8042: Mutex<I8042Device<ResetLine>>,
     vm: Arc<VmFd>,
@@ -65,12 +75,12 @@ impl Ports {
         vm: Arc<VmFd>,
         serial: Serial,
         cmos: Cmos,
-        debug: Option<Debug>,
+        firmware: Option<Firmware>,
     ) -> Self {
         Self {
             serial: Mutex::new(serial),
             cmos: Mutex::new(cmos),
-            debug,
+            firmware,
             power: Mutex::new(Power::default()),
             i8042: Mutex::new(I8042Device::new(ResetLine(control.clone()))),
             control,
@@ -119,10 +129,17 @@ impl Ports {
         }
         let event = match port {
             debug::PORT => {
-                if let Some(debug) = &self.debug {
-                    debug
+                if let Some(firmware) = &self.firmware {
+                    firmware
+                        .debug
                         .write(data)
                         .map_err(|error| Error::call("writing the console", error))?;
+                }
+                None
+            }
+            fwcfg::SELECTOR => {
+                if let Some(firmware) = &self.firmware {
+                    lock(&firmware.config).select(data);
                 }
                 None
             }
@@ -153,7 +170,11 @@ impl Ports {
             return;
         }
         match port {
-            debug::PORT if self.debug.is_some() => data.fill(debug::LISTENING),
+            debug::PORT if self.firmware.is_some() => data.fill(debug::LISTENING),
+            fwcfg::DATA => match &self.firmware {
+                Some(firmware) => lock(&firmware.config).read(data),
+                None => data.fill(NOBODY),
+            },
             cmos::INDEX | cmos::DATA => {
                 data.iter_mut()
                     .for_each(|byte| *byte = lock(&self.cmos).read(port));

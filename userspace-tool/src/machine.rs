@@ -22,8 +22,9 @@ use crate::control::{Commands, Ended, Nothing, Server};
 use crate::cpuid::Template;
 use crate::devices::cmos::Cmos;
 use crate::devices::debug::Debug;
+use crate::devices::fwcfg::FwCfg;
 use crate::devices::serial::{Drained, Line, Serial};
-use crate::devices::{lock, virtio, Ports};
+use crate::devices::{lock, virtio, Firmware, Ports};
 use crate::error::{failed, Error, Result};
 use crate::memory::Memory;
 use crate::outcome::Outcome;
@@ -286,7 +287,14 @@ fn run_to_end(claim: Claim, parts: Parts, options: &RunOptions) -> Result<Outcom
     let hub = Hub::new(wake.clone());
     let output = Output::new(wake.clone(), hub.clone(), !options.detached)
         .map_err(failed("opening the console"))?;
-    let ports = make_ports(&parts.vm, &control, &output, &wake, options);
+    let ports = make_ports(
+        &parts.vm,
+        &control,
+        &output,
+        &wake,
+        options,
+        parts.bus.devices().count(),
+    );
     let machine = Arc::new(Machine {
         name: claim.name().clone(),
         options: options.clone(),
@@ -342,13 +350,16 @@ fn make_ports(
     output: &Output,
     wake: &Wake,
     options: &RunOptions,
+    virtio_devices: usize,
 ) -> Ports {
     let line = Line(Arc::clone(vm));
     let serial = Serial::with_events(line, Drained(wake.clone()), output.clone());
     let cmos = Cmos::new(options.memory, options.cpus);
-    // An operating system has no use for firmware's console.
-    let debug = options.firmware.as_ref().map(|_| Debug(output.clone()));
-    Ports::new(control.clone(), Arc::clone(vm), serial, cmos, debug)
+    let firmware = options.firmware.as_ref().map(|_| Firmware {
+        debug: Debug(output.clone()),
+        config: Mutex::new(FwCfg::new(options.memory, options.cpus, virtio_devices)),
+    });
+    Ports::new(control.clone(), Arc::clone(vm), serial, cmos, firmware)
 }
 
 /// What a thread of a machine does.

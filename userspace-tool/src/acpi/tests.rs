@@ -128,3 +128,57 @@ fn the_fadt_names_the_registers_twice_alike() {
     assert_eq!((fadt[116], fadt[117], fadt[119]), (1, 8, 1));
     assert_ne!(u32_at(fadt, 112) & (1 << 10), 0);
 }
+
+/// What SeaBIOS does with the commands, and then the tables are found as in memory.
+#[test]
+fn firmware_places_the_tables_by_the_loader() {
+    const BASE: u64 = 0x7ff_0000;
+    let ForFirmware {
+        mut tables,
+        mut rsdp,
+        loader,
+    } = for_firmware(2, MOST_DEVICES);
+    let name = |command: &[u8], at: usize| {
+        let name = command[at..at + 56].split(|byte| *byte == 0).next();
+        String::from_utf8(name.unwrap().to_vec()).unwrap()
+    };
+    for command in loader.chunks(128) {
+        let file = name(command, 4);
+        let bytes = match file.as_str() {
+            "etc/acpi/tables" => &mut tables,
+            "etc/acpi/rsdp" => &mut rsdp,
+            _ => panic!("{file}"),
+        };
+        match u32_at(command, 0) {
+            1 => assert_eq!(u32_at(command, 60), if command[64] == 1 { 64 } else { 16 }),
+            2 => {
+                assert_eq!(name(command, 60), "etc/acpi/tables");
+                let at = u32_at(command, 116) as usize;
+                let field = &mut bytes[at..at + usize::from(command[120])];
+                let mut value = [0; 8];
+                value[..field.len()].copy_from_slice(field);
+                let value = (u64::from_le_bytes(value) + BASE).to_le_bytes();
+                field.copy_from_slice(&value[..field.len()]);
+            }
+            3 => {
+                let [at, start, length] = [60, 64, 68].map(|at| u32_at(command, at) as usize);
+                bytes[at] = bytes[at].wrapping_sub(sum(&bytes[start..start + length]));
+            }
+            other => panic!("command {other}"),
+        }
+    }
+    let table = |address: u64| {
+        let at = (address - BASE) as usize;
+        let length = u32_at(&tables, at + 4) as usize;
+        &tables[at..at + length]
+    };
+    assert_eq!((sum(&rsdp[..20]), sum(&rsdp)), (0, 0));
+    let xsdt = table(u64_at(&rsdp, 24));
+    assert_eq!((&xsdt[..4], sum(xsdt)), (b"XSDT".as_slice(), 0));
+    let fadt = table(u64_at(xsdt, 36));
+    assert_eq!((&fadt[..4], sum(fadt)), (b"FACP".as_slice(), 0));
+    assert_eq!(&table(u64_at(xsdt, 44))[..4], b"APIC");
+    assert_eq!(&table(u64::from(u32_at(fadt, 36)))[..4], b"FACS");
+    assert_eq!(u64::from(u32_at(fadt, 40)), u64_at(fadt, 140));
+    assert_eq!(sum(table(u64_at(fadt, 140))), 0);
+}

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! QEMU's firmware configuration device (docs/specs/fw_cfg.rst of QEMU), by its I/O ports without DMA: what
+//! firmware wants to know of its machine, as files.
+
+use crate::acpi;
+use crate::devices::serial;
+use crate::layout;
+
+/// The port of 16 bits that selects an item; the port that reads it byte for byte lies behind.
+pub const SELECTOR: u16 = 0x510;
+/// Reads the selected item.
+pub const DATA: u16 = 0x511;
+
+/// Items: the signature, and the list of the files. The files are those from `FIRST_FILE` on.
+const SIGNATURE: u16 = 0;
+const DIRECTORY: u16 = 0x19;
+const FIRST_FILE: u16 = 0x20;
+/// The length of a file's name, with its closing NUL.
+const NAME: usize = 56;
+
+/// The device.
+#[derive(Default)]
+pub struct FwCfg {
+    /// Names and contents.
+    files: Vec<(&'static str, Vec<u8>)>,
+    directory: Vec<u8>,
+    selected: u16,
+    position: usize,
+}
+
+impl FwCfg {
+    /// What firmware is to know of a machine of `memory` bytes with so many CPUs and virtio devices.
+    #[must_use]
+    pub fn new(memory: u64, cpus: u32, virtio_devices: usize) -> Self {
+        let ram = layout::ram(memory);
+        let map: Vec<u8> = ram
+            .iter()
+            .flat_map(|range| {
+                let kind = (layout::Kind::Ram as u32).to_le_bytes();
+                let numbers = [range.start.to_le_bytes(), range.size.to_le_bytes()];
+                [numbers.concat(), kind.to_vec()].concat()
+            })
+            .collect();
+        let acpi = acpi::for_firmware(cpus as u8, virtio_devices);
+        Self::with_files(vec![
+            ("etc/e820", map),
+            ("etc/acpi/tables", acpi.tables),
+            ("etc/acpi/rsdp", acpi.rsdp),
+            ("etc/table-loader", acpi.loader),
+            // Where the screen of a boot loader goes.
+            ("etc/sercon-port", serial::BASE.to_le_bytes().to_vec()),
+        ])
+    }
+
+    fn with_files(files: Vec<(&'static str, Vec<u8>)>) -> Self {
+        let mut directory = (files.len() as u32).to_be_bytes().to_vec();
+        for (select, (name, content)) in (FIRST_FILE..).zip(&files) {
+            directory.extend_from_slice(&(content.len() as u32).to_be_bytes());
+            directory.extend_from_slice(&select.to_be_bytes());
+            directory.extend_from_slice(&[0, 0]);
+            let mut padded = [0; NAME];
+            padded[..name.len()].copy_from_slice(name.as_bytes());
+            directory.extend_from_slice(&padded);
+        }
+        Self {
+            files,
+            directory,
+            ..Self::default()
+        }
+    }
+
+    /// The guest selects an item.
+    pub fn select(&mut self, data: &[u8]) {
+        if let Ok(bytes) = data.try_into() {
+            self.selected = u16::from_le_bytes(bytes);
+            self.position = 0;
+        }
+    }
+
+    /// The guest reads the selected item on. Behind its end, and in one that is not there, are zeroes.
+    pub fn read(&mut self, data: &mut [u8]) {
+        let item: &[u8] = match self.selected {
+            SIGNATURE => b"QEMU",
+            DIRECTORY => &self.directory,
+            file => {
+                let index = file.checked_sub(FIRST_FILE).map(usize::from);
+                let file = index.and_then(|index| self.files.get(index));
+                file.map_or(&[], |(_, content)| content)
+            }
+        };
+        data.fill(0);
+        let rest = item.get(self.position..).unwrap_or_default();
+        for (byte, value) in data.iter_mut().zip(rest) {
+            *byte = *value;
+        }
+        self.position = self.position.saturating_add(data.len());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn item(device: &mut FwCfg, select: u16, length: usize) -> Vec<u8> {
+        device.select(&select.to_le_bytes());
+        let mut bytes = vec![0xff; length];
+        bytes.chunks_mut(3).for_each(|part| device.read(part));
+        bytes
+    }
+
+    #[test]
+    fn files_are_found_by_the_directory() {
+        let mut device = FwCfg::with_files(vec![("one", vec![1; 5]), ("two", vec![2, 3])]);
+        assert_eq!(item(&mut device, SIGNATURE, 5), b"QEMU\0");
+        let directory = item(&mut device, DIRECTORY, 4 + 2 * 64);
+        assert_eq!(directory[..4], [0, 0, 0, 2]);
+        assert_eq!(directory[68..80], *b"\0\0\0\x02\0\x21\0\0two\0");
+        assert_eq!(item(&mut device, 0x21, 4), [2, 3, 0, 0]);
+        assert_eq!(item(&mut device, 0x22, 2), [0, 0]);
+        assert_eq!(item(&mut device, 0xffff, 2), [0, 0]);
+    }
+
+    #[test]
+    fn the_memory_map_has_all_memory() {
+        let device = FwCfg::new(4 << 30, 2, 3);
+        let (name, map) = &device.files[0];
+        assert_eq!((*name, map.len()), ("etc/e820", 40));
+        assert_eq!(map[20..28], layout::ABOVE_4G.to_le_bytes());
+    }
+}
