@@ -14,6 +14,7 @@ pub mod ktap;
 pub mod layout;
 pub mod mapping;
 pub mod raw;
+pub mod terminal;
 pub mod uapi;
 pub mod userfault;
 pub mod vcpu;

@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The tool on a terminal: raw while the guest runs, and as it was whatever ends the guest.
 
-mod terminal;
-
 use rvisor_tests::ktap::Context;
+use rvisor_tests::terminal::{self, Terminal};
 use rvisor_tests::{check, check_eq, ktap, tests, Device, Fail, Outcome};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
-use terminal::Terminal;
 
 const TOOL: &str = "/bin/rvisor";
 /// How long the guest may take to its userspace, and the tool to its end, by the machine's clock.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A pseudoterminal: the test is the user and the screen, the tool has the other side.
 
-use rvisor_tests::{check, check_eq, Fail, Outcome};
+use crate::{check, check_eq, Fail, Outcome};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::mem::MaybeUninit;
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 const LOOK: Duration = Duration::from_millis(20);
 
 /// The user's end.
-pub(crate) struct Terminal {
+pub struct Terminal {
     user: File,
     /// Held, so that the terminal outlives the tool's end and its mode can be read.
     other: File,
@@ -23,7 +23,7 @@ pub(crate) struct Terminal {
 
 impl Terminal {
     /// A new terminal in the mode that the kernel gives.
-    pub(crate) fn new() -> Result<Self, Fail> {
+    pub fn new() -> Result<Self, Fail> {
         let open = |path: &str| {
             OpenOptions::new()
                 .read(true)
@@ -49,12 +49,12 @@ impl Terminal {
     }
 
     /// One more descriptor of the tool's side.
-    pub(crate) fn user_side(&self) -> Result<File, Fail> {
+    pub fn user_side(&self) -> Result<File, Fail> {
         Ok(self.other.try_clone()?)
     }
 
     /// The terminal's mode.
-    pub(crate) fn mode(&self) -> Result<libc::termios, Fail> {
+    pub fn mode(&self) -> Result<libc::termios, Fail> {
         let mut mode = MaybeUninit::uninit();
         // SAFETY: `mode` has room for one termios.
         if unsafe { libc::tcgetattr(self.other.as_raw_fd(), mode.as_mut_ptr()) } != 0 {
@@ -65,7 +65,7 @@ impl Terminal {
     }
 
     /// Types keys.
-    pub(crate) fn type_keys(&mut self, keys: &[u8]) -> Outcome {
+    pub fn type_keys(&mut self, keys: &[u8]) -> Outcome {
         Ok(self.user.write_all(keys)?)
     }
 
@@ -89,7 +89,7 @@ impl Terminal {
     }
 
     /// Waits until `text` stands on the screen, and forgets all up to it.
-    pub(crate) fn await_text(&mut self, text: &str, patience: Duration) -> Outcome {
+    pub fn await_text(&mut self, text: &str, patience: Duration) -> Outcome {
         let end = Instant::now() + patience;
         while Instant::now() < end {
             if let Some(place) = self.screen.find(text) {
@@ -103,7 +103,7 @@ impl Terminal {
     }
 
     /// Reads until the child has ended and nothing more comes; gives what was read.
-    pub(crate) fn read_until_idle(
+    pub fn read_until_idle(
         &mut self,
         child: &mut Child,
         patience: Duration,
@@ -124,7 +124,7 @@ impl Terminal {
 }
 
 /// Fails where two modes differ.
-pub(crate) fn check_same(before: &libc::termios, after: &libc::termios) -> Outcome {
+pub fn check_same(before: &libc::termios, after: &libc::termios) -> Outcome {
     let parts = |mode: &libc::termios| {
         (
             [mode.c_iflag, mode.c_oflag, mode.c_cflag, mode.c_lflag],
