@@ -2,13 +2,15 @@
 
 //! The command line of `rvisor`.
 
-use std::path::PathBuf;
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, FromArgMatches, Parser, Subcommand};
 
 use crate::devices::virtio::block::Format;
-use crate::error::STATUS_INPUT;
+use crate::error::{Error, STATUS_INPUT};
 use crate::registry::Name;
 use crate::sharing::Sharing;
 use crate::size;
@@ -114,6 +116,20 @@ const KILL_LONG_ABOUT: &str = "\
 Ends a machine at once, as if its plug were pulled. What its guest has not written to a disk is lost. A machine \
 whose process does not answer within 5 seconds is ended by SIGKILL.";
 
+const SNAPSHOT_LONG_ABOUT: &str = "\
+Writes a machine as it is to a file: its memory without pages of zeros, its CPUs and its devices. The machine \
+stands still meanwhile and goes on then. The file is there when it is whole and on the disk; where that fails, \
+nothing is left of it.
+
+What is on the machine's disks is not in the file: copy them while the machine is paused.";
+
+const RESTORE_LONG_ABOUT: &str = "\
+Starts a machine as a snapshot has it, in place of its boot. Its options are those that it was made with; their \
+paths count from the folder in which it was made, and its disks must be as they were.
+
+A snapshot is restored on the kind of CPU and the hypervisor that it was made on, by the same version of \
+rvisor. What is damaged is found before the guest runs. Exit status, keys and --detach are as with 'rvisor run'.";
+
 const UP_LONG_ABOUT: &str = "\
 Starts the machines that a file describes, each in a process of its own, and shows what they print, with their \
 names before each line, until all have ended. With --detach it returns when all run.
@@ -180,6 +196,29 @@ pub enum Command {
     Pause(Named),
     /// Have a paused machine go on
     Resume(Named),
+    /// Write a machine as it is to a file; it stands still meanwhile
+    #[command(long_about = SNAPSHOT_LONG_ABOUT)]
+    Snapshot {
+        /// The machine
+        name: Name,
+        /// The file; one that is there is replaced once the new one is whole
+        file: PathBuf,
+    },
+    /// Start a machine as a snapshot has it
+    #[command(long_about = RESTORE_LONG_ABOUT)]
+    Restore {
+        /// The file
+        file: PathBuf,
+        /// The machine's name; the one that it had where none is given
+        #[arg(long)]
+        name: Option<Name>,
+        /// Return when the guest runs, and print the machine's name
+        #[arg(long)]
+        detach: bool,
+        /// This is the process that --detach made.
+        #[arg(long, hide = true, conflicts_with = "detach")]
+        detached: bool,
+    },
     /// Start the machines that a file describes
     #[command(long_about = UP_LONG_ABOUT, after_long_help = UP_AFTER_HELP)]
     Up {
@@ -264,6 +303,19 @@ pub struct RunOptions {
     /// What it may take of the host.
     #[command(flatten)]
     pub sharing: Sharing,
+
+    /// Where these options come from.
+    #[arg(skip)]
+    pub origin: Origin,
+}
+
+/// The words behind `rvisor run`, without the name, and the folder in which they were given.
+#[derive(Clone, Debug, Default)]
+pub struct Origin {
+    /// The words.
+    pub words: Vec<String>,
+    /// The folder.
+    pub folder: PathBuf,
 }
 
 impl RunOptions {
@@ -323,6 +375,58 @@ impl Disk {
     }
 }
 
+impl Origin {
+    /// Takes out what is about this process and not about the machine. Words that are no text become such.
+    fn of(words: impl Iterator<Item = OsString>, folder: PathBuf) -> Self {
+        let mut words = words.map(|word| word.to_string_lossy().into_owned());
+        let mut kept = Vec::new();
+        while let Some(word) = words.next() {
+            match word.as_str() {
+                "--name" => drop(words.next()),
+                "--detach" | "--detached" => {}
+                word if word.starts_with("--name=") => {}
+                _ => kept.push(word),
+            }
+        }
+        Self {
+            words: kept,
+            folder,
+        }
+    }
+}
+
+/// The options of a machine that was made by those words of [`Origin`].
+///
+/// # Errors
+///
+/// [`Error::Input`] where this version does not know one of them.
+pub fn run_options(
+    words: &[String],
+    folder: &Path,
+    name: Option<Name>,
+    detached: bool,
+) -> Result<RunOptions, Error> {
+    let matches = run_command()
+        .no_binary_name(true)
+        .try_get_matches_from(words);
+    let options = matches.and_then(|matches| RunOptions::from_arg_matches(&matches));
+    let options = options.map_err(|error| {
+        Error::input(
+            format!("the snapshot's options: {}", paragraph(&error)),
+            "restore it with the rvisor that made it",
+        )
+    })?;
+    Ok(RunOptions {
+        name,
+        detached,
+        origin: Origin {
+            words: words.to_vec(),
+            folder: folder.to_owned(),
+        },
+        ..options
+    })
+}
+
 /// The options of `rvisor check`.
 #[derive(Args, Debug)]
 pub struct CheckOptions {
@@ -338,6 +442,15 @@ pub struct CheckOptions {
 /// The exit status, after the help text, the version or one line about what is wrong were printed.
 pub fn parse() -> Result<Command, u8> {
     match Arguments::try_parse() {
+        Ok(Arguments {
+            command: Command::Run(mut options),
+        }) => {
+            options.origin = Origin::of(
+                env::args_os().skip(2),
+                env::current_dir().unwrap_or_default(),
+            );
+            Ok(Command::Run(options))
+        }
         Ok(arguments) => Ok(arguments.command),
         Err(error) => match error.kind() {
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {

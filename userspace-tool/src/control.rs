@@ -25,6 +25,7 @@
 //! | `pause` | | `{}`, once no CPU runs the guest any more |
 //! | `resume` | | `{}` |
 //! | `power-button` | | `{}`; the guest decides what comes of it |
+//! | `snapshot` | | `{}`, then the snapshot (see [`crate::snapshot`]); the machine stands still meanwhile |
 //! | `kill` | | `{}`; the machine ends at once |
 //! | `console` | | `{}`, then the console's bytes in both directions, the last 64 KiB of output first |
 //!
@@ -519,6 +520,11 @@ impl Client {
         socket_peercred(self.stream.get_ref())
             .map(|credentials| credentials.pid)
             .map_err(|error| self.lost(error.into()))
+    }
+
+    /// What the machine sends, while a stream lasts that it began.
+    pub fn stream(&mut self) -> &mut impl Read {
+        &mut self.stream
     }
 
     /// The connection, for a stream.

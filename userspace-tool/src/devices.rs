@@ -12,6 +12,7 @@ pub mod virtio;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
 use vm_superio::{I8042Device, Trigger};
 
 use crate::error::{failed, Error, Result};
@@ -55,6 +56,16 @@ pub struct Firmware {
     pub config: Mutex<FwCfg>,
 }
 
+/// The state of the devices on I/O ports, as it is kept outside. The keyboard controller has none.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Saved {
+    /// The serial port's registers in the order of vm-superio's state, and what it has received.
+    serial: ([u8; 9], Vec<u8>),
+    cmos: (u8, Vec<u8>),
+    power: Power,
+}
+
 /// The I/O ports.
 pub struct Ports {
     control: Control,
@@ -95,6 +106,38 @@ impl Ports {
     /// [`Error::Call`] where its interrupt can't be raised.
     pub fn press_power_button(&self) -> Result<()> {
         self.with_power(Power::press_button)
+    }
+
+    /// The devices' state, and what `with` gives while the serial port can't interrupt the guest.
+    ///
+    /// # Errors
+    ///
+    /// What `with` gives.
+    pub fn save<T>(&self, with: impl FnOnce() -> Result<T>) -> Result<(Saved, T)> {
+        let serial = lock(&self.serial);
+        let saved = Saved {
+            serial: serial::save(&serial),
+            cmos: lock(&self.cmos).save(),
+            power: lock(&self.power).save(),
+        };
+        Ok((saved, with()?))
+    }
+
+    /// Takes a state over, before the guest runs. The state of the interrupt controllers is to follow.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`] where it is none.
+    pub fn load(&self, saved: &Saved) -> Result<()> {
+        let done = serial::load(&mut lock(&self.serial), &saved.serial)
+            && lock(&self.cmos).load(&saved.cmos);
+        *lock(&self.power) = saved.power.save();
+        done.then_some(()).ok_or_else(|| {
+            Error::input(
+                "the snapshot's state of devices is none",
+                "use another snapshot",
+            )
+        })
     }
 
     /// Does something with ACPI's registers; the interrupt follows them.

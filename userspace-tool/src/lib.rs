@@ -29,6 +29,7 @@ pub mod registers;
 pub mod registry;
 pub mod sharing;
 pub mod size;
+pub mod snapshot;
 pub mod supervisor;
 pub mod up;
 pub mod vcpu;

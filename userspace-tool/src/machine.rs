@@ -2,6 +2,7 @@
 
 //! The guest's machine from its parts to its end.
 
+pub mod saved;
 mod state;
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -29,6 +30,7 @@ use crate::error::{failed, Error, Result};
 use crate::memory::Memory;
 use crate::outcome::Outcome;
 use crate::registry::{Claim, Name};
+use crate::snapshot::{self, State};
 use crate::vcpu::Vcpu;
 use crate::{detach, hypervisor, layout, memory};
 pub use state::Control;
@@ -50,10 +52,10 @@ pub(crate) const NEEDED: [(Cap, &str); 4] = [
 ///
 /// [`Error::Input`] where the input is wrong, [`Error::Call`] where the host failed before the guest ran.
 pub fn run(options: &RunOptions) -> Result<Outcome> {
-    // Everything that the device is not needed for comes first: it can be checked anywhere.
     if options.detached {
         detach::begin()?;
     }
+    // Everything that the device is not needed for comes first: it can be checked anywhere.
     hypervisor::check_cpus_early(options.cpus)?;
     let mut software = Software::open(options)?;
     memory::check_size(options.memory)?;
@@ -62,30 +64,77 @@ pub fn run(options: &RunOptions) -> Result<Outcome> {
     let devices = virtio::open(options)?;
     let start = software.load(&memory, options, devices.len())?;
 
-    let kvm = hypervisor::open(&options.device)?;
-    hypervisor::check_cpus(&kvm, options.cpus)?;
-    let vm = Arc::new(create_vm(&kvm)?);
-    memory::give(&vm, &memory)?;
+    let (kvm, vm) = create_vm(options, &memory)?;
     let cpuid = Template::new(&kvm, options.cpus)?;
     let vcpus = (0..options.cpus)
         .map(|id| Vcpu::new(&vm, id, &cpuid, start).map(Arc::new))
         .collect::<Result<Vec<_>>>()?;
-    let bus = virtio::Bus::new(&vm, &memory, devices)?;
     let parts = Parts {
+        bus: virtio::Bus::new(&vm, &memory, devices)?,
+        kvm,
         vm,
         memory,
+        rom: software.rom_size(),
         vcpus,
-        bus,
     };
-    run_to_end(claim, parts, options)
+    run_to_end(claim, parts, options, None)
+}
+
+/// Builds the machine of a snapshot as `options` say, which are those that it was made with, and goes on as
+/// [`run`] does.
+///
+/// # Errors
+///
+/// As [`run`]; [`Error::Input`] where the snapshot is damaged, or from another hypervisor.
+pub fn restore(
+    options: &RunOptions,
+    state: &State,
+    fill: impl FnOnce(&Memory) -> Result<()>,
+) -> Result<Outcome> {
+    if options.detached {
+        detach::begin()?;
+    }
+    hypervisor::check_cpus_early(options.cpus)?;
+    memory::check_size(options.memory)?;
+    let sizes = layout::FIRMWARE_SIZE;
+    if state.cpus.len() as u64 != u64::from(options.cpus)
+        || state.rom != 0 && (!sizes.contains(&state.rom) || state.rom % layout::PAGE_SIZE != 0)
+    {
+        return Err(Error::input(
+            "the snapshot's state is not that of its machine",
+            "use another snapshot",
+        ));
+    }
+    let claim = Claim::new(options.name.clone().unwrap_or_else(|| state.name.clone()))?;
+    let memory = memory::allocate(options.memory, state.rom)?;
+    fill(&memory)?;
+    let devices = virtio::open(options)?;
+    let (kvm, vm) = create_vm(options, &memory)?;
+    let vcpus = (0..)
+        .zip(&state.cpus)
+        .map(|(id, saved)| Vcpu::restored(&vm, id, saved).map(Arc::new))
+        .collect::<Result<Vec<_>>>()?;
+    let parts = Parts {
+        bus: virtio::Bus::new(&vm, &memory, devices)?,
+        kvm,
+        vm,
+        memory,
+        rom: state.rom,
+        vcpus,
+    };
+    run_to_end(claim, parts, options, Some(state))
 }
 
 /// What a machine is made of.
 pub struct Parts {
+    /// The hypervisor.
+    pub kvm: Kvm,
     /// Its VM.
     pub vm: Arc<VmFd>,
     /// Its memory.
     pub memory: Memory,
+    /// How much of it its firmware has for itself, in bytes.
+    pub rom: u64,
     /// Its CPUs.
     pub vcpus: Vec<Arc<Vcpu>>,
     /// Its virtio devices.
@@ -204,6 +253,62 @@ impl Machine {
         let _ = self.pause(reason);
     }
 
+    /// Writes a snapshot of the machine, which stands still meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`] where the machine has ended, [`Error::Call`] where the hypervisor or `out` fails.
+    fn snapshot(&self, out: impl std::io::Write) -> Result<()> {
+        let was_paused = self.control.paused();
+        self.pause("for a snapshot")?;
+        let written = self.save().and_then(|state| {
+            snapshot::write(out, &state, &self.parts.memory).map_err(failed("writing a snapshot"))
+        });
+        if !was_paused {
+            self.resume();
+        }
+        written
+    }
+
+    fn save(&self) -> Result<State> {
+        let parts = &self.parts;
+        let msrs = saved::msr_indices(&parts.kvm)?;
+        let cpus = || -> Result<_> {
+            let cpus = parts
+                .vcpus
+                .iter()
+                .map(|vcpu| saved::Cpu::save(&vcpu.fd(), &msrs));
+            Ok((cpus.collect::<Result<_>>()?, saved::Vm::save(&parts.vm)?))
+        };
+        let (ports, (cpus, vm)) = self.ports.save(cpus)?;
+        Ok(State {
+            words: self.options.origin.words.clone(),
+            folder: self.options.origin.folder.clone(),
+            name: self.name.clone(),
+            rom: parts.rom,
+            cpus,
+            vm,
+            ports,
+            virtio: parts.bus.devices().map(|device| device.save()).collect(),
+        })
+    }
+
+    fn load(&self, state: &State) -> Result<()> {
+        self.ports.load(&state.ports)?;
+        for (vcpu, saved) in self.parts.vcpus.iter().zip(&state.cpus) {
+            saved.load(&vcpu.fd())?;
+        }
+        state.vm.load(&self.parts.vm)?;
+        if state.virtio.len() != self.parts.bus.devices().count() {
+            return Err(Error::input(
+                "the snapshot has other devices than its machine",
+                "restore it with the rvisor that made it",
+            ));
+        }
+        let mut devices = self.parts.bus.devices().zip(&state.virtio);
+        devices.try_for_each(|(device, saved)| device.restore(saved))
+    }
+
     /// Adds the commands that every machine takes.
     fn add_commands(self: &Arc<Self>, commands: &mut Commands) {
         let machine = Arc::clone(self);
@@ -238,14 +343,24 @@ impl Machine {
             Ok(Nothing {})
         });
         let machine = Arc::clone(self);
+        commands.add_stream("snapshot", move |_: Nothing, client| {
+            // The client sees that it is not whole.
+            machine
+                .snapshot(client)
+                .inspect_err(|error| eprintln!("rvisor: a snapshot failed: {error}"))
+        });
+        let machine = Arc::clone(self);
         commands.add_stream("console", move |_: Nothing, client| {
             machine.hub.attach(client)
         });
     }
 }
 
-/// Makes a VM with the interrupt controllers and the timer in the hypervisor.
-fn create_vm(kvm: &Kvm) -> Result<VmFd> {
+/// Opens the hypervisor and makes a VM with that memory, and with the interrupt controllers and the timer in the
+/// hypervisor.
+fn create_vm(options: &RunOptions, memory: &Memory) -> Result<(Kvm, Arc<VmFd>)> {
+    let kvm = hypervisor::open(&options.device)?;
+    hypervisor::check_cpus(&kvm, options.cpus)?;
     for (cap, name) in NEEDED {
         if !kvm.check_extension(cap) {
             return Err(Error::input(
@@ -274,14 +389,21 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd> {
         ..Default::default()
     };
     vm.create_pit2(pit).map_err(failed("making the timer"))?;
-    Ok(vm)
+    memory::give(&vm, memory)?;
+    Ok((kvm, Arc::new(vm)))
 }
 
 /// Does nothing: a signal with a handler makes KVM_RUN return, which is all that it is for.
 extern "C" fn kicked(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 /// Runs the CPUs, the devices, the console and the commands until the guest has ended and all its threads are gone.
-fn run_to_end(claim: Claim, parts: Parts, options: &RunOptions) -> Result<Outcome> {
+/// They begin with `state`, where there is one.
+fn run_to_end(
+    claim: Claim,
+    parts: Parts,
+    options: &RunOptions,
+    state: Option<&State>,
+) -> Result<Outcome> {
     let (control, outcomes) = Control::new();
     let wake = Wake::new().map_err(failed("making an eventfd"))?;
     let hub = Hub::new(wake.clone());
@@ -308,6 +430,9 @@ fn run_to_end(claim: Claim, parts: Parts, options: &RunOptions) -> Result<Outcom
             .duration_since(UNIX_EPOCH)
             .map_or(0, |time| time.as_secs()),
     });
+    if let Some(state) = state {
+        machine.load(state)?;
+    }
     // Parts of the machine add their commands here, before the server starts.
     let mut commands = Commands::default();
     machine.add_commands(&mut commands);
@@ -338,6 +463,7 @@ fn run_to_end(claim: Claim, parts: Parts, options: &RunOptions) -> Result<Outcom
     });
     stop(std::mem::take(&mut lock(&machine.threads)), &wake);
     drop(raw);
+    eprintln!("rvisor: {outcome}");
     // Whoever waits for the end may start one of the same name then.
     drop(claim);
     server.finish(Ended::from(&outcome));

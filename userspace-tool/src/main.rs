@@ -2,19 +2,25 @@
 
 //! The command `rvisor`. All of it is in the library; this is the exit status.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use rvisor::arguments::{self, Command, RunOptions};
 use rvisor::error::{Error, Result};
-use rvisor::{check, client, console, detach, machine, supervisor, up};
+use rvisor::registry::Name;
+use rvisor::{check, client, console, detach, machine, snapshot, supervisor, up};
+use vm_memory::{Bytes, GuestAddress};
 
 fn main() -> ExitCode {
     let command = match arguments::parse() {
         Ok(command) => command,
         Err(status) => return ExitCode::from(status),
     };
-    let starts = matches!(command, Command::Run(_) | Command::Up { .. });
+    let starts = matches!(
+        command,
+        Command::Run(_) | Command::Restore { .. } | Command::Up { .. }
+    );
     let status = command_status(command).unwrap_or_else(|error| {
         let next = match error {
             Error::Call { .. } if starts => "; 'rvisor check' tells what this host lacks",
@@ -40,6 +46,14 @@ fn command_status(command: Command) -> Result<u8> {
         Command::Kill(machine) => client::kill(&machine.name).map(|_| 0),
         Command::Pause(machine) => client::tell(&machine.name, "pause").map(|()| 0),
         Command::Resume(machine) => client::tell(&machine.name, "resume").map(|()| 0),
+        Command::Snapshot { name, file } => snapshot::take(&name, &file).map(|()| 0),
+        Command::Restore { detach: true, .. } => detach(),
+        Command::Restore {
+            file,
+            name,
+            detached,
+            ..
+        } => restore(&file, name, detached),
         Command::Up {
             file,
             detach,
@@ -49,20 +63,41 @@ fn command_status(command: Command) -> Result<u8> {
     }
 }
 
+/// Starts this command's machine in another process. Returns the exit status.
+fn detach() -> Result<u8> {
+    Ok(match detach::start(&detach::words(), None)? {
+        Ok(name) => {
+            println!("{name}");
+            0
+        }
+        Err(status) => status,
+    })
+}
+
 fn run(options: &RunOptions) -> Result<u8> {
     if options.detach {
-        return Ok(match detach::start(&detach::words(), None)? {
-            Ok(name) => {
-                println!("{name}");
-                0
-            }
-            Err(status) => status,
-        });
+        return detach();
     }
     if let Some(status) = supervisor::share(options)? {
         return Ok(status);
     }
-    let outcome = machine::run(options)?;
-    eprintln!("rvisor: {outcome}");
+    machine::run(options).map(|outcome| outcome.status())
+}
+
+/// Runs the machine of a snapshot. Returns the exit status.
+fn restore(file: &Path, name: Option<Name>, detached: bool) -> Result<u8> {
+    let (snapshot, state) = snapshot::open(file)?;
+    let options = arguments::run_options(&state.words, &state.folder, name, detached)?;
+    if let Some(status) = supervisor::share(&options)? {
+        return Ok(status);
+    }
+    // Its paths are relative to where it was started; one that is gone fails where it is needed.
+    let _ = std::env::set_current_dir(&state.folder);
+    let outcome = machine::restore(&options, &state, |memory| {
+        let place =
+            |address, bytes: &[u8]| memory.write_slice(bytes, GuestAddress(address)).is_ok();
+        let read = snapshot.read_memory(place);
+        read.map_err(|wrong| wrong.of(&file.display().to_string()))
+    })?;
     Ok(outcome.status())
 }

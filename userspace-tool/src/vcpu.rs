@@ -14,7 +14,7 @@ use crate::cpuid::Template;
 use crate::devices::virtio::Bus;
 use crate::devices::{lock, Ports};
 use crate::error::{failed, Error, Result};
-use crate::machine::Control;
+use crate::machine::{saved, Control};
 use crate::outcome::Outcome;
 use crate::registers;
 
@@ -57,6 +57,21 @@ impl Vcpu {
                 wire_interrupts(&fd)?;
             }
         }
+        Ok(Self {
+            fd: Mutex::new(fd),
+            id,
+        })
+    }
+
+    /// Makes the CPU with that number as it was saved, but for its state: [`saved::Cpu::load`] is to follow.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`] where the hypervisor does not offer its features, [`Error::Call`] where it refuses.
+    pub fn restored(vm: &VmFd, id: u32, saved: &saved::Cpu) -> Result<Self> {
+        let fd = vm.create_vcpu(id.into()).map_err(failed("making a CPU"))?;
+        fd.set_cpuid2(&saved.cpuid()?)
+            .map_err(failed("setting a CPU's features"))?;
         Ok(Self {
             fd: Mutex::new(fd),
             id,

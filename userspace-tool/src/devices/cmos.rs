@@ -78,6 +78,26 @@ impl Cmos {
         cmos
     }
 
+    /// The selected byte and all bytes, as [`Self::load`] takes them.
+    #[must_use]
+    pub fn save(&self) -> (u8, Vec<u8>) {
+        (self.index, self.bytes.to_vec())
+    }
+
+    /// Takes over what [`Self::save`] gave. Says whether it could.
+    pub fn load(&mut self, (index, bytes): &(u8, Vec<u8>)) -> bool {
+        match <[u8; BYTES]>::try_from(bytes.as_slice()) {
+            Ok(bytes) => {
+                *self = Self {
+                    index: index & 0x7f,
+                    bytes,
+                }
+            }
+            Err(_) => return false,
+        }
+        true
+    }
+
     /// The guest writes a byte. The clock can't be set: what is written to it is forgotten.
     pub fn write(&mut self, port: u16, byte: u8) {
         match port {

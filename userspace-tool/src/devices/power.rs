@@ -4,6 +4,8 @@
 
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use crate::outcome::Outcome;
 
 /// PM1a event block: status, then enable, 2 bytes each. The power button is the only event that comes.
@@ -41,9 +43,12 @@ const SLEEP_ENABLE: u16 = 1 << 13;
 const RESET_CPU: u8 = 1 << 2;
 
 /// The registers.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Power {
+    #[serde(skip, default = "Instant::now")]
     started: Instant,
+    /// How long the timer had counted before.
+    before: Duration,
     status: u16,
     enable: u16,
     control: u16,
@@ -54,6 +59,7 @@ impl Default for Power {
     fn default() -> Self {
         Self {
             started: Instant::now(),
+            before: Duration::ZERO,
             status: 0,
             enable: 0,
             control: 0,
@@ -73,6 +79,21 @@ impl Power {
     /// Somebody presses the power button.
     pub fn press_button(&mut self) {
         self.status |= POWER_BUTTON;
+    }
+
+    /// For how long the timer has counted.
+    fn running(&self) -> Duration {
+        self.before.saturating_add(self.started.elapsed())
+    }
+
+    /// The registers as they are, to be kept outside: there the timer stands still.
+    #[must_use]
+    pub fn save(&self) -> Self {
+        Self {
+            started: Instant::now(),
+            before: self.running(),
+            ..*self
+        }
     }
 
     /// Whether the guest is to be interrupted, as long as it is.
@@ -122,7 +143,7 @@ impl Power {
     /// A read; leaves the bytes of ports that are not here as they are.
     pub fn read(&self, port: u16, data: &mut [u8]) {
         if port == PM_TIMER {
-            let count = pm_timer(self.started.elapsed()).to_le_bytes();
+            let count = pm_timer(self.running()).to_le_bytes();
             data.iter_mut()
                 .zip(count)
                 .for_each(|(byte, count)| *byte = count);

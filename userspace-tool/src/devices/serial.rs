@@ -6,7 +6,7 @@ use std::io;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use vm_superio::serial::SerialEvents;
+use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::Trigger;
 
 use crate::console::{Output, Wake};
@@ -35,6 +35,48 @@ impl Trigger for Line {
         self.0.set_irq_line(IRQ, true)?;
         Ok(self.0.set_irq_line(IRQ, false)?)
     }
+}
+
+/// Its registers, in the order of [`SerialState`], and what it has received.
+#[must_use]
+pub(super) fn save(serial: &Serial) -> ([u8; 9], Vec<u8>) {
+    let state = serial.state();
+    let registers = [
+        state.baud_divisor_low,
+        state.baud_divisor_high,
+        state.interrupt_enable,
+        state.interrupt_identification,
+        state.line_control,
+        state.line_status,
+        state.modem_control,
+        state.modem_status,
+        state.scratch,
+    ];
+    (registers, state.in_buffer)
+}
+
+/// Takes over what [`save`] gave. Says whether it could.
+pub(super) fn load(serial: &mut Serial, (registers, in_buffer): &([u8; 9], Vec<u8>)) -> bool {
+    let [baud_divisor_low, baud_divisor_high, interrupt_enable, interrupt_identification, line_control, line_status, modem_control, modem_status, scratch] =
+        *registers;
+    let state = SerialState {
+        baud_divisor_low,
+        baud_divisor_high,
+        interrupt_enable,
+        interrupt_identification,
+        line_control,
+        line_status,
+        modem_control,
+        modem_status,
+        scratch,
+        in_buffer: in_buffer.clone(),
+    };
+    let line = Line(Arc::clone(&serial.interrupt_evt().0));
+    let drained = Drained(serial.events().0.clone());
+    let output = serial.writer().clone();
+    Serial::from_state(&state, line, drained, output)
+        .map(|new| *serial = new)
+        .is_ok()
 }
 
 /// Tells the console when the guest has read all that was typed, so that it hands over more.

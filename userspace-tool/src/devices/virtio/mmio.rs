@@ -334,6 +334,10 @@ impl Transport {
         self.interrupts.store(saved.interrupts, Ordering::SeqCst);
         self.generation.store(saved.generation, Ordering::SeqCst);
         drop(state);
+        if saved.interrupts != 0 {
+            // It may have been under way.
+            self.raise(0);
+        }
         self.wake();
         Ok(())
     }

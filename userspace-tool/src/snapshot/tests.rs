@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: GPL-2.0
+
+use super::*;
+use crate::memory::allocate;
+
+const MIB: u64 = 1 << 20;
+
+fn state() -> State {
+    State {
+        words: vec!["--kernel".to_owned(), "k".to_owned()],
+        folder: "/tmp".into(),
+        name: "test".parse().expect("a name"),
+        rom: 0,
+        cpus: vec![saved::Cpu::default(), saved::Cpu::default()],
+        vm: saved::Vm::default(),
+        ports: devices::Saved::default(),
+        virtio: Vec::new(),
+    }
+}
+
+/// Memory with something in its first page, over a record's end, and in its last page.
+fn memory() -> Memory {
+    let memory = allocate(4 * MIB, 0).expect("memory");
+    for (address, text) in [
+        (0, "begin"),
+        (RECORD as u64 - 2, "border"),
+        (4 * MIB - 3, "end"),
+    ] {
+        memory
+            .write_slice(text.as_bytes(), GuestAddress(address))
+            .expect("there is memory");
+    }
+    memory
+}
+
+fn written() -> Vec<u8> {
+    let mut bytes = Vec::new();
+    write(&mut bytes, &state(), &memory()).expect("a vector takes all");
+    bytes
+}
+
+/// Reads all of it into new memory.
+fn read(bytes: &[u8]) -> Read1<(State, Memory)> {
+    let memory = allocate(4 * MIB, 0).expect("memory");
+    let (snapshot, state) = Snapshot::open(bytes)?;
+    snapshot
+        .read_memory(|address, bytes| memory.write_slice(bytes, GuestAddress(address)).is_ok())?;
+    Ok((state, memory))
+}
+
+#[test]
+fn what_is_written_is_read() {
+    let bytes = written();
+    let (read_state, read_memory) = read(&bytes).expect("it is whole");
+    assert_eq!(
+        serde_json::to_value(&read_state).expect("JSON"),
+        serde_json::to_value(state()).expect("JSON")
+    );
+    let contents = |memory: &Memory| {
+        let mut bytes = vec![0; 4 * MIB as usize];
+        memory
+            .read_slice(&mut bytes, GuestAddress(0))
+            .expect("memory");
+        bytes
+    };
+    assert!(contents(&read_memory) == contents(&memory()));
+    // Four pages have something.
+    assert!(bytes.len() < serde_json::to_vec(&state()).expect("JSON").len() + 5 * PAGE);
+}
+
+#[test]
+fn damage_is_found_wherever_it_is() {
+    let good = written();
+    for at in (0..good.len())
+        .step_by(97)
+        .chain(0..64)
+        .chain(good.len() - 64..good.len())
+    {
+        let mut bytes = good.clone();
+        bytes[at] ^= 0x10;
+        assert!(read(&bytes).is_err(), "byte {at}");
+    }
+    for length in (0..good.len())
+        .step_by(101)
+        .chain(good.len() - 64..good.len())
+    {
+        assert!(read(&good[..length]).is_err(), "the first {length} bytes");
+    }
+}
+
+#[test]
+fn other_files_and_versions_are_told_from_damage() {
+    assert!(matches!(read(b"#!/bin/sh\n"), Err(Wrong::Foreign)));
+    assert!(matches!(read(b""), Err(Wrong::Foreign)));
+    let mut bytes = written();
+    bytes[8] = 2;
+    assert!(matches!(read(&bytes), Err(Wrong::Version(2))));
+}
+
+#[test]
+fn no_length_is_believed() {
+    let mut bytes = written();
+    bytes[12..16].copy_from_slice(&u32::MAX.to_le_bytes());
+    assert!(matches!(read(&bytes), Err(Wrong::Damaged(_))));
+    let json = serde_json::to_vec(&state()).expect("JSON").len();
+    let mut bytes = written();
+    bytes[24 + json + 8..][..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    assert!(matches!(read(&bytes), Err(Wrong::Damaged(_))));
+}
+
+#[test]
+fn memory_that_the_machine_lacks_is_refused() {
+    let mut bytes = written();
+    bytes.truncate(bytes.len() - 24);
+    write_record(&mut bytes, 4 * MIB - 1, &[1; PAGE]).expect("a vector takes all");
+    assert!(matches!(read(&bytes), Err(Wrong::Damaged(_))));
+}
+
+#[test]
+fn a_record_that_is_left_out_is_missed() {
+    let good = written();
+    let json = serde_json::to_vec(&state()).expect("JSON").len();
+    let mut bytes = good.clone();
+    bytes.drain(24 + json..24 + json + 24 + PAGE);
+    assert!(matches!(read(&bytes), Err(Wrong::Damaged(what)) if what.contains("missing")));
+}
