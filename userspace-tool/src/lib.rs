@@ -14,6 +14,7 @@ pub mod boot;
 pub mod cgroup;
 pub mod check;
 pub mod client;
+pub mod confine;
 pub mod console;
 pub mod control;
 pub mod cpuid;

@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What this process gives up before the guest's first instruction: root's identity, new privileges, the file
+//! system, the network, and all system calls that a running machine has no use for.
+//!
+//! A guest that finds a fault in a device gets no further than the files that are open by then. All of it is the
+//! calling thread's and that of the threads it starts, so it comes before the first of them.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use landlock::{
+    Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
+    RulesetAttr, RulesetCreatedAttr, Scope, ABI,
+};
+use rustix::thread::{set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+use rustix::thread::{Gid, Uid};
+use seccompiler::{
+    apply_filter, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch,
+};
+
+use crate::error::{failed, Error, Result};
+
+/// Whom root becomes: the first of these that there is.
+const USERS: [&str; 2] = ["rvisor", "nobody"];
+/// The newest of Landlock's versions that is asked for; an older kernel does what it knows.
+const LANDLOCK: ABI = ABI::V6;
+
+/// The calls that a running machine makes, by what for.
+const CALLS: &[libc::c_long] = &[
+    // Files that are open: disks, consoles, eventfds, sockets.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_lseek,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_fallocate,
+    libc::SYS_ftruncate,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_fcntl,
+    libc::SYS_close,
+    libc::SYS_dup,
+    libc::SYS_eventfd2,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    // The control socket's clients, and a network's peer.
+    libc::SYS_accept4,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_shutdown,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    // What Landlock leaves of the file system.
+    libc::SYS_openat,
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+    libc::SYS_rmdir,
+    libc::SYS_getdents64,
+    // Memory.
+    libc::SYS_mmap,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_mprotect,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    // Threads, signals and time.
+    libc::SYS_clone,
+    libc::SYS_clone3,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_futex,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_geteuid,
+    libc::SYS_tgkill,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_restart_syscall,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_nanosleep,
+    libc::SYS_wait4,
+    libc::SYS_waitid,
+    libc::SYS_getrandom,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// The terminal's mode, and how much waits on a socket.
+const TERMINAL_IOCTLS: [u64; 6] = [
+    libc::TCGETS,
+    libc::TCSETS,
+    libc::TCSETSW,
+    libc::TCGETS2,
+    libc::TCSETS2,
+    libc::FIONREAD,
+];
+/// The kind of an ioctl number: KVM's, and rvisor's own behind them (include/uapi/linux/kvm.h, `KVMIO`).
+const KVM_IOCTLS: u64 = 0xae00;
+const IOCTL_KIND: u64 = 0xff00;
+
+/// Gives up what a running machine does not need. The files beneath `directories` stay within reach.
+///
+/// # Errors
+///
+/// [`Error::Call`] where the kernel refuses. A kernel without Landlock or seccomp refuses nothing: then
+/// there is less to give up.
+pub fn seal(directories: &[&Path]) -> Result<()> {
+    set_no_new_privs(true).map_err(failed("giving up new privileges"))?;
+    // Each step takes away what an earlier one needs.
+    let user = user_to_become();
+    restrict_files(directories)?;
+    if let Some((uid, gid)) = user {
+        become_user(Uid::from_raw(uid), Gid::from_raw(gid))?;
+    }
+    restrict_calls()
+}
+
+/// Whom root is to become. Nobody where this is not root, or where there are none of [`USERS`].
+fn user_to_become() -> Option<(u32, u32)> {
+    if !rustix::process::geteuid().is_root() {
+        return None;
+    }
+    let passwd = fs::read_to_string("/etc/passwd").ok()?;
+    USERS.iter().find_map(|name| find_user(&passwd, name))
+}
+
+/// Capabilities go with root's identity.
+fn become_user(uid: Uid, gid: Gid) -> Result<()> {
+    set_thread_groups(&[])
+        .and_then(|()| set_thread_res_gid(gid, gid, gid))
+        .and_then(|()| set_thread_res_uid(uid, uid, uid))
+        .map_err(failed("giving up root's identity"))
+}
+
+/// The user and group numbers of `name` in a password file's text (passwd(5)).
+fn find_user(passwd: &str, name: &str) -> Option<(u32, u32)> {
+    passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let found = fields.next() == Some(name);
+        let uid = fields.nth(1)?.parse().ok()?;
+        let gid = fields.next()?.parse().ok()?;
+        // Never root under another name.
+        (found && uid != 0 && gid != 0).then_some((uid, gid))
+    })
+}
+
+/// Forbids the file system but for what lies beneath `directories`, TCP, and signals to processes outside.
+fn restrict_files(directories: &[&Path]) -> Result<()> {
+    let refused = |error: landlock::RulesetError| {
+        Error::call("restricting files by Landlock", io::Error::other(error))
+    };
+    let mut rules = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(LANDLOCK))
+        .and_then(|rules| rules.handle_access(AccessNet::from_all(LANDLOCK)))
+        .and_then(|rules| rules.scope(Scope::from_all(LANDLOCK)))
+        .and_then(Ruleset::create)
+        .map_err(refused)?;
+    for directory in directories {
+        let file = PathFd::new(directory).map_err(|error| {
+            Error::call(
+                format!("opening {}", directory.display()),
+                io::Error::other(error),
+            )
+        })?;
+        rules = rules
+            .add_rule(PathBeneath::new(file, AccessFs::from_all(LANDLOCK)))
+            .map_err(refused)?;
+    }
+    rules.restrict_self().map_err(refused)?;
+    Ok(())
+}
+
+/// Answers every system call but those of [`CALLS`], and KVM's and the terminal's ioctls, with EPERM.
+fn restrict_calls() -> Result<()> {
+    let refused = |error: seccompiler::Error| {
+        Error::call(
+            "restricting system calls by seccomp",
+            io::Error::other(error),
+        )
+    };
+    let program = filter().map_err(|error| refused(error.into()))?;
+    apply_filter(&program).map_err(refused)
+}
+
+fn filter() -> std::result::Result<BpfProgram, seccompiler::BackendError> {
+    let number = |operation, value| {
+        SeccompCondition::new(1, SeccompCmpArgLen::Dword, operation, value)
+            .and_then(|condition| SeccompRule::new(vec![condition]))
+    };
+    let mut ioctls = vec![number(SeccompCmpOp::MaskedEq(IOCTL_KIND), KVM_IOCTLS)?];
+    for value in TERMINAL_IOCTLS {
+        ioctls.push(number(SeccompCmpOp::Eq, value)?);
+    }
+    let mut rules: BTreeMap<_, _> = CALLS.iter().map(|call| (*call, Vec::new())).collect();
+    rules.insert(libc::SYS_ioctl, ioctls);
+    SeccompFilter::new(
+        rules,
+        SeccompAction::Errno(libc::EPERM as u32),
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )
+    .and_then(BpfProgram::try_from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, File};
+    use std::net::TcpListener;
+    use std::process::Command;
+    use std::thread;
+
+    #[test]
+    fn users_are_found_by_name_and_never_root() {
+        let passwd =
+            "root:x:0:0::/root:/bin/sh\ntoor:x:0:7::/:/bin/sh\nrvisor:x:107:115::/:/bin/false\n";
+        assert_eq!(find_user(passwd, "rvisor"), Some((107, 115)));
+        assert_eq!(find_user(passwd, "root"), None);
+        assert_eq!(find_user(passwd, "toor"), None);
+        assert_eq!(find_user("rvisor:x:broken", "rvisor"), None);
+        assert_eq!(find_user(passwd, "rvis"), None);
+    }
+
+    /// What is given up is the thread's own, so a thread of the test can try it.
+    #[test]
+    fn what_is_given_up_is_gone_and_what_is_kept_works() {
+        let kept = tempfile::tempdir().expect("a folder");
+        let path = kept.path().join("file");
+        fs::write(&path, "kept").expect("writing");
+        fs::set_permissions(
+            kept.path(),
+            std::os::unix::fs::PermissionsExt::from_mode(0o755),
+        )
+        .expect("its mode");
+        let open = File::open("/etc/passwd").expect("any file");
+        thread::spawn(move || {
+            seal(&[kept.path()]).expect("giving up");
+            // Files that were open before, and those beneath the folder.
+            open.metadata().expect("a file that is open");
+            assert_eq!(fs::read_to_string(&path).expect("a kept file"), "kept");
+            // Memory and threads.
+            thread::spawn(|| vec![1_u8; 1 << 22].len())
+                .join()
+                .expect("a thread");
+            let forbidden = |error: io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+            assert!(forbidden(
+                Command::new("/bin/true").spawn().expect_err("a program")
+            ));
+            assert!(forbidden(
+                TcpListener::bind("127.0.0.1:0").expect_err("a socket")
+            ));
+            // An ioctl of another kind than KVM's: the first of those of a terminal that is not on the list.
+            let size = rustix::termios::tcgetwinsize(&open).expect_err("an ioctl");
+            assert_eq!(size, rustix::io::Errno::PERM);
+            if landlock_is_there() {
+                assert!(forbidden(File::open("/etc/passwd").expect_err("a file")));
+            }
+            assert!(!rustix::process::geteuid().is_root());
+        })
+        .join()
+        .expect("the confined thread");
+    }
+
+    fn landlock_is_there() -> bool {
+        fs::read_to_string("/sys/kernel/security/lsm").is_ok_and(|names| names.contains("landlock"))
+    }
+}
