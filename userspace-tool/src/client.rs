@@ -26,8 +26,8 @@ const INSIST: Duration = Duration::from_secs(5);
 pub fn ps(json: bool) -> Result<()> {
     let mut machines = Vec::new();
     for name in registry::names()? {
-        // A machine that was killed, or that ends right now, is none.
         let Some(stream) = registry::connect(&name)? else {
+            registry::sweep(&name);
             continue;
         };
         match Client::new(&name, stream).call("status", Nothing {}) {

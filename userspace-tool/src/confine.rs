@@ -15,6 +15,7 @@ use landlock::{
     Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
     RulesetAttr, RulesetCreatedAttr, Scope, ABI,
 };
+use rustix::process::{getppid, parent_process_death_signal, set_parent_process_death_signal};
 use rustix::thread::{set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use rustix::thread::{Gid, Uid};
 use seccompiler::{
@@ -51,6 +52,8 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_fcntl,
     libc::SYS_close,
     libc::SYS_dup,
+    libc::SYS_dup2,
+    libc::SYS_dup3,
     libc::SYS_eventfd2,
     libc::SYS_poll,
     libc::SYS_ppoll,
@@ -70,8 +73,6 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_openat,
     libc::SYS_unlink,
     libc::SYS_unlinkat,
-    libc::SYS_rmdir,
-    libc::SYS_getdents64,
     // Memory.
     libc::SYS_mmap,
     libc::SYS_munmap,
@@ -89,6 +90,7 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_futex,
     libc::SYS_gettid,
     libc::SYS_getpid,
+    libc::SYS_getppid,
     libc::SYS_geteuid,
     libc::SYS_tgkill,
     libc::SYS_rt_sigaction,
@@ -119,17 +121,16 @@ const TERMINAL_IOCTLS: [u64; 6] = [
 const KVM_IOCTLS: u64 = 0xae00;
 const IOCTL_KIND: u64 = 0xff00;
 
-/// Gives up what a running machine does not need. The files beneath `directories` stay within reach.
+/// Gives up what a running machine does not need. Files that lie right in `directory` can still be removed.
 ///
 /// # Errors
 ///
-/// [`Error::Call`] where the kernel refuses. A kernel without Landlock or seccomp refuses nothing: then
-/// there is less to give up.
-pub fn seal(directories: &[&Path]) -> Result<()> {
+/// [`Error::Call`] where the kernel refuses. A kernel without Landlock refuses nothing.
+pub fn seal(directory: &Path) -> Result<()> {
     set_no_new_privs(true).map_err(failed("giving up new privileges"))?;
     // Each step takes away what an earlier one needs.
     let user = user_to_become();
-    restrict_files(directories)?;
+    restrict_files(directory)?;
     if let Some((uid, gid)) = user {
         become_user(Uid::from_raw(uid), Gid::from_raw(gid))?;
     }
@@ -145,12 +146,20 @@ fn user_to_become() -> Option<(u32, u32)> {
     USERS.iter().find_map(|name| find_user(&passwd, name))
 }
 
-/// Capabilities go with root's identity.
+/// Capabilities go with root's identity. The signal at the parent's end would go too, so it is asked for anew.
 fn become_user(uid: Uid, gid: Gid) -> Result<()> {
+    let what = "giving up root's identity";
+    let signal = parent_process_death_signal().map_err(failed(what))?;
+    let parent = getppid();
     set_thread_groups(&[])
         .and_then(|()| set_thread_res_gid(gid, gid, gid))
         .and_then(|()| set_thread_res_uid(uid, uid, uid))
-        .map_err(failed("giving up root's identity"))
+        .and_then(|()| set_parent_process_death_signal(signal))
+        .map_err(failed(what))?;
+    if signal.is_some() && getppid() != parent {
+        return Err(Error::call(what, io::Error::other("the parent has ended")));
+    }
+    Ok(())
 }
 
 /// The user and group numbers of `name` in a password file's text (passwd(5)).
@@ -165,30 +174,19 @@ fn find_user(passwd: &str, name: &str) -> Option<(u32, u32)> {
     })
 }
 
-/// Forbids the file system but for what lies beneath `directories`, TCP, and signals to processes outside.
-fn restrict_files(directories: &[&Path]) -> Result<()> {
-    let refused = |error: landlock::RulesetError| {
-        Error::call("restricting files by Landlock", io::Error::other(error))
-    };
-    let mut rules = Ruleset::default()
+/// Forbids the file system but for removing files of `directory`, TCP, and signals to processes outside.
+fn restrict_files(directory: &Path) -> Result<()> {
+    let what = "restricting files by Landlock";
+    let folder = PathFd::new(directory).map_err(|e| Error::call(what, io::Error::other(e)))?;
+    Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(LANDLOCK))
         .and_then(|rules| rules.handle_access(AccessNet::from_all(LANDLOCK)))
         .and_then(|rules| rules.scope(Scope::from_all(LANDLOCK)))
         .and_then(Ruleset::create)
-        .map_err(refused)?;
-    for directory in directories {
-        let file = PathFd::new(directory).map_err(|error| {
-            Error::call(
-                format!("opening {}", directory.display()),
-                io::Error::other(error),
-            )
-        })?;
-        rules = rules
-            .add_rule(PathBeneath::new(file, AccessFs::from_all(LANDLOCK)))
-            .map_err(refused)?;
-    }
-    rules.restrict_self().map_err(refused)?;
+        .and_then(|rules| rules.add_rule(PathBeneath::new(folder, AccessFs::RemoveFile)))
+        .and_then(|rules| rules.restrict_self())
+        .map_err(|e| Error::call(what, io::Error::other(e)))?;
     Ok(())
 }
 
@@ -249,17 +247,11 @@ mod tests {
         let kept = tempfile::tempdir().expect("a folder");
         let path = kept.path().join("file");
         fs::write(&path, "kept").expect("writing");
-        fs::set_permissions(
-            kept.path(),
-            std::os::unix::fs::PermissionsExt::from_mode(0o755),
-        )
-        .expect("its mode");
         let open = File::open("/etc/passwd").expect("any file");
         thread::spawn(move || {
-            seal(&[kept.path()]).expect("giving up");
-            // Files that were open before, and those beneath the folder.
+            seal(kept.path()).expect("giving up");
+            // Files that were open before.
             open.metadata().expect("a file that is open");
-            assert_eq!(fs::read_to_string(&path).expect("a kept file"), "kept");
             // Memory and threads.
             thread::spawn(|| vec![1_u8; 1 << 22].len())
                 .join()
@@ -276,6 +268,9 @@ mod tests {
             assert_eq!(size, rustix::io::Errno::PERM);
             if landlock_is_there() {
                 assert!(forbidden(File::open("/etc/passwd").expect_err("a file")));
+                assert!(forbidden(
+                    File::open(&path).expect_err("a file of the folder")
+                ));
             }
             assert!(!rustix::process::geteuid().is_root());
         })

@@ -23,6 +23,8 @@ use crate::registry::{Claim, Name};
 /// The option that `--detach` becomes for the machine's process.
 pub const DETACHED: &str = "--detached";
 
+const LETTING_GO: &str = "letting go of the terminal";
+
 /// Starts a machine with those words behind `rvisor`, in the folder `directory` where there is one. Returns when
 /// its guest runs, with its name, or with the exit status after it said why there is none.
 ///
@@ -76,26 +78,42 @@ pub fn begin() -> Result<()> {
     }
 }
 
-/// Tells whoever started this process that the guest runs, and lets go of what came from there.
-///
-/// # Errors
-///
-/// [`Error::Call`] where the log can't be made or nobody listens any more.
-pub fn ready(claim: &Claim) -> Result<()> {
-    let what = "letting go of the terminal";
-    let log = claim.log()?;
-    let null = File::options()
-        .write(true)
-        .open("/dev/null")
-        .map_err(failed(what))?;
-    rustix::process::chdir("/").map_err(|e| Error::call(what, io::Error::from(e)))?;
-    let mut stdout = io::stdout();
-    writeln!(stdout, "{}", claim.name())
-        .and_then(|()| stdout.flush())
-        .map_err(failed("telling that the guest runs"))?;
-    dup2_stderr(log)
-        .and_then(|()| dup2_stdout(null))
-        .map_err(|error| Error::call(what, io::Error::from(error)))
+/// What a detached machine needs to let go of the command that started it.
+pub struct Ready {
+    log: File,
+    null: File,
+}
+
+impl Ready {
+    /// Opens it, while files can be opened.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Call`] where the log can't be made.
+    pub fn new(claim: &Claim) -> Result<Self> {
+        rustix::process::chdir("/").map_err(failed(LETTING_GO))?;
+        let null = File::options().write(true).open("/dev/null");
+        Ok(Self {
+            log: claim.log()?,
+            null: null.map_err(failed(LETTING_GO))?,
+        })
+    }
+
+    /// Tells whoever started this process that the guest of the machine `name` runs, and lets go of what came
+    /// from there.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Call`] where nobody listens any more.
+    pub fn tell(self, name: &Name) -> Result<()> {
+        let mut stdout = io::stdout();
+        writeln!(stdout, "{name}")
+            .and_then(|()| stdout.flush())
+            .map_err(failed("telling that the guest runs"))?;
+        dup2_stderr(self.log)
+            .and_then(|()| dup2_stdout(self.null))
+            .map_err(failed(LETTING_GO))
+    }
 }
 
 /// Lets go of what came from the command, in a process that only waits for the machine's.
@@ -104,16 +122,15 @@ pub fn ready(claim: &Claim) -> Result<()> {
 ///
 /// [`Error::Call`] where the kernel refuses.
 pub fn let_go() -> Result<()> {
-    let what = "letting go of the terminal";
     begin()?;
-    rustix::process::chdir("/").map_err(failed(what))?;
+    rustix::process::chdir("/").map_err(failed(LETTING_GO))?;
     let null = File::options()
         .write(true)
         .open("/dev/null")
-        .map_err(failed(what))?;
+        .map_err(failed(LETTING_GO))?;
     dup2_stderr(&null)
         .and_then(|()| dup2_stdout(&null))
-        .map_err(failed(what))
+        .map_err(failed(LETTING_GO))
 }
 
 /// The words of this process's command line behind its name, for [`start`].

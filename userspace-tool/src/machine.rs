@@ -32,7 +32,7 @@ use crate::outcome::Outcome;
 use crate::registry::{Claim, Name};
 use crate::snapshot::{self, State};
 use crate::vcpu::Vcpu;
-use crate::{detach, hypervisor, layout, memory};
+use crate::{confine, detach, hypervisor, layout, memory};
 pub use state::Control;
 
 /// How long a thread gets to leave the guest before it is asked again.
@@ -439,7 +439,14 @@ fn run_to_end(
     register_signal_handler(SIGRTMIN(), kicked).map_err(failed("catching a signal"))?;
     // Caught before the terminal changes, so that no signal can leave it changed.
     let signals = Signals::catch()?;
-    let server = Server::start(claim.listen()?, commands)?;
+    let listener = claim.listen()?;
+    let ready = match options.detached {
+        true => Some(detach::Ready::new(&claim)?),
+        false => None,
+    };
+    // All that has a name is open by now, and all threads are still to come.
+    confine::seal(claim.directory())?;
+    let server = Server::start(listener, commands)?;
     let raw = Raw::new().map_err(failed("setting the terminal"))?;
 
     let console = Console {
@@ -450,9 +457,9 @@ fn run_to_end(
         control: control.clone(),
     };
     let started = start_threads(&machine, console);
-    let started = started.and_then(|()| match options.detached {
-        true => detach::ready(&claim),
-        false => Ok(()),
+    let started = started.and_then(|()| match ready {
+        Some(ready) => ready.tell(claim.name()),
+        None => Ok(()),
     });
     if let Err(error) = started {
         control.end(Outcome::Host(error));

@@ -168,6 +168,12 @@ impl Claim {
         &self.name
     }
 
+    /// The folder with the machine's files.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// The socket on which the machine takes commands.
     ///
     /// # Errors
@@ -232,6 +238,13 @@ pub fn names() -> Result<Vec<Name>> {
     }
     names.sort();
     Ok(names)
+}
+
+/// Removes what the machine of that name has left, where none runs: one that was killed, or that was root's and
+/// had given up the right to (see [`crate::confine`]).
+pub fn sweep(name: &Name) {
+    // It is in use where the name can't be had.
+    drop(Claim::new(name.clone()));
 }
 
 /// Connects to the machine of that name; `None` where none runs.

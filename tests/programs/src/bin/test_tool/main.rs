@@ -144,6 +144,36 @@ fn sigint(device: &Device) -> Outcome {
 }
 
 /// Wrong input on a terminal: one line, status 2, and the terminal was never touched.
+/// While the guest runs, each thread of the tool is an ordinary user's, can gain nothing, and has its system
+/// calls filtered; the tool can be ended all the same.
+fn gives_up_what_it_does_not_need(device: &Device) -> Outcome {
+    let mut guest = Guest::start(device, "guest.end=wait")?;
+    guest.await_text("guest: end by wait")?;
+    let mut threads = 0;
+    for thread in std::fs::read_dir(format!("/proc/{}/task", guest.child.id()))? {
+        let status = std::fs::read_to_string(thread?.path().join("status"))?;
+        let nobody = format!("{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}");
+        for (field, wanted) in [
+            ("Uid", nobody.as_str()),
+            ("Gid", nobody.as_str()),
+            ("CapPrm", "0000000000000000"),
+            ("CapEff", "0000000000000000"),
+            ("NoNewPrivs", "1"),
+            ("Seccomp", "2"),
+        ] {
+            let line = format!("{field}:\t{wanted}");
+            check!(
+                status.lines().any(|found| found == line),
+                "a thread without the line {line:?}: {status}"
+            );
+        }
+        threads += 1;
+    }
+    check!(threads >= 3, "the main thread, the console's and a CPU's are only {threads}");
+    guest.terminal.type_keys(b"\x01x")?;
+    guest.ends_with(6)
+}
+
 fn wrong_input(device: &Device) -> Outcome {
     let mut terminal = Terminal::new()?;
     let before = terminal.mode()?;
@@ -190,6 +220,7 @@ fn main() -> std::process::ExitCode {
         sigterm,
         sighup,
         sigint,
+        gives_up_what_it_does_not_need,
         wrong_input,
         no_permission,
     ])
