@@ -57,6 +57,7 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_eventfd2,
     libc::SYS_poll,
     libc::SYS_ppoll,
+    libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
@@ -108,15 +109,18 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_exit_group,
 ];
 
-/// The terminal's mode, and how much waits on a socket.
-const TERMINAL_IOCTLS: [u64; 6] = [
+/// The terminal's mode, how much waits on a socket, and that waiting for it is not wanted.
+const OTHER_IOCTLS: [u64; 7] = [
     libc::TCGETS,
     libc::TCSETS,
     libc::TCSETSW,
     libc::TCGETS2,
     libc::TCSETS2,
     libc::FIONREAD,
+    libc::FIONBIO,
 ];
+/// Of prctl(2), names of threads alone.
+const PR_SET_NAME: u64 = libc::PR_SET_NAME as u64;
 /// The kind of an ioctl number: KVM's, and rvisor's own behind them (include/uapi/linux/kvm.h, `KVMIO`).
 const KVM_IOCTLS: u64 = 0xae00;
 const IOCTL_KIND: u64 = 0xff00;
@@ -203,16 +207,18 @@ fn restrict_calls() -> Result<()> {
 }
 
 fn filter() -> std::result::Result<BpfProgram, seccompiler::BackendError> {
-    let number = |operation, value| {
-        SeccompCondition::new(1, SeccompCmpArgLen::Dword, operation, value)
+    let argument = |which, operation, value| {
+        SeccompCondition::new(which, SeccompCmpArgLen::Dword, operation, value)
             .and_then(|condition| SeccompRule::new(vec![condition]))
     };
-    let mut ioctls = vec![number(SeccompCmpOp::MaskedEq(IOCTL_KIND), KVM_IOCTLS)?];
-    for value in TERMINAL_IOCTLS {
-        ioctls.push(number(SeccompCmpOp::Eq, value)?);
+    let mut ioctls = vec![argument(1, SeccompCmpOp::MaskedEq(IOCTL_KIND), KVM_IOCTLS)?];
+    for value in OTHER_IOCTLS {
+        ioctls.push(argument(1, SeccompCmpOp::Eq, value)?);
     }
     let mut rules: BTreeMap<_, _> = CALLS.iter().map(|call| (*call, Vec::new())).collect();
     rules.insert(libc::SYS_ioctl, ioctls);
+    let thread_name = argument(0, SeccompCmpOp::Eq, PR_SET_NAME)?;
+    rules.insert(libc::SYS_prctl, vec![thread_name]);
     SeccompFilter::new(
         rules,
         SeccompAction::Errno(libc::EPERM as u32),

@@ -444,10 +444,10 @@ fn run_to_end(
         true => Some(detach::Ready::new(&claim)?),
         false => None,
     };
+    let raw = Raw::new().map_err(failed("setting the terminal"))?;
     // All that has a name is open by now, and all threads are still to come.
     confine::seal(claim.directory())?;
     let server = Server::start(listener, commands)?;
-    let raw = Raw::new().map_err(failed("setting the terminal"))?;
 
     let console = Console {
         output,
