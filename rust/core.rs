@@ -5,7 +5,7 @@
 //! Nothing here touches the kernel, allocates or is `unsafe`. The same files are compiled into the
 //! module by Kbuild and into a host crate by cargo (`tests/host`), where they are tested.
 //!
-//! The rooms `bus`, `mmu`, `emulate`, `irqchip` and `cpu` stand on `x86` and never on each other.
+//! The rooms `bus`, `mmu`, `emulate`, `irqchip`, `cpu`, `stats` and `trace` stand on `x86` and never on each other.
 
 #![cfg_attr(all(not(MODULE), not(test)), no_std)]
 #![forbid(unsafe_code)]
@@ -26,4 +26,6 @@ pub mod cpu;
 pub mod emulate;
 pub mod irqchip;
 pub mod mmu;
+pub mod stats;
+pub mod trace;
 pub mod x86;

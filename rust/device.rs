@@ -4,6 +4,8 @@
 
 pub(crate) mod chardev;
 pub(crate) mod chip_state;
+pub(crate) mod stats_file;
+pub(crate) mod trace_file;
 pub(crate) mod user;
 pub(crate) mod vcpu_file;
 pub(crate) mod vm_file;

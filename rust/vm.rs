@@ -30,4 +30,5 @@ pub(crate) mod split;
 pub(crate) mod state;
 mod task;
 mod task_priority;
+pub(crate) mod trace;
 pub(crate) mod vcpu;

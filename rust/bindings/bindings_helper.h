@@ -11,5 +11,6 @@
 #include <asm/msr-index.h>
 #include <asm/tsc.h>
 
+#include "../../include/uapi/rvisor.h"
 #include "../host/eventfd_glue.h"
 #include "../host/glue.h"

@@ -109,6 +109,7 @@ pub(super) fn check_extension(host: &Host, capability: usize) -> isize {
         | uapi::KVM_CAP_ENABLE_CAP_VM
         | uapi::KVM_CAP_MSR_PLATFORM_INFO
         | uapi::KVM_CAP_SPLIT_IRQCHIP
+        | uapi::KVM_CAP_BINARY_STATS_FD
         | uapi::KVM_CAP_USER_MEMORY2
         | uapi::KVM_CAP_GET_MSR_FEATURES => 1,
         // That KVM_SET_GUEST_DEBUG has no fault of old: true where it is not offered. QEMU wants to hear it.

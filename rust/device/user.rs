@@ -118,6 +118,9 @@ pub(crate) const LIST_HEADER: usize = 8;
 
 const KVMIO: u32 = uapi::KVMIO;
 
+/// rvisor's own (include/uapi/rvisor.h).
+pub(crate) const TRACE_OPEN: u32 = _IO(uapi::RVISOR_IOCTL_TYPE, 0x00);
+
 macro_rules! ioctls {
     ($($name:ident = $make:expr;)*) => {
         $(pub(crate) const $name: u32 = $make;)*
@@ -197,5 +200,6 @@ ioctls! {
     SIGNAL_MSI = _IOW::<uapi::kvm_msi>(KVMIO, 0xa5);
     GET_XCRS = _IOR::<uapi::kvm_xcrs>(KVMIO, 0xa6);
     SET_XCRS = _IOW::<uapi::kvm_xcrs>(KVMIO, 0xa7);
+    GET_STATS_FD = _IO(KVMIO, 0xce);
     GET_XSAVE2 = _IOR::<[u8; 4096]>(KVMIO, 0xcf);
 }

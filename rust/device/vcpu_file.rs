@@ -4,6 +4,7 @@
 
 use super::{
     chardev::{for_each_msr, write_cpuid},
+    stats_file, trace_file,
     user::{self, element, LIST_HEADER},
     vm_file::set_tsc_khz,
 };
@@ -39,10 +40,13 @@ impl AnonFile for Vcpu {
         if !this.vm.is_owned_by_current() {
             return Err(EIO);
         }
+        if command == user::TRACE_OPEN {
+            return trace_file::open(this.into(), argument);
+        }
         if _IOC_TYPE(command) != uapi::KVMIO {
             return Err(EINVAL);
         }
-        vcpu_ioctl(&this, command, argument)
+        vcpu_ioctl(this, command, argument)
     }
 
     fn mmap(this: ArcBorrow<'_, Self>, vma: &VmaNew) -> Result {
@@ -50,7 +54,7 @@ impl AnonFile for Vcpu {
     }
 }
 
-fn vcpu_ioctl(vcpu: &Vcpu, command: u32, argument: usize) -> Result<isize> {
+fn vcpu_ioctl(vcpu: ArcBorrow<'_, Vcpu>, command: u32, argument: usize) -> Result<isize> {
     match command {
         user::RUN if argument != 0 => Err(EINVAL),
         user::RUN => vcpu.run(),
@@ -75,8 +79,9 @@ fn vcpu_ioctl(vcpu: &Vcpu, command: u32, argument: usize) -> Result<isize> {
             Err(EINVAL)
         }
         user::GET_TSC_KHZ => Ok(vcpu.vm.host.tsc_khz as isize),
-        user::SET_SIGNAL_MASK => set_signal_mask(vcpu, argument),
-        user::SET_CPUID2 => set_cpuid(vcpu, argument),
+        user::SET_SIGNAL_MASK => set_signal_mask(&vcpu, argument),
+        user::SET_CPUID2 => set_cpuid(&vcpu, argument),
+        user::GET_STATS_FD => stats_file::of_vcpu(vcpu.into()),
         _ => vcpu.with_state(|state| state_ioctl(state, command, argument)),
     }
 }

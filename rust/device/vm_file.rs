@@ -4,7 +4,7 @@
 
 use super::{
     chardev::check_extension,
-    chip_state,
+    chip_state, stats_file,
     user::{self, element, LIST_HEADER},
 };
 use crate::{
@@ -100,6 +100,7 @@ fn vm_ioctl(vm: &Arc<Vm>, command: u32, argument: usize) -> Result<isize> {
             user::write(argument, &line)?;
             Ok(0)
         }
+        user::GET_STATS_FD => stats_file::of_vm(vm),
         user::SET_GSI_ROUTING => set_routing(vm, argument),
         user::SIGNAL_MSI => signal_msi(vm, argument),
         user::IRQFD => irqfd(vm, argument),

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! File descriptors for VMs and vCPUs: anonymous files whose private data is an `Arc<T>`.
+//! File descriptors for VMs, vCPUs and what is read of them: anonymous files whose private data is an `Arc<T>`.
 
+use super::wait::WaitQueue;
 use crate::bindings;
 use core::marker::PhantomData;
 use kernel::{
     bindings as kb,
     error::{from_err_ptr, from_result},
-    ffi::{c_int, c_long, c_uint, c_ulong, c_void},
+    ffi::{c_char, c_int, c_long, c_uint, c_ulong, c_void},
     fs::file::FileDescriptorReservation,
     fs::File,
     mm::virt::VmaNew,
@@ -15,7 +16,29 @@ use kernel::{
     prelude::*,
     sync::{aref::ARef, Arc, ArcBorrow},
     types::ForeignOwnable,
+    uaccess::{UserPtr, UserSlice, UserSliceWriter},
 };
+
+/// How such a file is used.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// By ioctls and mappings.
+    Control,
+    /// It is read, at any place.
+    Read,
+    /// What comes is read in its order.
+    Stream,
+}
+
+/// What a read is given.
+pub(crate) struct Reading {
+    /// Where the bytes go.
+    pub(crate) to: UserSliceWriter,
+    /// The place in the file.
+    pub(crate) position: u64,
+    /// It is to wait for nothing (O_NONBLOCK).
+    pub(crate) at_once: bool,
+}
 
 /// What such a file does.
 pub(crate) trait AnonFile: Send + Sync + Sized + 'static {
@@ -23,8 +46,20 @@ pub(crate) trait AnonFile: Send + Sync + Sized + 'static {
     const NAME: &'static CStr;
     /// The module, which the file keeps loaded.
     type OwnerModule: ModuleMetadata;
+    /// How it is used.
+    const ACCESS: Access = Access::Control;
     /// An ioctl.
-    fn ioctl(this: ArcBorrow<'_, Self>, command: u32, argument: usize) -> Result<isize>;
+    fn ioctl(_this: ArcBorrow<'_, Self>, _command: u32, _argument: usize) -> Result<isize> {
+        Err(ENOTTY)
+    }
+    /// A read; says how many bytes were written.
+    fn read(_this: ArcBorrow<'_, Self>, _reading: Reading) -> Result<usize> {
+        Err(EINVAL)
+    }
+    /// What is woken when there is something to read, and whether there is.
+    fn readiness(&self) -> Option<(&WaitQueue, bool)> {
+        None
+    }
     /// An mmap.
     fn mmap(_this: ArcBorrow<'_, Self>, _vma: &VmaNew) -> Result {
         Err(ENODEV)
@@ -41,6 +76,14 @@ impl<T: AnonFile> Operations<T> {
         unlocked_ioctl: Some(Self::ioctl),
         compat_ioctl: Some(Self::ioctl),
         mmap: Some(Self::mmap),
+        read: match T::ACCESS {
+            Access::Control => None,
+            Access::Read | Access::Stream => Some(Self::read),
+        },
+        poll: match T::ACCESS {
+            Access::Control | Access::Read => None,
+            Access::Stream => Some(Self::poll),
+        },
         release: Some(Self::release),
         llseek: Some(kb::noop_llseek),
         ..pin_init::zeroed()
@@ -55,6 +98,59 @@ impl<T: AnonFile> Operations<T> {
         match T::ioctl(this, command, argument) {
             Ok(value) => value,
             Err(error) => error.to_errno() as c_long,
+        }
+    }
+
+    /// # Safety
+    ///
+    /// As for `ioctl`; `position` is the caller's own.
+    unsafe extern "C" fn read(
+        file: *mut kb::file,
+        buffer: *mut c_char,
+        length: usize,
+        position: *mut kb::loff_t,
+    ) -> isize {
+        // SAFETY: As for `ioctl`; the position is the caller's.
+        let (this, position, flags) = unsafe {
+            (
+                Arc::<T>::borrow((*file).private_data),
+                &mut *position,
+                (*file).f_flags,
+            )
+        };
+        let result = u64::try_from(*position)
+            .map_err(|_| EINVAL)
+            .and_then(|position| {
+                let reading = Reading {
+                    to: UserSlice::new(UserPtr::from_addr(buffer as usize), length).writer(),
+                    position,
+                    at_once: flags & kb::O_NONBLOCK != 0,
+                };
+                T::read(this, reading)
+            });
+        match result {
+            Ok(count) => {
+                *position = position.saturating_add(count as kb::loff_t);
+                count as isize
+            }
+            Err(error) => error.to_errno() as isize,
+        }
+    }
+
+    /// # Safety
+    ///
+    /// As for `ioctl`; `table` is null or the caller's.
+    unsafe extern "C" fn poll(file: *mut kb::file, table: *mut kb::poll_table) -> kb::__poll_t {
+        // SAFETY: As for `ioctl`.
+        let this = unsafe { Arc::<T>::borrow((*file).private_data) };
+        if let Some((queue, _)) = this.readiness() {
+            // SAFETY: The caller's file and table; the queue is part of what the file owns.
+            unsafe { queue.register(file, table) };
+        }
+        // After the registration, so that nothing is missed.
+        match this.readiness() {
+            Some((_, true)) => kb::POLLIN | kb::POLLRDNORM,
+            _ => 0,
         }
     }
 
@@ -109,11 +205,12 @@ pub(crate) fn open<T: AnonFile>(
     let data: *mut c_void = data.into_foreign();
     // SAFETY: The name and the table live for ever; the table is that of `data`'s type.
     let file = from_err_ptr(unsafe {
-        bindings::anon_inode_getfile(
+        bindings::rvisor_anon_file(
             T::NAME.as_char_ptr(),
             &Operations::<T>::TABLE,
             data,
-            kb::O_RDWR as c_int,
+            T::ACCESS != Access::Control,
+            T::ACCESS == Access::Read,
         )
     });
     let file = match file {
@@ -124,7 +221,7 @@ pub(crate) fn open<T: AnonFile>(
             return Err(error);
         }
     };
-    // SAFETY: `anon_inode_getfile` gives a reference to a new file; nobody holds its position.
+    // SAFETY: `rvisor_anon_file` gives a reference to a new file; nobody holds its position.
     let file = unsafe { ARef::from_raw(core::ptr::NonNull::new_unchecked(file.cast::<File>())) };
     let descriptor = reservation.reserved_fd();
     reservation.fd_install(file);

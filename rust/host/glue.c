@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /* Wrappers of the kernel's inline functions and macros, for Rust. See glue.h. */
 
+#include <linux/anon_inodes.h>
 #include <linux/cpu.h>
+#include <linux/fs.h>
 #include <linux/hw_breakpoint.h>
 #include <linux/kprobes.h>
 #include <linux/mm.h>
@@ -543,4 +545,12 @@ fault:
 unsigned int rvisor_online_cpus(void)
 {
 	return num_online_cpus();
+}
+
+/* A file that is read alone, at any place too, or one for ioctls and mappings. */
+struct file *rvisor_anon_file(const char *name, const struct file_operations *operations, void *data, bool is_read,
+			      bool is_seekable)
+{
+	return anon_inode_getfile_fmode(name, operations, data, is_read ? O_RDONLY : O_RDWR,
+					is_seekable ? FMODE_PREAD : 0);
 }

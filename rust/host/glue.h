@@ -5,6 +5,8 @@
 
 #include <linux/types.h>
 
+struct file;
+struct file_operations;
 struct mm_struct;
 struct mutex;
 struct page;
@@ -92,5 +94,8 @@ bool rvisor_user_range_ok(unsigned long address, unsigned long size);
 u64 rvisor_rdmsr_safe(u32 index, int *error);
 u64 rvisor_host_xcr0(void);
 unsigned long rvisor_tsc_khz(void);
+
+struct file *rvisor_anon_file(const char *name, const struct file_operations *operations, void *data, bool is_read,
+			      bool is_seekable);
 
 #endif

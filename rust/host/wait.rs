@@ -28,7 +28,7 @@ impl WaitQueue {
             head <- Opaque::ffi_init(|slot: *mut kb::wait_queue_head| {
                 // SAFETY: `slot` is memory for the head; the name and the key live for ever.
                 unsafe {
-                    kb::__init_waitqueue_head(slot, c"rvisor_vcpu".as_char_ptr(), key.as_ptr())
+                    kb::__init_waitqueue_head(slot, c"rvisor".as_char_ptr(), key.as_ptr())
                 }
             }),
         })
@@ -60,6 +60,17 @@ impl WaitQueue {
         }
         // SAFETY: As for `prepare_to_wait_event`.
         unsafe { kb::finish_wait(self.head.get(), &mut entry) };
+    }
+
+    /// Lets a poll(2) of `file` know when the queue is woken.
+    ///
+    /// # Safety
+    ///
+    /// `file` and `table` are those of a call of the file's `poll`, and the queue lives for as long as the file.
+    pub(crate) unsafe fn register(&self, file: *mut kb::file, table: *mut kb::poll_table) {
+        // SAFETY: The head is initialised, the rest is the caller's to know. Who polls is off the queue before
+        // the file is released.
+        unsafe { kb::poll_wait(file, self.head.get(), table) };
     }
 
     /// Wakes the sleeper, if there is one. What it waits for must be visible before the call.

@@ -36,6 +36,8 @@ impl Request {
 
     /// The vectors whose EOI is to be told have changed.
     pub const WATCH: Self = Self(1 << 7);
+    /// The record of the last exit is to be completed.
+    pub const TRACE: Self = Self(1 << 9);
 
     /// Whether nothing is in the set.
     #[inline]

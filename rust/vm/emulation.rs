@@ -22,6 +22,7 @@ use rvisor_core::{
             probe, walk, Access, AccessKind, GuestPhysicalMemory, Paging, Privilege, WalkError,
         },
     },
+    stats::Event,
     x86::{
         address::{Gfn, Gpa, Gva, Hva, PAGE_SIZE},
         control::{Cr0, Cr3, Cr4, Efer, Rflags},
@@ -333,10 +334,14 @@ impl State {
                 AccessKind::Read
             };
             match self.core.vm.memory.fault(violation.gpa, access)? {
-                Fault::Resolved => return Ok(None),
+                Fault::Resolved => {
+                    self.core.shared.counters.count(Event::FaultFixed);
+                    return Ok(None);
+                }
                 Fault::Device => {}
             }
         }
+        self.core.shared.counters.count(Event::FaultEmulated);
         if let Some(cut) = self.core.events.reinjection {
             // Delivering an event touched a device: nothing that can be emulated. Userspace may make
             // memory of it, or put the stack elsewhere.
@@ -362,6 +367,7 @@ impl State {
     ///
     /// `EFAULT` where the process has nothing behind a slot.
     pub(super) fn emulate(&mut self) -> Result<Option<UserExit>> {
+        self.core.shared.counters.count(Event::Emulation);
         let snapshot = self.snapshot()?;
         let mode = snapshot.mode();
         if let Some((instruction, bytes)) = self.core.replay.instruction(snapshot.rip) {

@@ -4,11 +4,14 @@
 
 use super::vcpu::Core;
 use crate::vmx::hardware::CurrentVmcs;
-use rvisor_core::x86::{
-    control::{Dr7, Rflags},
-    controls::primary,
-    vector::{Exception, ExceptionVector, Vector},
-    vmcs::{interruptibility, Field32, FieldNatural, InterruptionInfo},
+use rvisor_core::{
+    stats::Event,
+    x86::{
+        control::{Dr7, Rflags},
+        controls::primary,
+        vector::{Exception, ExceptionVector, Vector},
+        vmcs::{interruptibility, Field32, FieldNatural, InterruptionInfo},
+    },
 };
 
 /// An event whose delivery an exit cut short: it is delivered again, as it was.
@@ -179,6 +182,7 @@ impl Core {
             let state = vmcs.read32(Field32::GUEST_INTERRUPTIBILITY);
             if !injected && state & blocked == 0 {
                 self.events.nmis -= 1;
+                self.shared.counters.count(Event::NmiInjection);
                 inject(
                     vmcs,
                     InterruptionInfo::new(InterruptionInfo::NMI, 2, false),
@@ -201,6 +205,7 @@ impl Core {
         if self.has_interrupt() {
             if !injected && is_interruptible(vmcs) {
                 if let Some(vector) = self.take_interrupt() {
+                    self.shared.counters.count(Event::IrqInjection);
                     inject(
                         vmcs,
                         InterruptionInfo::new(

@@ -26,7 +26,7 @@ use crate::{
 };
 use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use kernel::{
-    new_mutex,
+    current, new_mutex,
     prelude::*,
     sync::{Arc, Mutex, SetOnce},
 };
@@ -148,6 +148,8 @@ pub(crate) struct Vm {
     _notifier: Notifier<GuestMemory>,
     /// The address space that the machine belongs to, for comparison only.
     mm: usize,
+    /// The process that made it, by which its statistics are told apart.
+    pub(crate) pid: i32,
     pub(crate) apics: ApicSettings,
     pub(crate) settings: Settings,
     /// KVM_SET_BOOT_CPU_ID.
@@ -202,6 +204,7 @@ impl Vm {
                 memory,
                 _notifier: notifier,
                 mm: mm.as_ptr() as usize,
+                pid: current!().pid(),
                 apics: ApicSettings::new(),
                 settings: Settings::new(MAX_VCPUS),
                 bootstrap: AtomicU32::new(0),

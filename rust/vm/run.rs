@@ -7,17 +7,18 @@ use super::{
     events::is_interruptible,
     exits::Next,
     run_page::UserExit,
-    shared::Request,
+    shared::{Request, VcpuShared},
     vcpu::{Core, MpState, State, Vcpu},
 };
 use crate::{
     bindings,
-    host::{irq::IrqsOff, signal::SignalMask},
+    host::{irq::IrqsOff, signal::SignalMask, timer},
     vmx::hardware::{CurrentVmcs, Hardware},
 };
 use kernel::{current, prelude::*};
 use rvisor_core::{
     irqchip::Clock,
+    stats::Event,
     x86::{
         control::{Cr0, Rflags},
         vmcs::{interruptibility, Field32, FieldNatural},
@@ -46,7 +47,14 @@ impl Vcpu {
             let blocked = state.signal_mask.as_ref().map(SignalMask::block);
             let result = self.run_locked(state);
             drop(blocked);
-            self.run.set_exit(&result?);
+            let exit = result?;
+            match exit {
+                UserExit::Mmio { .. } => self.shared.counters.count(Event::MmioExit),
+                UserExit::InterruptWindow => self.shared.counters.count(Event::RequestIrqExit),
+                UserExit::Emulation { .. } => self.shared.counters.count(Event::EmulationFailure),
+                _ => {}
+            }
+            self.run.set_exit(&exit);
             Ok(0)
         })
     }
@@ -150,6 +158,7 @@ impl Vcpu {
                 && bindings::xfer_to_guest_mode_handle_work() != 0
         };
         if signal {
+            self.shared.counters.count(Event::SignalExit);
             self.run.set_exit(&UserExit::Signal);
             return Err(EINTR);
         }
@@ -172,7 +181,13 @@ impl Vcpu {
             if current!().signal_pending() {
                 return Ok(false);
             }
+            let start = timer::monotonic();
             self.shared.sleep();
+            let counters = &self.shared.counters;
+            counters.count_many(Event::HaltWait, timer::monotonic().wrapping_sub(start));
+            if self.shared.has_requests() {
+                counters.count(Event::HaltWakeup);
+            }
         }
     }
 
@@ -192,14 +207,16 @@ impl Vcpu {
             core.generation = core.vm.memory.generation();
             vmcs.flush_ept();
         }
+        // One load behind each exit, and not one for each use.
+        let shared: &VcpuShared = &self.shared;
         let mut busy = false;
         loop {
             // Requests are looked at after the world can see that the guest is entered, so that
             // whoever leaves one later kicks this CPU.
-            self.shared.set_in_guest(&irqs);
-            if self.shared.has_requests() {
-                self.shared.set_outside();
-                let request = self.shared.take_requests();
+            shared.set_in_guest(&irqs);
+            if shared.has_requests() {
+                shared.set_outside();
+                let request = shared.take_requests();
                 core.handle_requests(&mut vmcs, self, request);
                 if let Some(vector) = core.ended.take() {
                     return Ok(Outer::User(UserExit::InterruptEnded { vector }));
@@ -214,22 +231,26 @@ impl Vcpu {
             busy = false;
             // SAFETY: Reads the flags of the current thread.
             if unsafe { bindings::rvisor_guest_mode_work() } != 0 {
-                self.shared.set_outside();
+                shared.set_outside();
                 return Ok(Outer::Again);
             }
             if !core.events.triple_fault {
                 core.prepare_entry(&mut vmcs);
             }
             if core.events.triple_fault {
-                self.shared.set_outside();
+                shared.set_outside();
                 core.events.triple_fault = false;
                 return Ok(Outer::User(UserExit::Shutdown));
             }
             fpu.ensure_registers(&irqs);
             let reason = vmcs.enter(&mut core.registers);
-            self.shared.set_outside();
+            shared.set_outside();
             match reason {
                 Ok(reason) => {
+                    shared.counters.exit(reason.basic().0);
+                    if shared.trace.is_on() {
+                        core.note_exit(&vmcs, shared, reason);
+                    }
                     core.take_task_priority(&mut vmcs);
                     match core.handle_exit(&mut vmcs, reason) {
                         Next::Enter => {}
@@ -257,10 +278,12 @@ impl Core {
         let generation = self.vm.memory.generation();
         if self.generation != generation {
             self.generation = generation;
+            self.shared.counters.count(Event::TlbFlush);
             vmcs.flush_ept();
         }
         if self.flush_guest {
             self.flush_guest = false;
+            self.shared.counters.count(Event::TlbFlush);
             vmcs.flush_vpid();
         }
         if self.events.attention {
@@ -277,6 +300,9 @@ impl Core {
 
     /// Sees to what others asked of this virtual CPU.
     fn handle_requests(&mut self, vmcs: &mut CurrentVmcs<'_>, vcpu: &Vcpu, request: Request) {
+        if request.has(Request::TRACE) {
+            self.tell_exit();
+        }
         if request.has(Request::INIT_OR_SIPI) {
             self.accept_init_or_sipi(vmcs);
         }

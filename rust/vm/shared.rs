@@ -2,6 +2,7 @@
 
 //! What other threads and interrupt handlers may do to a virtual CPU: leave a request, wake or kick it.
 
+use super::trace::Trace;
 use crate::host::{irq, timer::Expire, wait::WaitQueue};
 use kernel::{bindings as kb, prelude::*, static_lock_class};
 pub(crate) use rvisor_core::irqchip::mailbox::Request;
@@ -10,6 +11,7 @@ use rvisor_core::{
         destination::ApicIdentity,
         mailbox::{Mailbox, Place},
     },
+    stats::VcpuCounters,
     x86::vector::{ApicId, Vector},
 };
 
@@ -19,6 +21,8 @@ pub(crate) struct VcpuShared {
     /// The virtual CPU's number, which is its initial APIC ID.
     pub(crate) id: u32,
     pub(crate) mailbox: Mailbox,
+    pub(crate) counters: VcpuCounters,
+    pub(crate) trace: Trace,
     #[pin]
     wait: WaitQueue,
 }
@@ -29,6 +33,8 @@ impl VcpuShared {
         pin_init!(Self {
             id,
             mailbox: Mailbox::new(),
+            counters: VcpuCounters::new(),
+            trace: Trace::new(),
             wait <- WaitQueue::new(static_lock_class!()),
         })
     }
@@ -85,6 +91,11 @@ impl VcpuShared {
                 kb::smp_call_function_single(cpu as i32, Some(nothing), core::ptr::null_mut(), true)
             };
         }
+    }
+
+    /// Whether its thread sleeps.
+    pub(crate) fn is_asleep(&self) -> bool {
+        self.mailbox.place() == Place::Asleep
     }
 
     /// Sleeps until a request comes or a signal is pending.

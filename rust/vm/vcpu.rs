@@ -42,6 +42,7 @@ use rvisor_core::{
         lapic::{Deadline, Features, LapicEffect, LocalApic},
         Clock, Nanoseconds, Now,
     },
+    trace::Record,
     x86::{
         control::{Cr0, Cr4, Dr6, Efer},
         controls::entry,
@@ -108,6 +109,8 @@ pub(crate) struct Core {
     pub(crate) flush_guest: bool,
     /// RUN has been called.
     pub(crate) has_run: bool,
+    /// The last exit, where it is being traced.
+    pub(super) noted: Option<Record>,
 }
 
 /// The monotonic clock and the guest's TSC.
@@ -307,6 +310,7 @@ impl Core {
             generation: 0,
             flush_guest: true,
             has_run: false,
+            noted: None,
         })
     }
 

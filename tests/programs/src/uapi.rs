@@ -102,7 +102,11 @@ requests! {
     GET_TSC_KHZ = io(0xa3);
     GET_XSAVE = ior::<[u8; 4096]>(0xa4);
     SET_XSAVE = iow::<[u8; 4096]>(0xa5);
+    GET_STATS_FD = io(0xce);
     GET_XSAVE2 = ior::<[u8; 4096]>(0xcf);
     GET_XCRS = ior::<kvm_bindings::kvm_xcrs>(0xa6);
     SET_XCRS = iow::<kvm_bindings::kvm_xcrs>(0xa7);
 }
+
+/// `RVISOR_TRACE_OPEN` (include/uapi/rvisor.h).
+pub const RVISOR_TRACE_OPEN: u64 = 0xbd << 8;

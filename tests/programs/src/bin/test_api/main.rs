@@ -4,7 +4,9 @@
 
 mod clock;
 mod memory;
+mod stats;
 mod system;
+mod trace;
 mod vcpu;
 mod vm;
 
@@ -34,6 +36,13 @@ fn main() -> std::process::ExitCode {
         vm::other_process,
         vm::vcpu_keeps_vm,
         vm::extension_on_vm,
+        stats::form,
+        stats::counted,
+        stats::outlives,
+        trace::records,
+        trace::rules,
+        trace::live,
+        trace::losses,
         clock::get_and_set,
         clock::set_with_wall_clock,
         clock::errors,
