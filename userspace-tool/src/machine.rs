@@ -7,7 +7,7 @@ mod state;
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -212,7 +212,10 @@ impl Machine {
     ///
     /// [`Error::Input`] where the guest ends meanwhile.
     pub fn pause(&self, reason: &str) -> Result<()> {
-        let _pausing = lock(&self.pausing);
+        self.pause_with(&lock(&self.pausing), reason)
+    }
+
+    fn pause_with(&self, _pausing: &MutexGuard<'_, ()>, reason: &str) -> Result<()> {
         if !self.control.paused() {
             self.control.set_paused(reason);
         }
@@ -238,7 +241,10 @@ impl Machine {
 
     /// Has a paused guest go on.
     pub fn resume(&self) {
-        let _pausing = lock(&self.pausing);
+        self.resume_with(&lock(&self.pausing));
+    }
+
+    fn resume_with(&self, _pausing: &MutexGuard<'_, ()>) {
         self.parts.bus.devices().for_each(|device| device.resume());
         self.control.resume();
     }
@@ -259,13 +265,15 @@ impl Machine {
     ///
     /// [`Error::Input`] where the machine has ended, [`Error::Call`] where the hypervisor or `out` fails.
     fn snapshot(&self, out: impl std::io::Write) -> Result<()> {
+        // Nobody has it go on before all is written.
+        let pausing = lock(&self.pausing);
         let was_paused = self.control.paused();
-        self.pause("for a snapshot")?;
+        self.pause_with(&pausing, "for a snapshot")?;
         let written = self.save().and_then(|state| {
             snapshot::write(out, &state, &self.parts.memory).map_err(failed("writing a snapshot"))
         });
         if !was_paused {
-            self.resume();
+            self.resume_with(&pausing);
         }
         written
     }

@@ -34,6 +34,7 @@ const LARGEST: u32 = 64 << 20;
 /// The most bytes of one record.
 const RECORD: usize = 256 << 10;
 const PAGE: usize = PAGE_SIZE as usize;
+const ZEROS: [u8; PAGE] = [0; PAGE];
 
 /// What a machine is, beside its memory.
 #[derive(Serialize, Deserialize)]
@@ -62,11 +63,11 @@ fn checksum(seed: [u64; 2], bytes: &[u8]) -> u64 {
     const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
     let step = |sum: u64, word: u64| (sum ^ word).wrapping_mul(FACTOR).rotate_left(29);
     let start = seed.into_iter().fold(bytes.len() as u64, step);
-    bytes.chunks(8).fold(start, |sum, chunk| {
-        let mut word = [0; 8];
-        word[..chunk.len()].copy_from_slice(chunk);
-        step(sum, u64::from_le_bytes(word))
-    })
+    let words = bytes.chunks_exact(8);
+    let mut rest = [0; 8];
+    rest[..words.remainder().len()].copy_from_slice(words.remainder());
+    let words = words.filter_map(|word| word.try_into().ok()).chain([rest]);
+    words.map(u64::from_le_bytes).fold(start, step)
 }
 
 /// Writes a snapshot.
@@ -119,7 +120,7 @@ fn runs(bytes: &[u8]) -> Vec<(usize, &[u8])> {
     let mut runs: Vec<(usize, usize)> = Vec::new();
     for (index, page) in bytes.chunks(PAGE).enumerate() {
         let (start, end) = (index * PAGE, index * PAGE + page.len());
-        if page.iter().all(|byte| *byte == 0) {
+        if *page == ZEROS[..page.len()] {
             continue;
         }
         match runs.last_mut() {

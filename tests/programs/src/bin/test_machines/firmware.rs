@@ -15,7 +15,7 @@ const JUMP: [u8; 5] = [0xea, 0, 0, 0, 0xf0];
 guest_code!(
     /// Waits for the interrupt of ACPI, IRQ 9, level-triggered, by the 8259s at vectors 0x20 and 0x28, and switches
     /// off where the power button is its cause.
-    minds_the_button,
+    pub(super) minds_the_button,
     code16,
     [
         "cli",
@@ -74,13 +74,13 @@ guest_code!(
 
 guest_code!(
     /// Halts.
-    minds_nothing,
+    pub(super) minds_nothing,
     code16,
     ["mov dx, 0x402", "mov al, 'r'", "out dx, al", "22: cli", "hlt", "jmp 22b"]
 );
 
 /// Starts that code as firmware and waits until it has said that it is ready.
-fn start(machines: &Machines, code: &[u8]) -> Outcome {
+pub(super) fn start(machines: &Machines, code: &[u8]) -> Outcome {
     let mut rom = vec![0; ROM];
     rom[..code.len()].copy_from_slice(code);
     rom[RESET..RESET + JUMP.len()].copy_from_slice(&JUMP);

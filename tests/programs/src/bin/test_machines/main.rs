@@ -3,6 +3,7 @@
 
 mod console;
 mod firmware;
+mod snapshot;
 mod up;
 
 use rvisor_tests::ktap::Context;
@@ -71,17 +72,13 @@ impl Machines {
 
     /// Starts the small guest, detached; it ends as `end` says.
     fn start(&self, name: &str, end: &str) -> Outcome {
+        self.start_with(name, end, &["--memory", "64M"])
+    }
+
+    /// The same with more options.
+    fn start_with(&self, name: &str, end: &str, more: &[&str]) -> Outcome {
         let line = format!("{QUIET} guest.end={end}");
-        let words = [
-            "run",
-            "--detach",
-            "--name",
-            name,
-            "--memory",
-            "64M",
-            "--device",
-            &self.device,
-        ];
+        let words = ["run", "--detach", "--name", name, "--device", &self.device];
         let guest = [
             "--kernel",
             "/guest/bzImage",
@@ -90,7 +87,7 @@ impl Machines {
             "--cmdline",
             &line,
         ];
-        let (printed, _) = self.gives(0, &[words.as_slice(), &guest].concat())?;
+        let (printed, _) = self.gives(0, &[words.as_slice(), &guest, more].concat())?;
         check_eq!(printed.trim(), name, "what run --detach prints");
         Ok(())
     }
@@ -340,6 +337,10 @@ fn main() -> std::process::ExitCode {
         console::two_at_once,
         firmware::power_button,
         firmware::stop_insists,
+        snapshot::snapshot,
+        snapshot::two_cpus,
+        snapshot::of_firmware,
+        snapshot::bad_snapshots,
         up::up,
         up::all_or_none,
         up::mistakes,
