@@ -159,12 +159,18 @@ fn tables(start: u64, cpus: u8, virtio_devices: usize) -> Vec<(u64, Vec<u8>)> {
     let dsdt = place(table(b"DSDT", 2, &aml::definition_block(virtio_devices)));
     let fadt = place(fadt(facs, dsdt));
     let madt = place(madt(cpus));
-    let entries: Vec<u8> = [fadt, madt]
+    let entries = [fadt, madt];
+    let wide: Vec<u8> = entries
         .iter()
         .flat_map(|entry| entry.to_le_bytes())
         .collect();
-    let xsdt = place(table(b"XSDT", 1, &entries));
-    tables.insert(0, (start, rsdp(xsdt)));
+    let xsdt = place(table(b"XSDT", 1, &wide));
+    // The same for those who know ACPI 1.0 alone, GRUB for one.
+    let narrow = entries
+        .iter()
+        .flat_map(|entry| (*entry as u32).to_le_bytes());
+    let rsdt = place(table(b"RSDT", 1, &narrow.collect::<Vec<u8>>()));
+    tables.insert(0, (start, rsdp(rsdt as u32, xsdt)));
     tables
 }
 
@@ -195,6 +201,7 @@ pub fn for_firmware(cpus: u8, virtio_devices: usize) -> ForFirmware {
         let pointers: Vec<(usize, u8)> = match &bytes[..4] {
             b"FACP" => vec![(36, 4), (40, 4), (140, 8)],
             b"XSDT" => (HEADER..bytes.len()).step_by(8).map(|at| (at, 8)).collect(),
+            b"RSDT" => (HEADER..bytes.len()).step_by(4).map(|at| (at, 4)).collect(),
             _ => continue,
         };
         let start = *start as usize;
@@ -203,6 +210,7 @@ pub fn for_firmware(cpus: u8, virtio_devices: usize) -> ForFirmware {
         }
         loader.extend(add_checksum(TABLES, start + CHECKSUM, start, bytes.len()));
     }
+    loader.extend(add_pointer(RSDP, TABLES, 16, 4));
     loader.extend(add_pointer(RSDP, TABLES, 24, 8));
     loader.extend(add_checksum(RSDP, 8, 0, 20));
     loader.extend(add_checksum(RSDP, 32, 0, rsdp.len()));
@@ -248,11 +256,12 @@ fn add_checksum(file: &str, offset: usize, start: usize, length: usize) -> Vec<u
 }
 
 /// The root system description pointer (5.2.5.3).
-fn rsdp(xsdt: u64) -> Vec<u8> {
+fn rsdp(rsdt: u32, xsdt: u64) -> Vec<u8> {
     let mut rsdp = vec![0; 36];
     rsdp[..8].copy_from_slice(b"RSD PTR ");
     rsdp[9..15].copy_from_slice(OEM_ID);
     rsdp[15] = 2;
+    rsdp[16..20].copy_from_slice(&rsdt.to_le_bytes());
     rsdp[20] = 36;
     rsdp[24..32].copy_from_slice(&xsdt.to_le_bytes());
     // The first checksum is over the 20 bytes that ACPI 1.0 had, the second over all.

@@ -33,12 +33,14 @@ const RUN_LONG_ABOUT: &str = "\
 Starts a Linux kernel, or firmware, as a guest and stays until the guest ends.
 
 The guest is a PC with the CPUs and the memory that were asked for, a serial port (ttyS0), a clock, \
-ACPI for switching off, and nothing else: no disk, no network, no screen. Its userspace comes from the \
-initial RAM disk. The serial port is joined to standard input and standard output; a terminal is put \
+ACPI for switching off, the disks that --disk names, a source of random bytes and a memory balloon, by which \
+the host gets back what the guest has free. There is no screen. The serial port is joined to standard input and standard output; a terminal is put \
 into raw mode meanwhile, so that every key goes to the guest.
 
 Firmware starts where a PC's does, at the reset vector in real mode, and finds the sizes of memory and the \
-number of CPUs in the clock's memory. What it prints on the debug port, 0x402, comes out here too.";
+number of CPUs in the clock's memory and in QEMU's fw_cfg, which tells it of the disks too. With --disk the \
+serial port is its screen, and the boot loader's; else what it prints on the debug port, 0x402, comes out \
+here.";
 
 const DISK_LONG_HELP: &str = "\
 A disk for the guest, from a file or a block device; can be given several times. The first is /dev/vda in \
@@ -50,8 +52,8 @@ a Linux guest, the next /dev/vdb, and so on. Behind the name, each after a comma
 Without a format the file's first bytes tell. As a guest can write these, one whose disk was taken for raw \
 can't make a qcow2 image of it; format=raw lets it. A name can't have a comma.
 
-What the guest has flushed has reached the host's disk. Where the host's file system is full, the guest's \
-write waits until there is room again, and the guest with it.";
+What the guest has flushed has reached the host's disk. Where the host's file system is full, the machine \
+is paused and nothing of what it wrote is lost; 'rvisor resume NAME' has it go on once there is room.";
 
 const RUN_AFTER_HELP: &str = "\
 Keys, on the guest's console:
@@ -81,7 +83,8 @@ Examples:
   rvisor run --kernel bzImage --initrd initramfs.cpio.gz
   rvisor run --kernel vmlinux --memory 1G --cpus 2 --cmdline 'quiet init=/bin/sh'
   rvisor run --kernel bzImage --device /dev/kvm
-  rvisor run --firmware /usr/share/seabios/bios-256k.bin";
+  rvisor run --kernel bzImage --disk root.qcow2 --disk data.img,readonly --cmdline root=/dev/vda
+  rvisor run --firmware /usr/share/seabios/bios-microvm.bin --disk debian.qcow2";
 
 const CHECK_LONG_ABOUT: &str = "\
 Tells, line by line, what this host has of what guests need: the CPU, its firmware's settings, the \

@@ -50,8 +50,8 @@ impl Trigger for ResetLine {
 
 /// What firmware has beside a PC's devices, and an operating system no use for.
 pub struct Firmware {
-    /// The port on which it prints.
-    pub debug: Debug,
+    /// The port on which it tells what it does, where somebody listens.
+    pub debug: Option<Debug>,
     /// What it is to know of its machine.
     pub config: Mutex<FwCfg>,
 }
@@ -172,9 +172,8 @@ impl Ports {
         }
         let event = match port {
             debug::PORT => {
-                if let Some(firmware) = &self.firmware {
-                    firmware
-                        .debug
+                if let Some(debug) = self.debug() {
+                    debug
                         .write(data)
                         .map_err(|error| Error::call("writing the console", error))?;
                 }
@@ -205,6 +204,10 @@ impl Ports {
         Ok(())
     }
 
+    fn debug(&self) -> Option<&Debug> {
+        self.firmware.as_ref()?.debug.as_ref()
+    }
+
     /// The guest reads from `port` as many bytes as `data` has.
     pub fn read(&self, port: u16, data: &mut [u8]) {
         if let Some(offset) = offset(port, serial::BASE, serial::PORTS) {
@@ -213,7 +216,7 @@ impl Ports {
             return;
         }
         match port {
-            debug::PORT if self.firmware.is_some() => data.fill(debug::LISTENING),
+            debug::PORT if self.debug().is_some() => data.fill(debug::LISTENING),
             fwcfg::DATA => match &self.firmware {
                 Some(firmware) => lock(&firmware.config).read(data),
                 None => data.fill(NOBODY),

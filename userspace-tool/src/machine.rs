@@ -496,10 +496,18 @@ fn make_ports(
     let line = Line(Arc::clone(vm));
     let serial = Serial::with_events(line, Drained(wake.clone()), output.clone());
     let cmos = Cmos::new(options.memory, options.cpus);
-    let firmware = options.firmware.as_ref().map(|_| Firmware {
-        debug: Debug(output.clone()),
-        config: Mutex::new(FwCfg::new(options.memory, options.cpus, virtio_devices)),
-    });
+    // A boot loader's screen is on the serial port. Firmware shows itself there too, so its other words would
+    // only be in the way.
+    let screen = !options.disks.is_empty();
+    let config = |_| FwCfg::new(options.memory, options.cpus, virtio_devices, screen);
+    let firmware = options
+        .firmware
+        .as_ref()
+        .map(config)
+        .map(|config| Firmware {
+            debug: (!screen).then(|| Debug(output.clone())),
+            config: Mutex::new(config),
+        });
     Ports::new(control.clone(), Arc::clone(vm), serial, cmos, firmware)
 }
 

@@ -49,6 +49,12 @@ fn found(cpus: u8) -> BTreeMap<String, Vec<u8>> {
     for entry in xsdt[36..].chunks(8) {
         read(u64_at(entry, 0));
     }
+    let rsdt = &memory[&u64::from(u32_at(rsdp, 16))];
+    assert_eq!((&rsdt[..4], sum(rsdt)), (b"RSDT".as_slice(), 0));
+    let narrow = rsdt[36..]
+        .chunks(4)
+        .map(|entry| u64::from(u32_at(entry, 0)));
+    assert!(narrow.eq(xsdt[36..].chunks(8).map(|entry| u64_at(entry, 0))));
     let fadt = found["FACP"].clone();
     let dsdt = &memory[&u64_at(&fadt, 140)];
     assert_eq!((&dsdt[..4], sum(dsdt)), (b"DSDT".as_slice(), 0));
@@ -175,6 +181,9 @@ fn firmware_places_the_tables_by_the_loader() {
     assert_eq!((sum(&rsdp[..20]), sum(&rsdp)), (0, 0));
     let xsdt = table(u64_at(&rsdp, 24));
     assert_eq!((&xsdt[..4], sum(xsdt)), (b"XSDT".as_slice(), 0));
+    let rsdt = table(u64::from(u32_at(&rsdp, 16)));
+    assert_eq!((&rsdt[..4], sum(rsdt)), (b"RSDT".as_slice(), 0));
+    assert_eq!(u64::from(u32_at(rsdt, 36)), u64_at(xsdt, 36));
     let fadt = table(u64_at(xsdt, 36));
     assert_eq!((&fadt[..4], sum(fadt)), (b"FACP".as_slice(), 0));
     assert_eq!(&table(u64_at(xsdt, 44))[..4], b"APIC");

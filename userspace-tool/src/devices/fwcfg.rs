@@ -30,9 +30,10 @@ pub struct FwCfg {
 }
 
 impl FwCfg {
-    /// What firmware is to know of a machine of `memory` bytes with so many CPUs and virtio devices.
+    /// What firmware is to know of a machine of `memory` bytes with so many CPUs and virtio devices, and
+    /// whether the serial port is its screen.
     #[must_use]
-    pub fn new(memory: u64, cpus: u32, virtio_devices: usize) -> Self {
+    pub fn new(memory: u64, cpus: u32, virtio_devices: usize, screen: bool) -> Self {
         let ram = layout::ram(memory);
         let map: Vec<u8> = ram
             .iter()
@@ -43,14 +44,16 @@ impl FwCfg {
             })
             .collect();
         let acpi = acpi::for_firmware(cpus as u8, virtio_devices);
-        Self::with_files(vec![
+        let mut files = vec![
             ("etc/e820", map),
             ("etc/acpi/tables", acpi.tables),
             ("etc/acpi/rsdp", acpi.rsdp),
             ("etc/table-loader", acpi.loader),
-            // Where the screen of a boot loader goes.
-            ("etc/sercon-port", serial::BASE.to_le_bytes().to_vec()),
-        ])
+        ];
+        if screen {
+            files.push(("etc/sercon-port", serial::BASE.to_le_bytes().to_vec()));
+        }
+        Self::with_files(files)
     }
 
     fn with_files(files: Vec<(&'static str, Vec<u8>)>) -> Self {
@@ -123,7 +126,7 @@ mod tests {
 
     #[test]
     fn the_memory_map_has_all_memory() {
-        let device = FwCfg::new(4 << 30, 2, 3);
+        let device = FwCfg::new(4 << 30, 2, 3, true);
         let (name, map) = &device.files[0];
         assert_eq!((*name, map.len()), ("etc/e820", 40));
         assert_eq!(map[20..28], layout::ABOVE_4G.to_le_bytes());
