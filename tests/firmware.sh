@@ -41,4 +41,31 @@ test_four_cpus() {
 	says 'Found 4 cpu(s)'
 }
 
-run_tests boot_prompt four_cpus
+# A disk whose first sector reads the second by the firmware, sends it to the serial port and switches off.
+boot_disk() {
+	# xor ax, ax; mov ds, ax; mov es, ax; one sector (0x201) from number 2 to 0x7e00 by int 0x13
+	code='\61\300\216\330\216\300\270\1\2\273\0\176\271\2\0\266\0\315\23'
+	# mov si, 0x7e00; mov dx, 0x3f8; lodsb, out dx, al until there was a new line
+	code=$code'\276\0\176\272\370\3\254\356\74\12\165\372'
+	# mov dx, 0x604; mov ax, 0x3400; out dx, ax; hlt; jmp to the hlt
+	code=$code'\272\4\6\270\0\64\357\364\353\375'
+	rm -f /tmp/disk
+	truncate -s 1M /tmp/disk
+	# shellcheck disable=SC2059 # the format is the bytes
+	printf "$code" | dd of=/tmp/disk conv=notrunc 2>/dev/null
+	printf '\125\252' | dd of=/tmp/disk bs=1 seek=510 conv=notrunc 2>/dev/null
+	echo 'sector two' | dd of=/tmp/disk bs=512 seek=1 conv=notrunc 2>/dev/null
+}
+
+test_boot_from_a_disk() {
+	boot_disk
+	firmware --memory 48M --disk /tmp/disk,readonly
+	wait_for 40 grep -q 'powered off' $LOG
+	kill -TERM "$guest" 2>/dev/null
+	wait "$guest"
+	got=$?
+	says 'sector two' || return
+	check "the guest ended with $got, not 0" test "$got" -eq 0
+}
+
+run_tests boot_prompt four_cpus boot_from_a_disk

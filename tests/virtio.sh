@@ -44,20 +44,20 @@ raw() {
 	truncate -s "$2"M "$WORK/$1"
 }
 
-# 3 MiB that no two places have alike, and what they look like.
-pattern() { seq 1 1000000 | head -c 3145728; }
+# 1 MiB that no two places have alike, and what they look like.
+pattern() { seq 1 200000 | head -c 1048576; }
 SUM=$(pattern | md5sum | cut -c 1-32)
 
 # Written in the first run, and read from the disk's file by the host and by the guest in the second.
 test_raw_disk() {
 	raw disk 8
-	guest "seq 1 1000000 | head -c 3145728 | dd of=/dev/vda bs=64k seek=16 conv=fsync 2>/dev/null
+	guest "seq 1 200000 | head -c 1048576 | dd of=/dev/vda bs=64k seek=16 conv=fsync 2>/dev/null
 		echo size \$(cat /sys/block/vda/size) ro \$(cat /sys/block/vda/ro) \$(cat /sys/block/vda/queue/write_cache)" \
 		--disk $WORK/disk || return
 	said 'size 16384 ro 0 write back' || return
-	sum=$(dd if=$WORK/disk bs=64k skip=16 count=48 2>/dev/null | md5sum | cut -c 1-32)
+	sum=$(dd if=$WORK/disk bs=64k skip=16 count=16 2>/dev/null | md5sum | cut -c 1-32)
 	check "the file has $sum, not $SUM" test "$sum" = "$SUM" || return
-	guest 'echo sum $(dd if=/dev/vda bs=64k skip=16 count=48 iflag=direct 2>/dev/null | md5sum)' --disk $WORK/disk || return
+	guest 'echo sum $(dd if=/dev/vda bs=64k skip=16 count=16 iflag=direct 2>/dev/null | md5sum)' --disk $WORK/disk || return
 	said "sum $SUM"
 }
 
@@ -86,8 +86,8 @@ empty_qcow2() {
 
 test_qcow2_disk() {
 	empty_qcow2
-	guest "seq 1 1000000 | head -c 3145728 | dd of=/dev/vda bs=64k seek=16 conv=fsync 2>/dev/null" --disk $WORK/image || return
-	guest 'echo sum $(dd if=/dev/vda bs=64k skip=16 count=48 2>/dev/null | md5sum)
+	guest "seq 1 200000 | head -c 1048576 | dd of=/dev/vda bs=64k seek=16 conv=fsync 2>/dev/null" --disk $WORK/image || return
+	guest 'echo sum $(dd if=/dev/vda bs=64k skip=16 count=16 2>/dev/null | md5sum)
 		echo zeroes $(head -c 65536 /dev/vda | tr -d "\000" | wc -c)' --disk $WORK/image,format=qcow2 || return
 	said "sum $SUM" || return
 	said 'zeroes 0'
@@ -141,8 +141,8 @@ test_a_disk_in_use_is_refused() {
 # The machine is paused until there is room; nothing of what the guest wrote is lost.
 test_a_full_disk_waits() {
 	mkdir -p $WORK/small
-	mount -t tmpfs -o size=1M tmpfs $WORK/small || return
-	truncate -s 4M $WORK/small/disk
+	mount -t tmpfs -o size=512K tmpfs $WORK/small || return
+	truncate -s 2M $WORK/small/disk
 	(
 		wait_for 60 grep -q 'no room' $LOG
 		sleep 1
@@ -150,11 +150,11 @@ test_a_full_disk_waits() {
 		mount -o remount,size=8M $WORK/small
 		rvisor resume full
 	) &
-	guest 'seq 1 1000000 | head -c 3145728 | dd of=/dev/vda bs=64k conv=fsync 2>/dev/null && echo written' \
+	guest 'seq 1 200000 | head -c 1048576 | dd of=/dev/vda bs=64k conv=fsync 2>/dev/null && echo written' \
 		--name full --disk $WORK/small/disk
 	result=$?
 	wait $!
-	sum=$(head -c 3145728 $WORK/small/disk | md5sum | cut -c 1-32)
+	sum=$(head -c 1048576 $WORK/small/disk | md5sum | cut -c 1-32)
 	umount $WORK/small
 	[ $result -eq 0 ] || return
 	said 'no room' || return

@@ -27,6 +27,11 @@ use crate::memory::Memory;
 pub use mmio::Transport;
 pub use rings::{Chain, Rings};
 
+/// A feature, by its number, among all.
+pub(crate) const fn bit(feature: u32) -> u64 {
+    1 << feature
+}
+
 /// Why a device could not go on.
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {

@@ -12,7 +12,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::{Reader, Writer};
 use vm_memory::{ByteValued, Le32, Le64};
 
-use super::{Chain, Device, Fault, Rings};
+use super::{bit, Chain, Device, Fault, Rings};
 use crate::arguments::Disk;
 use crate::error::{Error, Result};
 pub use image::Format;
@@ -221,14 +221,14 @@ impl Device for Block {
     }
 
     fn features(&self) -> u64 {
-        let mut features = 1 << blk::VIRTIO_BLK_F_SIZE_MAX
-            | 1 << blk::VIRTIO_BLK_F_SEG_MAX
-            | 1 << blk::VIRTIO_BLK_F_BLK_SIZE
-            | 1 << blk::VIRTIO_BLK_F_FLUSH;
+        let mut features = bit(blk::VIRTIO_BLK_F_SIZE_MAX)
+            | bit(blk::VIRTIO_BLK_F_SEG_MAX)
+            | bit(blk::VIRTIO_BLK_F_BLK_SIZE)
+            | bit(blk::VIRTIO_BLK_F_FLUSH);
         features |= if self.image.readonly() {
-            1 << blk::VIRTIO_BLK_F_RO
+            bit(blk::VIRTIO_BLK_F_RO)
         } else {
-            1 << blk::VIRTIO_BLK_F_DISCARD | 1 << blk::VIRTIO_BLK_F_WRITE_ZEROES
+            bit(blk::VIRTIO_BLK_F_DISCARD) | bit(blk::VIRTIO_BLK_F_WRITE_ZEROES)
         };
         features
     }
@@ -259,7 +259,7 @@ impl Device for Block {
     }
 
     fn activate(&mut self, features: u64) {
-        self.write_through = features & (1 << blk::VIRTIO_BLK_F_FLUSH) == 0;
+        self.write_through = features & bit(blk::VIRTIO_BLK_F_FLUSH) == 0;
     }
 
     fn process(&mut self, queue: usize, rings: &mut Rings<'_>) -> std::result::Result<(), Fault> {

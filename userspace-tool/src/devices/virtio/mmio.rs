@@ -22,7 +22,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
 
 use super::rings::Finished;
-use super::{Device, Fault, Rings};
+use super::{bit, Device, Fault, Rings};
 use crate::devices::lock;
 use crate::error::{failed, Error, Result};
 use crate::machine::Control;
@@ -34,7 +34,7 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"RVSR");
 /// Features that all devices here offer: no legacy driver, indirect descriptors, event indices.
 const FEATURES: u64 =
-    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
+    bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_RING_F_INDIRECT_DESC) | bit(VIRTIO_RING_F_EVENT_IDX);
 /// All queues and the source of a device, as bits.
 const EVERYTHING: u64 = u64::MAX;
 /// The bit of the source.
@@ -312,7 +312,7 @@ impl Transport {
         if saved.queues.len() != state.queues.len() || saved.features & !state.offered() != 0 {
             return Err(wrong());
         }
-        let event_idx = saved.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let event_idx = saved.features & bit(VIRTIO_RING_F_EVENT_IDX) != 0;
         let queues = saved
             .queues
             .iter()
@@ -453,7 +453,7 @@ fn wait(events: &Epoll, timeout: Option<Duration>) -> io::Result<u64> {
             if event.data() == u64::from(WAKE) {
                 EVERYTHING
             } else {
-                bits | 1 << (event.data() % 64)
+                bits | (1 << (event.data() % 64))
             }
         })),
         // The signal that tells of the guest's end.
@@ -534,12 +534,12 @@ impl State {
     /// Whether the driver has taken no feature that was not offered, and the one that is needed.
     fn accepts_features(&self) -> bool {
         self.driver_features & !self.offered() == 0
-            && self.driver_features & (1 << VIRTIO_F_VERSION_1) != 0
+            && self.driver_features & bit(VIRTIO_F_VERSION_1) != 0
     }
 
     /// Starts the device, where the rings that are ready lie in the guest's `memory`.
     fn activate(&mut self, memory: &Memory) -> bool {
-        let event_idx = self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let event_idx = self.driver_features & bit(VIRTIO_RING_F_EVENT_IDX) != 0;
         for queue in self.queues.iter_mut().filter(|queue| queue.ready()) {
             if !queue.is_valid(memory) {
                 return false;

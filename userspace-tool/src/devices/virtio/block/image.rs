@@ -303,7 +303,7 @@ fn check_tables(file: &File) -> io::Result<()> {
             [0, 1, 2, 3].map(|byte| header[at + byte]),
         ))
     };
-    let long = |at: usize| word(at) << 32 | word(at + 4);
+    let long = |at: usize| (word(at) << 32) | word(at + 4);
     let (cluster_bits, size) = (word(20), raw_size(file)?);
     if !(9..=21).contains(&cluster_bits) {
         return Err(io::Error::new(
@@ -329,7 +329,7 @@ fn check_tables(file: &File) -> io::Result<()> {
     for entry in table.chunks_exact(8) {
         match entry
             .iter()
-            .fold(0, |all, byte| all << 8 | u64::from(*byte))
+            .fold(0, |all, byte| (all << 8) | u64::from(*byte))
         {
             0 => {}
             block => {

@@ -118,7 +118,7 @@ fn the_driver_is_interrupted_as_often_as_it_wants() {
     // With event indices, at the first buffer after the one that it names; without, each time.
     for (mask, wanted) in [(u64::MAX, [true, false]), (!(1 << 29), [true, true])] {
         let mut driver = driver();
-        driver.set_up(mask | 1 << 3);
+        driver.set_up(mask | (1 << 3));
         for interrupted in wanted {
             driver.request(0, &[&[1]], 0);
             assert_eq!(driver.transport.interrupted(), interrupted);
