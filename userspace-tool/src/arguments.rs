@@ -133,6 +133,26 @@ paths count from the folder in which it was made, and its disks must be as they 
 A snapshot is restored on the kind of CPU and the hypervisor that it was made on, by the same version of \
 rvisor. What is damaged is found before the guest runs. Exit status, keys and --detach are as with 'rvisor run'.";
 
+const STAT_LONG_ABOUT: &str = "\
+Tells what a machine has done since its start: for each CPU the time that it ran on the host's CPUs, the part of \
+that in the guest, the time that it waited for a CPU, and its exits to the hypervisor by their reason; the time of \
+the tool and the devices; and the memory that it has.
+
+Exits are counted by the hypervisor (KVM_GET_STATS_FD): on rvisor by the CPU's own reasons, on KVM by those that it \
+counts. Times in the guest are the host kernel's, in steps of 10 ms. With --json all counters are there, by KVM's \
+names; those of times are in nanoseconds.";
+
+const TOP_LONG_ABOUT: &str = "\
+Shows the machines that run, and of the chosen one each CPU and the exits a second by their reason. %CPU is of one \
+CPU of the host's, %GUEST the part in the guest, %WAIT the time that CPUs were ready and had to wait for others. The \
+screen is made anew each second. The arrows choose a machine, q or Ctrl-C ends it.";
+
+const TRACE_LONG_ABOUT: &str = "\
+Shows the exits of a machine to the hypervisor as they happen, each with the host's time stamp counter, its reason, \
+the guest's RIP, the exit qualification, a detail (the guest-physical address of an EPT violation, ECX of RDMSR and \
+WRMSR, else RAX) and the cycles until the guest was entered again. Exits that are too many to be read are left \
+out and counted. It needs /dev/rvisor; a machine that nobody traces pays nothing.";
+
 const UP_LONG_ABOUT: &str = "\
 Starts the machines that a file describes, each in a process of its own, and shows what they print, with their \
 names before each line, until all have ended. With --detach it returns when all run.
@@ -222,6 +242,33 @@ pub enum Command {
         #[arg(long, hide = true, conflicts_with = "detach")]
         detached: bool,
     },
+    /// Tell what a machine has done so far: times, exits, memory
+    #[command(long_about = STAT_LONG_ABOUT)]
+    Stat {
+        /// The machine
+        name: Name,
+        /// One JSON object instead of text
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the machines on a screen that is made anew each second
+    #[command(long_about = TOP_LONG_ABOUT)]
+    Top,
+    /// Show a machine's exits as they happen
+    #[command(long_about = TRACE_LONG_ABOUT)]
+    Trace {
+        /// The machine
+        name: Name,
+        /// Only exits for this reason, such as IO_INSTRUCTION; may be given several times
+        #[arg(long, value_name = "REASON")]
+        reason: Vec<String>,
+        /// Only this CPU of the machine
+        #[arg(long, value_name = "N")]
+        cpu: Option<u32>,
+        /// One JSON object a line instead of text
+        #[arg(long)]
+        json: bool,
+    },
     /// Start the machines that a file describes
     #[command(long_about = UP_LONG_ABOUT, after_long_help = UP_AFTER_HELP)]
     Up {
@@ -302,6 +349,10 @@ pub struct RunOptions {
     /// This is the process that --detach made.
     #[arg(long, hide = true, conflicts_with = "detach")]
     pub detached: bool,
+
+    /// Write what the machine does to FILE, one JSON object a second and line: what 'rvisor stat --json' prints
+    #[arg(long, value_name = "FILE")]
+    pub metrics: Option<PathBuf>,
 
     /// What it may take of the host.
     #[command(flatten)]

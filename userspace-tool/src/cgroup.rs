@@ -111,6 +111,14 @@ pub fn enter(path: &Path) -> Result<()> {
     fs::write(path.join("cgroup.procs"), "0").map_err(|e| refused("entering", path, &e))
 }
 
+/// The cgroup of this process, where it is not the whole host's.
+#[must_use]
+pub fn current() -> Option<PathBuf> {
+    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    (!path.is_empty() && !path.contains("..")).then(|| Path::new(ROOT).join(path))
+}
+
 /// The number behind `name` in a file of `name number` lines.
 #[must_use]
 pub fn field(text: &str, name: &str) -> Option<u64> {

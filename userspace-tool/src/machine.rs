@@ -5,6 +5,7 @@
 pub mod saved;
 mod state;
 
+use std::fs::File;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -31,6 +32,8 @@ use crate::memory::Memory;
 use crate::outcome::Outcome;
 use crate::registry::{Claim, Name};
 use crate::snapshot::{self, State};
+use crate::stat::{self, Sample, Sampler};
+use crate::trace;
 use crate::vcpu::Vcpu;
 use crate::{confine, detach, hypervisor, layout, memory};
 pub use state::Control;
@@ -155,6 +158,10 @@ pub struct Machine {
     pub ports: Ports,
     /// Its console's clients.
     pub hub: Hub,
+    /// Takes samples of it.
+    sampler: Sampler,
+    /// Where they go, one a second.
+    metrics: Option<File>,
     /// Held by whoever pauses it or has it go on.
     pausing: Mutex<()>,
     /// All its threads, until the guest has ended.
@@ -164,7 +171,7 @@ pub struct Machine {
 }
 
 /// What `status` answers.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Status {
     /// The machine's name.
     pub name: Name,
@@ -204,6 +211,12 @@ impl Machine {
             device: self.options.device.clone(),
             started: self.started,
         }
+    }
+
+    /// What it has done so far.
+    #[must_use]
+    pub fn sample(&self) -> Sample {
+        self.sampler.sample(self)
     }
 
     /// Pauses the guest: comes back when no CPU runs it any more and its devices rest.
@@ -425,6 +438,9 @@ fn run_to_end(
         options,
         parts.bus.devices().count(),
     );
+    let sampler = Sampler::new(&parts.vm);
+    let metrics = options.metrics.as_deref();
+    let metrics = metrics.map(stat::open_metrics).transpose()?;
     let machine = Arc::new(Machine {
         name: claim.name().clone(),
         options: options.clone(),
@@ -432,6 +448,8 @@ fn run_to_end(
         parts,
         ports,
         hub: hub.clone(),
+        sampler,
+        metrics,
         pausing: Mutex::default(),
         threads: Mutex::default(),
         started: SystemTime::now()
@@ -444,6 +462,8 @@ fn run_to_end(
     // Parts of the machine add their commands here, before the server starts.
     let mut commands = Commands::default();
     machine.add_commands(&mut commands);
+    stat::add_commands(&machine, &mut commands);
+    trace::add_commands(&machine, &mut commands);
     register_signal_handler(SIGRTMIN(), kicked).map_err(failed("catching a signal"))?;
     // Caught before the terminal changes, so that no signal can leave it changed.
     let signals = Signals::catch()?;
@@ -532,6 +552,14 @@ fn start_threads(machine: &Arc<Machine>, console: Console) -> Result<()> {
             name,
             Box::new(move |machine| device.work(&machine.control, |reason| machine.stuck(reason))),
         )?;
+    }
+    if machine.metrics.is_some() {
+        let work = |machine: &Machine| {
+            let files = machine.metrics.iter();
+            files.for_each(|file| stat::write_metrics(file, machine, &machine.control));
+            Ok(())
+        };
+        start("metrics".to_owned(), Box::new(work))?;
     }
     for vcpu in &machine.parts.vcpus {
         let (name, vcpu) = (format!("vcpu{}", vcpu.id()), Arc::clone(vcpu));

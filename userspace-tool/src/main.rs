@@ -9,7 +9,7 @@ use std::time::Duration;
 use rvisor::arguments::{self, Command, RunOptions};
 use rvisor::error::{Error, Result};
 use rvisor::registry::Name;
-use rvisor::{check, client, console, detach, machine, snapshot, supervisor, up};
+use rvisor::{check, client, console, detach, machine, snapshot, stat, supervisor, top, trace, up};
 use vm_memory::{Bytes, GuestAddress};
 
 fn main() -> ExitCode {
@@ -54,6 +54,14 @@ fn command_status(command: Command) -> Result<u8> {
             detached,
             ..
         } => restore(&file, name, detached),
+        Command::Stat { name, json } => stat::print(&name, json).map(|()| 0),
+        Command::Top => top::run().map(|()| 0),
+        Command::Trace {
+            name,
+            reason: reasons,
+            cpu,
+            json,
+        } => trace::run(&name, trace::Wanted { reasons, cpu }, json).map(|()| 0),
         Command::Up {
             file,
             detach,

@@ -2,7 +2,10 @@
 
 //! One virtual CPU: its state at the start, and the loop that runs it.
 
-use std::sync::{Mutex, MutexGuard};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use kvm_bindings::{
     kvm_msr_entry, Msrs, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
@@ -16,7 +19,9 @@ use crate::devices::{lock, Ports};
 use crate::error::{failed, Error, Result};
 use crate::machine::{saved, Control};
 use crate::outcome::Outcome;
-use crate::registers;
+use crate::stat::counters::Counters;
+use crate::stat::{Meter, Times};
+use crate::{ioctls, registers};
 
 /// IA32_MISC_ENABLE: fast string operations, as firmware leaves them.
 const MSR_MISC_ENABLE: u32 = 0x1a0;
@@ -37,6 +42,18 @@ pub struct Vcpu {
     /// Its thread has it except while the CPU is parked.
     fd: Mutex<VcpuFd>,
     id: u32,
+    counters: Option<Counters>,
+    meter: OnceLock<Meter>,
+    raw: RawFd,
+}
+
+/// The number of a descriptor that a [`Vcpu`] has open.
+struct Descriptor(RawFd);
+
+impl AsRawFd for Descriptor {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0
+    }
 }
 
 impl Vcpu {
@@ -57,10 +74,7 @@ impl Vcpu {
                 wire_interrupts(&fd)?;
             }
         }
-        Ok(Self {
-            fd: Mutex::new(fd),
-            id,
-        })
+        Ok(Self::of(fd, id))
     }
 
     /// Makes the CPU with that number as it was saved, but for its state: [`saved::Cpu::load`] is to follow.
@@ -72,16 +86,44 @@ impl Vcpu {
         let fd = vm.create_vcpu(id.into()).map_err(failed("making a CPU"))?;
         fd.set_cpuid2(&saved.cpuid()?)
             .map_err(failed("setting a CPU's features"))?;
-        Ok(Self {
+        Ok(Self::of(fd, id))
+    }
+
+    fn of(fd: VcpuFd, id: u32) -> Self {
+        Self {
+            counters: Counters::open(&fd),
+            meter: OnceLock::new(),
+            raw: fd.as_raw_fd(),
             fd: Mutex::new(fd),
             id,
-        })
+        }
     }
 
     /// Its number.
     #[must_use]
     pub fn id(&self) -> u32 {
         self.id
+    }
+
+    /// Its counters, where the hypervisor has some.
+    #[must_use]
+    pub fn counters(&self) -> Option<&Counters> {
+        self.counters.as_ref()
+    }
+
+    /// The times of its thread, 0 before that runs.
+    #[must_use]
+    pub fn times(&self) -> Times {
+        self.meter.get().map(Meter::read).unwrap_or_default()
+    }
+
+    /// A stream of its exits, whether it runs or not.
+    ///
+    /// # Errors
+    ///
+    /// As [`ioctls::trace`].
+    pub fn trace(&self) -> io::Result<File> {
+        ioctls::trace(&Descriptor(self.raw))
     }
 
     /// Its descriptor, for the thread of the CPU, and for others while it is parked.
@@ -95,6 +137,7 @@ impl Vcpu {
     ///
     /// [`Error::Call`] where a device fails.
     pub fn run(&self, ports: &Ports, bus: &Bus, control: &Control) -> Result<()> {
+        self.meter.get_or_init(Meter::of_this_thread);
         let mut fd = self.fd();
         while !control.ended() {
             // Where it is to park, it finishes the instruction that it left the guest in and comes back.

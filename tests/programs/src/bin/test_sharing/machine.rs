@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-const TOOL: &str = "/bin/rvisor";
+/// The tool.
+pub(crate) const TOOL: &str = "/bin/rvisor";
 const ROOT: &str = "/sys/fs/cgroup";
 /// Where root's machines have their cgroups.
 pub(crate) const PARENT: &str = "/sys/fs/cgroup/rvisor";

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What machines take of a host with one busy CPU: shares, limits, and what becomes of one that wants more.
+//! What machines take of a host with one busy CPU (shares, limits, and what becomes of one that wants more), and
+//! what the tool shows of it.
 
 mod machine;
+mod seeing;
+#[path = "../test_tool/terminal.rs"]
+mod terminal;
 
 use machine::{Hierarchy, Machine, Software};
 use rvisor_tests::host::Setting;
@@ -284,5 +288,10 @@ fn main() -> std::process::ExitCode {
         name_in_use,
         delegated,
         io,
+        seeing::stat,
+        seeing::exits,
+        seeing::metrics,
+        seeing::top,
+        seeing::trace,
     ])
 }

@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `rvisor top`: the machines on a screen that is made anew each second.
+
+use std::collections::BTreeMap;
+use std::io::{self, IsTerminal};
+use std::time::{Duration, Instant};
+
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
+use ratatui::layout::{Constraint, Layout};
+use ratatui::style::{Style, Stylize};
+use ratatui::widgets::{Paragraph, Row, Table, TableState};
+use ratatui::Frame;
+
+use crate::error::{failed, Error, Result};
+use crate::registry::{self, Name};
+use crate::size;
+use crate::stat::counters::{largest, Counts};
+use crate::stat::{self, mib, Sample};
+
+/// How long a screen stands.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// What a machine did between two samples.
+struct Rates<'a> {
+    before: Option<&'a Sample>,
+    now: &'a Sample,
+    seconds: f64,
+}
+
+impl<'a> Rates<'a> {
+    fn new(before: Option<&'a Sample>, now: &'a Sample) -> Self {
+        // Another machine of the same name has begun anew.
+        let before = before
+            .filter(|before| before.status.pid == now.status.pid && before.clock_ns < now.clock_ns);
+        let since = before.map_or(0, |before| before.clock_ns);
+        Self {
+            before,
+            now,
+            seconds: now.clock_ns.saturating_sub(since) as f64 / 1e9,
+        }
+    }
+
+    /// How much a number grew in a second; 0 where there is nothing to compare with.
+    fn rate(&self, of: impl Fn(&Sample) -> u64) -> f64 {
+        self.before.map_or(0.0, |before| {
+            of(self.now).saturating_sub(of(before)) as f64 / self.seconds
+        })
+    }
+
+    /// The same of nanoseconds, in percent of a CPU.
+    fn percent(&self, of: impl Fn(&Sample) -> u64) -> String {
+        format!("{:.1}", self.rate(of) / 1e7)
+    }
+
+    fn machine(&self) -> Row<'static> {
+        let status = &self.now.status;
+        let guest = |sample: &Sample| sample.vcpus.iter().map(|vcpu| vcpu.times.guest_ns).sum();
+        let wait = |sample: &Sample| sample.vcpus.iter().map(|vcpu| vcpu.times.wait_ns).sum();
+        let exits = |sample: &Sample| sample.vcpus.iter().map(stat::VcpuSample::exits).sum();
+        Row::new([
+            status.name.to_string(),
+            status.state.clone(),
+            status.cpus.to_string(),
+            self.percent(|sample| sample.process.run_ns),
+            self.percent(guest),
+            self.percent(wait),
+            format!("{:.0}", self.rate(exits)),
+            mib(self.now.resident),
+            size::text(status.memory),
+            self.device("read_bytes", "written_bytes"),
+            self.device("received_bytes", "sent_bytes"),
+        ])
+    }
+
+    /// Two counters of all devices, in KiB a second.
+    fn device(&self, first: &str, second: &str) -> String {
+        let sum = |name: &str| {
+            self.rate(|sample| {
+                sample
+                    .devices
+                    .values()
+                    .filter_map(|counts| counts.get(name))
+                    .sum()
+            }) / 1024.0
+        };
+        format!("{:.0}/{:.0}", sum(first), sum(second))
+    }
+
+    fn vcpus(&self) -> Vec<Row<'static>> {
+        let row = |cpu: usize| {
+            let times = move |of: fn(&stat::Times) -> u64| {
+                move |sample: &Sample| sample.vcpus.get(cpu).map_or(0, |vcpu| of(&vcpu.times))
+            };
+            Row::new([
+                format!("CPU {cpu}"),
+                self.percent(times(|times| times.run_ns)),
+                self.percent(times(|times| times.guest_ns)),
+                self.percent(times(|times| times.wait_ns)),
+                format!(
+                    "{:.0}",
+                    self.rate(|sample| sample.vcpus.get(cpu).map_or(0, stat::VcpuSample::exits))
+                ),
+            ])
+        };
+        (0..self.now.vcpus.len()).map(row).collect()
+    }
+
+    /// Exits a second by their reason, of all CPUs, the most frequent first.
+    fn reasons(&self) -> Vec<Row<'static>> {
+        let mut grown = Counts::new();
+        for (cpu, vcpu) in self.now.vcpus.iter().enumerate() {
+            for reason in vcpu.exits.keys() {
+                let count = |sample: &Sample| {
+                    sample
+                        .vcpus
+                        .get(cpu)
+                        .and_then(|vcpu| vcpu.exits.get(reason).copied())
+                        .unwrap_or(0)
+                };
+                *grown.entry(reason.clone()).or_default() += self.rate(count) as u64;
+            }
+        }
+        largest(&grown)
+            .iter()
+            .map(|(name, count)| Row::new([(*name).to_owned(), count.to_string()]))
+            .collect()
+    }
+}
+
+/// All machines, now and a second ago.
+#[derive(Default)]
+struct Screen {
+    before: BTreeMap<Name, Sample>,
+    now: BTreeMap<Name, Sample>,
+    selected: TableState,
+}
+
+impl Screen {
+    fn look(&mut self) -> Result<()> {
+        self.before = std::mem::take(&mut self.now);
+        for name in registry::names()? {
+            // One that ends right now is left out.
+            if let Ok(sample) = stat::ask(&name) {
+                self.now.insert(name, sample);
+            }
+        }
+        let last = self.now.len().checked_sub(1);
+        self.selected
+            .select(last.map(|last| self.selected.selected().unwrap_or(0).min(last)));
+        Ok(())
+    }
+
+    fn draw(&mut self, frame: &mut Frame<'_>) {
+        let rates: Vec<_> = self
+            .now
+            .iter()
+            .map(|(name, now)| Rates::new(self.before.get(name), now))
+            .collect();
+        let lines = u16::try_from(rates.len())
+            .unwrap_or(u16::MAX)
+            .saturating_add(2);
+        let [title, machines, details] = Layout::vertical([
+            Constraint::Length(1),
+            Constraint::Max(lines),
+            Constraint::Fill(1),
+        ])
+        .areas(frame.area());
+        let [vcpus, reasons] =
+            Layout::horizontal([Constraint::Length(44), Constraint::Fill(1)]).areas(details);
+        let text = format!(
+            "rvisor top: {} machines; up and down choose, q ends",
+            rates.len()
+        );
+        frame.render_widget(Paragraph::new(text).bold(), title);
+        let widths = [16, 8, 4, 6, 6, 6, 9, 9, 9, 11, 11].map(Constraint::Length);
+        let head = [
+            "NAME",
+            "STATE",
+            "CPUS",
+            "%CPU",
+            "%GUEST",
+            "%WAIT",
+            "EXITS/S",
+            "RESIDENT",
+            "MEMORY",
+            "DISK KiB/s",
+            "NET KiB/s",
+        ];
+        let table = table_of(rates.iter().map(Rates::machine).collect(), &widths, &head);
+        frame.render_stateful_widget(
+            table.row_highlight_style(Style::new().reversed()),
+            machines,
+            &mut self.selected,
+        );
+        if let Some(chosen) = self.selected.selected().and_then(|place| rates.get(place)) {
+            let widths = [8, 7, 7, 7, 9].map(Constraint::Length);
+            frame.render_widget(
+                table_of(
+                    chosen.vcpus(),
+                    &widths,
+                    &["", "%CPU", "%GUEST", "%WAIT", "EXITS/S"],
+                ),
+                vcpus,
+            );
+            let widths = [24, 10].map(Constraint::Length);
+            frame.render_widget(
+                table_of(chosen.reasons(), &widths, &["EXIT", "A SECOND"]),
+                reasons,
+            );
+        }
+    }
+}
+
+fn table_of<'a>(rows: Vec<Row<'a>>, widths: &[Constraint], head: &[&'a str]) -> Table<'a> {
+    Table::new(rows, widths.to_vec()).header(Row::new(head.to_vec()).underlined())
+}
+
+/// Shows the machines until the user has seen enough.
+///
+/// # Errors
+///
+/// [`Error::Input`] where standard output is no terminal; [`Error::Call`] where the terminal fails.
+pub fn run() -> Result<()> {
+    if !io::stdout().is_terminal() {
+        return Err(Error::input(
+            "'rvisor top' needs a terminal",
+            "use 'rvisor stat NAME --json' in a script",
+        ));
+    }
+    let what = "using the terminal";
+    let mut screen = Screen::default();
+    screen.look()?;
+    let mut terminal = ratatui::try_init().map_err(failed(what))?;
+    let result = (|| loop {
+        terminal
+            .draw(|frame| screen.draw(frame))
+            .map_err(failed(what))?;
+        let next = Instant::now() + PERIOD;
+        while event::poll(next.saturating_duration_since(Instant::now())).map_err(failed(what))? {
+            if let Event::Key(key) = event::read().map_err(failed(what))? {
+                match key.code {
+                    _ if key.kind == KeyEventKind::Release => {}
+                    KeyCode::Char('q') | KeyCode::Esc => return Ok(()),
+                    KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => {
+                        return Ok(())
+                    }
+                    KeyCode::Up => screen.selected.select_previous(),
+                    KeyCode::Down => screen.selected.select_next(),
+                    _ => {}
+                }
+            }
+            terminal
+                .draw(|frame| screen.draw(frame))
+                .map_err(failed(what))?;
+        }
+        screen.look()?;
+    })();
+    ratatui::restore();
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ratatui::backend::TestBackend;
+    use ratatui::Terminal;
+
+    #[test]
+    fn the_screen_shows_what_grew_in_a_second() {
+        let before = stat::tests::example();
+        let mut now = before.clone();
+        now.clock_ns += 2_000_000_000;
+        now.process.run_ns += 1_000_000_000;
+        now.vcpus[0].times.guest_ns += 500_000_000;
+        now.vcpus[0].counters.insert("exits".to_owned(), 907 + 300);
+        now.vcpus[0].exits.insert("HLT".to_owned(), 7 + 300);
+        let name = now.status.name.clone();
+        let mut screen = Screen {
+            before: [(name.clone(), before)].into(),
+            now: [(name, now)].into(),
+            selected: TableState::new().with_selected(0),
+        };
+        let mut terminal = Terminal::new(TestBackend::new(120, 8)).expect("a screen for the test");
+        terminal
+            .draw(|frame| screen.draw(frame))
+            .expect("it takes it");
+        let shown = terminal.backend().to_string();
+        let line = |word: &str| {
+            shown
+                .lines()
+                .find(|line| line.contains(word))
+                .unwrap_or_default()
+                .to_owned()
+        };
+        for word in ["web", "running", "50.0", "25.0", "150", "10 MiB", "256 MiB"] {
+            assert!(line("web").contains(word), "{word:?} is not in:\n{shown}");
+        }
+        assert!(line("HLT").contains("150"), "{shown}");
+        assert!(line("CPU 0").contains("25.0"), "{shown}");
+    }
+
+    #[test]
+    fn another_machine_of_the_same_name_begins_anew() {
+        let now = stat::tests::example();
+        let mut before = now.clone();
+        before.status.pid += 1;
+        before.clock_ns -= 1;
+        assert_eq!(Rates::new(Some(&before), &now).rate(|_| 7), 0.0);
+        assert_eq!(Rates::new(None, &now).percent(|_| 7), "0.0");
+    }
+}
