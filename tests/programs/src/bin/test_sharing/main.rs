@@ -4,8 +4,6 @@
 
 mod machine;
 mod seeing;
-#[path = "../test_tool/terminal.rs"]
-mod terminal;
 
 use machine::{Hierarchy, Machine, Software};
 use rvisor_tests::host::Setting;

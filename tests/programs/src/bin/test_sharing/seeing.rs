@@ -2,7 +2,7 @@
 //! What the tool shows of machines that run.
 
 use crate::machine::{Hierarchy, Machine, Software, TOOL};
-use crate::terminal::{check_same, Terminal};
+use rvisor_tests::terminal::{check_same, Terminal};
 use crate::PATIENCE;
 use rvisor_tests::ktap::Context;
 use rvisor_tests::{check, check_eq, Device, Fail, Outcome};
