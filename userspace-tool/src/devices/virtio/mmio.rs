@@ -371,7 +371,11 @@ impl Transport {
                 stuck(&reason);
             }
         }
-        lock(&self.state).device.close()
+        if let Err(error) = lock(&self.state).device.close() {
+            // How the guest ended is decided, and this is not why.
+            eprintln!("rvisor: {error}");
+        }
+        Ok(())
     }
 
     /// What the worker waits for. Edges: each write to an eventfd is one, so that nobody must read it.

@@ -274,7 +274,16 @@ fn open_qcow2(file: File, path: &Path, readonly: bool) -> Result<(Access, u64)> 
             "'qemu-img check' tells more",
         )
     };
-    check_tables(&file).map_err(damaged)?;
+    let mut tables = Tables::read(&file).map_err(damaged)?;
+    if !readonly && !tables.is_counted().map_err(damaged)? {
+        return Err(Error::input(
+            format!(
+                "--disk {} was not closed, as its writer was killed",
+                path.display()
+            ),
+            "repair it by 'qemu-img check -r all'; nothing that the guest has flushed is lost",
+        ));
+    }
     let file = imago::file::File::try_from(file).map_err(damaged)?;
     let image: Qcow2<_> = guarded(|| Qcow2::open_image_sync(file, !readonly)).map_err(damaged)?;
     let other = image.implicit_backing_file().cloned();
@@ -292,52 +301,120 @@ fn open_qcow2(file: File, path: &Path, readonly: bool) -> Result<(Access, u64)> 
     Ok((Access::Qcow2(Box::new(access)), size))
 }
 
-/// Checks what the library takes on trust (docs/interop/qcow2.rst of QEMU, "Header"): that the L1 table, the
-/// refcount table and the refcount blocks lie in the file.
-fn check_tables(file: &File) -> io::Result<()> {
-    let outside = || io::Error::new(ErrorKind::InvalidData, "a table lies outside the file");
-    let mut header = [0; 72];
-    file.read_exact_at(&mut header, 0)?;
-    let word = |at: usize| {
-        u64::from(u32::from_be_bytes(
-            [0, 1, 2, 3].map(|byte| header[at + byte]),
-        ))
-    };
-    let long = |at: usize| (word(at) << 32) | word(at + 4);
-    let (cluster_bits, size) = (word(20), raw_size(file)?);
-    if !(9..=21).contains(&cluster_bits) {
-        return Err(io::Error::new(
-            ErrorKind::InvalidData,
-            "the cluster size is wrong",
-        ));
+/// What the library takes on trust of a qcow2 image (docs/interop/qcow2.rst of QEMU): where its tables lie.
+struct Tables<'a> {
+    file: &'a File,
+    /// Size of a cluster and of the file, in bytes.
+    cluster: u64,
+    size: u64,
+    /// Bytes of a refcount.
+    width: u64,
+    l1: Vec<u64>,
+    refcounts: Vec<u64>,
+    /// The refcount block that was read last, and where it lies.
+    block: (u64, Vec<u8>),
+}
+
+/// The most bytes of an L1 table or a refcount table: enough for disks of 256 TiB in clusters of 64 KiB.
+const TABLE: u64 = 4 << 20;
+/// Bits of a table's entry: where what it names lies, and that it is compressed.
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+const COMPRESSED: u64 = 1 << 62;
+
+impl<'a> Tables<'a> {
+    fn read(file: &'a File) -> io::Result<Self> {
+        let mut header = [0; 104];
+        file.read_exact_at(&mut header, 0)?;
+        let word = |at: usize| {
+            u64::from(u32::from_be_bytes(
+                [0, 1, 2, 3].map(|byte| header[at + byte]),
+            ))
+        };
+        let long = |at: usize| (word(at) << 32) | word(at + 4);
+        let order = if word(4) < 3 { 4 } else { word(96) };
+        if !(9..=21).contains(&word(20)) || !(3..=6).contains(&order) {
+            return Err(invalid("clusters or refcounts have an unknown size"));
+        }
+        let mut tables = Self {
+            file,
+            cluster: 1 << word(20),
+            size: raw_size(file)?,
+            width: 1 << (order - 3),
+            l1: Vec::new(),
+            refcounts: Vec::new(),
+            block: (0, Vec::new()),
+        };
+        tables.l1 = tables.entries(long(40), word(36) * 8)?;
+        tables.refcounts = tables.entries(long(48), word(56) * tables.cluster)?;
+        for block in tables.refcounts.iter().filter(|block| **block != 0) {
+            tables.inside(*block, tables.cluster)?;
+        }
+        Ok(tables)
     }
-    let cluster = 1 << cluster_bits;
-    let inside = |at: u64, length: u64| {
-        let end = at.checked_add(length).filter(|end| *end <= size);
-        end.filter(|_| at >= cluster && at % cluster == 0)
-            .ok_or_else(outside)
-    };
-    let (refcounts, length) = (long(48), word(56) * cluster);
-    // Clusters of metadata alone, of a disk that is large.
-    if word(36) * 8 > 64 << 20 || length > 64 << 20 {
-        return Err(outside());
+
+    fn inside(&self, at: u64, length: u64) -> io::Result<()> {
+        let end = at.checked_add(length).filter(|end| *end <= self.size);
+        if end.is_none() || at < self.cluster || at % self.cluster != 0 || length > TABLE {
+            return Err(invalid("a table lies outside the file"));
+        }
+        Ok(())
     }
-    inside(long(40), word(36) * 8)?;
-    inside(refcounts, length)?;
-    let mut table = vec![0; length as usize];
-    file.read_exact_at(&mut table, refcounts)?;
-    for entry in table.chunks_exact(8) {
-        match entry
-            .iter()
-            .fold(0, |all, byte| (all << 8) | u64::from(*byte))
-        {
-            0 => {}
-            block => {
-                inside(block, cluster)?;
+
+    /// The entries of the table of `length` bytes at `at`.
+    fn entries(&self, at: u64, length: u64) -> io::Result<Vec<u64>> {
+        self.inside(at, length)?;
+        let mut bytes = vec![0; length as usize];
+        self.file.read_exact_at(&mut bytes, at)?;
+        let entry = |entry: &[u8]| {
+            entry
+                .iter()
+                .fold(0, |all, byte| (all << 8) | u64::from(*byte))
+        };
+        Ok(bytes.chunks_exact(8).map(entry).collect())
+    }
+
+    /// Whether all that is used is counted as used. It is not where a writer was killed between two flushes;
+    /// the library would then use the same room twice.
+    fn is_counted(&mut self) -> io::Result<bool> {
+        for l1_entry in self.l1.clone() {
+            let table = l1_entry & OFFSET;
+            if table == 0 {
+                continue;
+            }
+            if !self.has_count(table)? {
+                return Ok(false);
+            }
+            for entry in self.entries(table, self.cluster)? {
+                let cluster = entry & OFFSET;
+                if cluster != 0 && entry & COMPRESSED == 0 && !self.has_count(cluster)? {
+                    return Ok(false);
+                }
             }
         }
+        Ok(true)
     }
-    Ok(())
+
+    /// Whether the cluster at `at` has a refcount that is not 0.
+    fn has_count(&mut self, at: u64) -> io::Result<bool> {
+        let (index, counts) = (at / self.cluster, self.cluster / self.width);
+        let block = usize::try_from(index / counts).ok();
+        match block.and_then(|block| self.refcounts.get(block)) {
+            None | Some(0) => return Ok(false),
+            Some(block) if *block != self.block.0 => {
+                let mut bytes = vec![0; self.cluster as usize];
+                self.file.read_exact_at(&mut bytes, *block)?;
+                self.block = (*block, bytes);
+            }
+            Some(_) => {}
+        }
+        let place = (index % counts * self.width) as usize;
+        let count = self.block.1.get(place..place + self.width as usize);
+        Ok(count.is_some_and(|count| count.iter().any(|byte| *byte != 0)))
+    }
+}
+
+fn invalid(text: &'static str) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, text)
 }
 
 /// The size of a file or of a block device.
