@@ -53,13 +53,17 @@ fn table(machines: &[Status], now: u64) -> String {
         let up = now.saturating_sub(machine.started);
         let up = format!("{}:{:02}:{:02}", up / 3600, up / 60 % 60, up % 60);
         table += &format!(
-            "{:<16} {:>7} {:<8} {:>4} {:>8} {up:>9}  {}\n",
+            "{:<16} {:>7} {:<8} {:>4} {:>8} {up:>9}  {}{}\n",
             machine.name,
             machine.pid,
             machine.state,
             machine.cpus,
             size::text(machine.memory),
             machine.device.display(),
+            machine
+                .reason
+                .as_ref()
+                .map_or(String::new(), |reason| format!(" ({reason})")),
         );
     }
     table
@@ -148,8 +152,8 @@ mod tests {
         let status = Status {
             name: "web".parse().expect("a name"),
             pid: 4711,
-            state: "running".to_owned(),
-            reason: None,
+            state: "paused".to_owned(),
+            reason: Some("by a test".to_owned()),
             cpus: 2,
             memory: 512 << 20,
             device: "/dev/rvisor".into(),
@@ -158,7 +162,7 @@ mod tests {
         assert_eq!(
             table(&[status], 1000 + 3 * 3600 + 62),
             "NAME                 PID STATE    CPUS   MEMORY        UP  DEVICE\n\
-             web                 4711 running     2  512 MiB   3:01:02  /dev/rvisor\n"
+             web                 4711 paused      2  512 MiB   3:01:02  /dev/rvisor (by a test)\n"
         );
     }
 }

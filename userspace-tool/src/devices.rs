@@ -64,6 +64,8 @@ pub struct Saved {
     serial: ([u8; 9], Vec<u8>),
     cmos: (u8, Vec<u8>),
     power: Power,
+    /// How far firmware has read what it is to know.
+    config: Option<(u16, usize)>,
 }
 
 /// The I/O ports.
@@ -119,6 +121,7 @@ impl Ports {
             serial: serial::save(&serial),
             cmos: lock(&self.cmos).save(),
             power: lock(&self.power).save(),
+            config: self.firmware.as_ref().map(|it| lock(&it.config).place()),
         };
         Ok((saved, with()?))
     }
@@ -132,12 +135,28 @@ impl Ports {
         let done = serial::load(&mut lock(&self.serial), &saved.serial)
             && lock(&self.cmos).load(&saved.cmos);
         *lock(&self.power) = saved.power.save();
+        if let (Some(firmware), Some(place)) = (&self.firmware, saved.config) {
+            lock(&firmware.config).go_to(place);
+        }
         done.then_some(()).ok_or_else(|| {
             Error::input(
                 "the snapshot's state of devices is none",
                 "use another snapshot",
             )
         })
+    }
+
+    /// Raises the level-triggered interrupts of a state that was taken over, once the interrupt controllers have
+    /// theirs.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Call`] where the hypervisor refuses.
+    pub fn interrupt_again(&self) -> Result<()> {
+        let level = lock(&self.power).interrupts();
+        self.vm
+            .set_irq_line(SCI.into(), level)
+            .map_err(failed("setting the interrupt of ACPI"))
     }
 
     /// Does something with ACPI's registers; the interrupt follows them.

@@ -320,6 +320,7 @@ impl Machine {
             saved.load(&vcpu.fd())?;
         }
         state.vm.load(&self.parts.vm)?;
+        self.ports.interrupt_again()?;
         if state.virtio.len() != self.parts.bus.devices().count() {
             return Err(Error::input(
                 "the snapshot has other devices than its machine",

@@ -73,6 +73,17 @@ impl FwCfg {
         }
     }
 
+    /// Which item is selected, and how far it was read.
+    #[must_use]
+    pub fn place(&self) -> (u16, usize) {
+        (self.selected, self.position)
+    }
+
+    /// Goes back to such a place.
+    pub fn go_to(&mut self, place: (u16, usize)) {
+        (self.selected, self.position) = place;
+    }
+
     /// The guest selects an item.
     pub fn select(&mut self, data: &[u8]) {
         if let Ok(bytes) = data.try_into() {

@@ -113,6 +113,9 @@ fn parse(text: &str) -> std::result::Result<Vec<Machine>, Mistake> {
             let cause = format!("there is no table '{}'", key.get_ref());
             return Err(mistake(key.span(), cause, next));
         }
+        // In the file's order.
+        let mut table: Vec<_> = table.iter().collect();
+        table.sort_by_key(|(name, _)| name.span().start);
         for (name, value) in table {
             machines.push(machine(name, value)?);
         }
