@@ -2,9 +2,9 @@
 //! What the tool shows of machines that run.
 
 use crate::machine::{Hierarchy, Machine, Software, TOOL};
-use rvisor_tests::terminal::{check_same, Terminal};
 use crate::PATIENCE;
 use rvisor_tests::ktap::Context;
+use rvisor_tests::terminal::{check_same, Terminal};
 use rvisor_tests::{check, check_eq, Device, Fail, Outcome};
 use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};

@@ -169,7 +169,10 @@ fn gives_up_what_it_does_not_need(device: &Device) -> Outcome {
         }
         threads += 1;
     }
-    check!(threads >= 3, "the main thread, the console's and a CPU's are only {threads}");
+    check!(
+        threads >= 3,
+        "the main thread, the console's and a CPU's are only {threads}"
+    );
     guest.terminal.type_keys(b"\x01x")?;
     guest.ends_with(6)
 }
