@@ -365,6 +365,26 @@ mod tests {
     }
 
     #[test]
+    fn a_thread_keeps_to_the_cpu_that_it_is_held_to() {
+        let kept = std::thread::spawn(|| {
+            let allowed = sched_getaffinity(None).expect("the kernel tells");
+            let last = (0..CpuSet::MAX_CPU)
+                .rfind(|cpu| allowed.is_set(*cpu))
+                .expect("it has one");
+            let pin = last.to_string().parse().ok();
+            Sharing {
+                pin,
+                ..Default::default()
+            }
+            .pin()
+            .expect("it is allowed");
+            let now = sched_getaffinity(None).expect("the kernel tells");
+            (now.count(), now.is_set(last))
+        });
+        assert_eq!(kept.join().expect("it does not panic"), (1, true));
+    }
+
+    #[test]
     fn a_cpu_that_is_not_there_is_named() {
         // In a thread of its own: the others keep their CPUs.
         let result = std::thread::spawn(|| {

@@ -182,6 +182,8 @@ impl Vcpu {
             };
             control.end(self.ending(&mut fd, what));
         }
+        // They stay as they are here when this thread has gone.
+        let _ = self.times();
         Ok(())
     }
 
