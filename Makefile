@@ -16,7 +16,7 @@ DESTDIR ?=
 MAKEFLAGS += --no-print-directory
 
 .PHONY: help module tool programs check fuzz test test-events test-guests test-models test-leaks test-mitigations \
-	test-qemu test-kvm-selftests demo shell bench wakeups install clean distclean
+	test-qemu test-kvm-selftests demo shell bench wakeups install deb clean distclean
 
 help: ## this text
 	@echo 'make demo        load rvisor.ko in a machine with VMX and boot a Linux guest there, on this screen'
@@ -43,6 +43,7 @@ help: ## this text
 	@echo 'make bench       compare with KVM, in instructions'
 	@echo 'make wakeups     wake halted guests millions of times (half an hour)'
 	@echo 'make install     module (KDIR=DIR, INSTALL_MOD_PATH=DIR) and tool (PREFIX=DIR, DESTDIR=DIR)'
+	@echo 'make deb         a Debian package: the tool, and the module to be built by DKMS'
 	@echo 'make clean       remove build/'
 	@echo 'make distclean   remove build/ and the cache (build root, kernel)'
 
@@ -99,6 +100,9 @@ wakeups: module programs
 
 install: module tool
 	@scripts/install $(if $(KDIR),"$(KDIR)")
+
+deb: tool
+	@scripts/deb
 
 clean:
 	@scripts/clean

@@ -177,9 +177,10 @@ The file:
     firmware = \"/usr/share/seabios/bios-256k.bin\"
     memory = \"64M\"";
 
+/// The whole command line.
 #[derive(Debug, Parser)]
 #[command(name = "rvisor", version, about = ABOUT, long_about = LONG_ABOUT)]
-struct Arguments {
+pub(crate) struct Arguments {
     #[command(subcommand)]
     command: Command,
 }
@@ -241,6 +242,12 @@ pub enum Command {
         /// This is the process that --detach made.
         #[arg(long, hide = true, conflicts_with = "detach")]
         detached: bool,
+    },
+    /// Write man pages and the shells' completions into a folder
+    #[command(hide = true)]
+    Generate {
+        /// The folder
+        directory: PathBuf,
     },
     /// Tell what a machine has done so far: times, exits, memory
     #[command(long_about = STAT_LONG_ABOUT)]

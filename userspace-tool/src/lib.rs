@@ -21,6 +21,7 @@ pub mod cpuid;
 pub mod detach;
 pub mod devices;
 pub mod error;
+pub mod generate;
 pub mod hypervisor;
 pub mod ioctls;
 pub mod layout;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use rvisor::arguments::{self, Command, RunOptions};
 use rvisor::error::{Error, Result};
 use rvisor::registry::Name;
-use rvisor::{check, client, console, detach, machine, snapshot, stat, supervisor, top, trace, up};
+use rvisor::{check, client, console, detach, generate, machine, snapshot, stat, supervisor, top, trace, up};
 use vm_memory::{Bytes, GuestAddress};
 
 fn main() -> ExitCode {
@@ -54,6 +54,7 @@ fn command_status(command: Command) -> Result<u8> {
             detached,
             ..
         } => restore(&file, name, detached),
+        Command::Generate { directory } => generate::run(&directory).map(|()| 0),
         Command::Stat { name, json } => stat::print(&name, json).map(|()| 0),
         Command::Top => top::run().map(|()| 0),
         Command::Trace {
