@@ -96,8 +96,8 @@ status is 0 where guests can run and 1 where they can't.";
 const PS_LONG_ABOUT: &str = "\
 Lists the machines that run: those that this user has started, on any device.
 
-A machine is known by the files NAME.lock, NAME.sock and, where it runs detached, NAME.log in the folder \
-'rvisor' of $XDG_RUNTIME_DIR; without that variable in /run/rvisor for root and /tmp/rvisor-UID for others. \
+A machine is known by the files lock, sock and, where it runs detached, log in the folder rvisor/NAME of \
+$XDG_RUNTIME_DIR; without that variable in /run/rvisor/NAME for root and /tmp/rvisor-UID/NAME for others. \
 The socket takes JSON, one object a line: {\"command\":\"status\"} is answered by {\"ok\":{...}}, or by \
 {\"error\":{\"cause\":\"...\",\"next\":\"...\",\"status\":2}}. Other commands: pause, resume, power-button, kill, \
 wait (answers when the machine has ended) and console (its bytes follow the answer).";

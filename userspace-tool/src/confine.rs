@@ -121,21 +121,25 @@ const OTHER_IOCTLS: [u64; 7] = [
 ];
 /// Of prctl(2), names of threads alone.
 const PR_SET_NAME: u64 = libc::PR_SET_NAME as u64;
-/// The kind of an ioctl number: KVM's, and rvisor's own behind them (include/uapi/linux/kvm.h, `KVMIO`).
-const KVM_IOCTLS: u64 = 0xae00;
+/// The kinds of ioctl numbers: KVM's (include/uapi/linux/kvm.h, `KVMIO`), and rvisor's own
+/// (include/uapi/rvisor.h).
+const HYPERVISOR_IOCTLS: [u64; 2] = [0xae00, 0xbd00];
 const IOCTL_KIND: u64 = 0xff00;
 
-/// Gives up what a running machine does not need. Files that lie right in `directory` can still be removed.
+/// Gives up what a running machine does not need. Files in its own folder, `folder`, can still be removed, and those
+/// of /proc on this process be read.
 ///
 /// # Errors
 ///
 /// [`Error::Call`] where the kernel refuses. A kernel without Landlock refuses nothing.
-pub fn seal(directory: &Path) -> Result<()> {
+pub fn seal(folder: &Path) -> Result<()> {
     set_no_new_privs(true).map_err(failed("giving up new privileges"))?;
     // Each step takes away what an earlier one needs.
     let user = user_to_become();
-    restrict_files(directory)?;
+    restrict_files(folder)?;
     if let Some((uid, gid)) = user {
+        rustix::fs::chown(folder, Some(Uid::from_raw(uid)), None)
+            .map_err(failed("giving the machine's folder away"))?;
         become_user(Uid::from_raw(uid), Gid::from_raw(gid))?;
     }
     restrict_calls()
@@ -178,18 +182,27 @@ fn find_user(passwd: &str, name: &str) -> Option<(u32, u32)> {
     })
 }
 
-/// Forbids the file system but for removing files of `directory`, TCP, and signals to processes outside.
-fn restrict_files(directory: &Path) -> Result<()> {
+/// Forbids the file system but for what [`seal`] leaves, TCP, and signals to processes outside.
+fn restrict_files(folder: &Path) -> Result<()> {
     let what = "restricting files by Landlock";
-    let folder = PathFd::new(directory).map_err(|e| Error::call(what, io::Error::other(e)))?;
-    Ruleset::default()
+    let mut rules = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(LANDLOCK))
         .and_then(|rules| rules.handle_access(AccessNet::from_all(LANDLOCK)))
         .and_then(|rules| rules.scope(Scope::from_all(LANDLOCK)))
         .and_then(Ruleset::create)
-        .and_then(|rules| rules.add_rule(PathBeneath::new(folder, AccessFs::RemoveFile)))
-        .and_then(|rules| rules.restrict_self())
+        .map_err(|e| Error::call(what, io::Error::other(e)))?;
+    for (path, access) in [
+        (folder, AccessFs::RemoveFile),
+        (Path::new("/proc/self"), AccessFs::ReadFile),
+    ] {
+        let opened = PathFd::new(path).map_err(|e| Error::call(what, io::Error::other(e)))?;
+        rules = rules
+            .add_rule(PathBeneath::new(opened, access))
+            .map_err(|e| Error::call(what, io::Error::other(e)))?;
+    }
+    rules
+        .restrict_self()
         .map_err(|e| Error::call(what, io::Error::other(e)))?;
     Ok(())
 }
@@ -211,7 +224,10 @@ fn filter() -> std::result::Result<BpfProgram, seccompiler::BackendError> {
         SeccompCondition::new(which, SeccompCmpArgLen::Dword, operation, value)
             .and_then(|condition| SeccompRule::new(vec![condition]))
     };
-    let mut ioctls = vec![argument(1, SeccompCmpOp::MaskedEq(IOCTL_KIND), KVM_IOCTLS)?];
+    let mut ioctls = Vec::new();
+    for kind in HYPERVISOR_IOCTLS {
+        ioctls.push(argument(1, SeccompCmpOp::MaskedEq(IOCTL_KIND), kind)?);
+    }
     for value in OTHER_IOCTLS {
         ioctls.push(argument(1, SeccompCmpOp::Eq, value)?);
     }

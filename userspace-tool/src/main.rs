@@ -9,7 +9,9 @@ use std::time::Duration;
 use rvisor::arguments::{self, Command, RunOptions};
 use rvisor::error::{Error, Result};
 use rvisor::registry::Name;
-use rvisor::{check, client, console, detach, generate, machine, snapshot, stat, supervisor, top, trace, up};
+use rvisor::{
+    check, client, console, detach, generate, machine, snapshot, stat, supervisor, top, trace, up,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 fn main() -> ExitCode {

@@ -3,13 +3,14 @@
 //! The machines that run: their names, and the folder with what they have for others.
 //!
 //! The folder is `rvisor` in `$XDG_RUNTIME_DIR`; without that variable `/run/rvisor` for root, and
-//! `/tmp/rvisor-UID` for others. It is its user's alone. A machine has there
+//! `/tmp/rvisor-UID` for others. It is its user's alone. A machine has a folder of its name there, with
 //!
-//! - `NAME.lock`, locked by flock(2) for as long as its process lives: the name is taken while it is,
-//! - `NAME.sock`, where it takes commands (see [`crate::control`]),
-//! - `NAME.log`, what it said on standard error since it runs detached. The next start begins it anew.
+//! - `lock`, locked by flock(2) for as long as its process lives: the name is taken while it is,
+//! - `sock`, where it takes commands (see [`crate::control`]),
+//! - `log`, what it said on standard error since it runs detached. The next start begins it anew.
 //!
-//! A process that was killed leaves files behind and no lock, so the next start takes them over.
+//! A process that was killed leaves files behind and no lock, so the next start takes them over. The folder is
+//! the machine's user's, where root's machines become another one (see [`crate::confine`]).
 
 use std::env;
 use std::fmt;
@@ -21,7 +22,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use rustix::fs::{flock, FlockOperation};
+use rustix::fs::{flock, unlinkat, AtFlags, FlockOperation};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
@@ -30,6 +31,10 @@ use crate::error::{Error, Result};
 
 /// The longest name. With the folder before it, it must fit into a socket's address of 108 bytes.
 const LONGEST: usize = 32;
+const LOCK: &str = "lock";
+const SOCKET: &str = "sock";
+/// What a detached machine says.
+pub const LOG: &str = "log";
 /// How often a lock is tried whose file goes away meanwhile, as its owner ends.
 const TRIES: usize = 16;
 
@@ -39,10 +44,16 @@ const TRIES: usize = 16;
 pub struct Name(String);
 
 impl Name {
-    /// The name of a machine that was given none: `machine-PID`.
+    /// The name of a machine of this process that was given none.
     #[must_use]
     pub fn of_this_process() -> Self {
-        Self(format!("machine-{}", std::process::id()))
+        Self::of_process(std::process::id())
+    }
+
+    /// The name of a machine of that process that was given none: `machine-PID`.
+    #[must_use]
+    pub fn of_process(process: u32) -> Self {
+        Self(format!("machine-{process}"))
     }
 }
 
@@ -113,11 +124,22 @@ pub fn directory() -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The folder of the machine `name`.
+///
+/// # Errors
+///
+/// As with [`directory`].
+pub fn folder(name: &Name) -> Result<PathBuf> {
+    Ok(directory()?.join(&name.0))
+}
+
 /// A name that is this process's until this is dropped.
 #[derive(Debug)]
 pub struct Claim {
     name: Name,
-    directory: PathBuf,
+    folder: PathBuf,
+    /// For when this process may no longer go there by the path.
+    opened: File,
     _lock: File,
 }
 
@@ -128,17 +150,14 @@ impl Claim {
     ///
     /// [`Error::Input`] where a machine that runs has it, or the folder is of no use.
     pub fn new(name: Name) -> Result<Self> {
-        let directory = directory()?;
-        let path = directory.join(format!("{name}.lock"));
-        let refused = |error: io::Error| Error::call(format!("locking {}", path.display()), error);
+        let folder = folder(&name)?;
+        let refused =
+            |error: io::Error| Error::call(format!("locking {}", folder.display()), error);
         for _ in 0..TRIES {
-            let lock = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .open(&path)
-                .map_err(refused)?;
+            // Its owner may remove them between any two calls here: then the lock is on no file.
+            let Some((opened, lock)) = open_lock(&folder).map_err(refused)? else {
+                continue;
+            };
             match flock(lock.as_fd(), FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
                 Err(Errno::WOULDBLOCK) => {
@@ -149,12 +168,12 @@ impl Claim {
                 }
                 Err(error) => return Err(refused(error.into())),
             }
-            // Its owner may have removed it between the two calls: then the lock is on no file.
             let locked = lock.metadata().map_err(refused)?.ino();
-            if fs::metadata(&path).is_ok_and(|found| found.ino() == locked) {
+            if fs::metadata(folder.join(LOCK)).is_ok_and(|found| found.ino() == locked) {
                 return Ok(Self {
                     name,
-                    directory,
+                    folder,
+                    opened,
                     _lock: lock,
                 });
             }
@@ -170,8 +189,8 @@ impl Claim {
 
     /// The folder with the machine's files.
     #[must_use]
-    pub fn directory(&self) -> &Path {
-        &self.directory
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// The socket on which the machine takes commands.
@@ -181,7 +200,7 @@ impl Claim {
     /// [`Error::Input`] where the folder's path is too long for a socket, [`Error::Call`] where the kernel
     /// refuses for another reason.
     pub fn listen(&self) -> Result<UnixListener> {
-        let path = self.path("sock");
+        let path = self.folder.join(SOCKET);
         // One that a killed process left: nobody else can be at it while the lock is held.
         let _ = fs::remove_file(&path);
         UnixListener::bind(&path).map_err(|error| match error.kind() {
@@ -199,7 +218,7 @@ impl Claim {
     ///
     /// [`Error::Call`] where it can't be made.
     pub fn log(&self) -> Result<File> {
-        let path = self.path("log");
+        let path = self.folder.join(LOG);
         let _ = fs::remove_file(&path);
         OpenOptions::new()
             .append(true)
@@ -208,17 +227,40 @@ impl Claim {
             .open(&path)
             .map_err(|error| Error::call(format!("making {}", path.display()), error))
     }
-
-    fn path(&self, kind: &str) -> PathBuf {
-        self.directory.join(format!("{}.{kind}", self.name))
-    }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
         // What can't be removed is taken over by the next one of the name.
-        let _ = fs::remove_file(self.path("sock"));
-        let _ = fs::remove_file(self.path("lock"));
+        for name in [SOCKET, LOCK] {
+            let _ = unlinkat(&self.opened, name, AtFlags::empty());
+        }
+        // Where there is no log.
+        let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+/// The folder and the file to lock in it, both made where they are not there; `None` where they go away meanwhile.
+fn open_lock(folder: &Path) -> io::Result<Option<(File, File)>> {
+    let gone = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => Ok(None),
+        _ => Err(error),
+    };
+    match DirBuilder::new().mode(0o700).create(folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    // What lies in the folder is the machine's user's doing.
+    let lock = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(folder.join(LOCK));
+    match File::open(folder).and_then(|opened| Ok((opened, lock?))) {
+        Ok(files) => Ok(Some(files)),
+        Err(error) => gone(error),
     }
 }
 
@@ -233,8 +275,7 @@ pub fn names() -> Result<Vec<Name>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(&directory).map_err(unreadable)? {
         let file = entry.map_err(unreadable)?.file_name();
-        let name = file.to_str().and_then(|file| file.strip_suffix(".sock"));
-        names.extend(name.and_then(|name| name.parse::<Name>().ok()));
+        names.extend(file.to_str().and_then(|name| name.parse::<Name>().ok()));
     }
     names.sort();
     Ok(names)
@@ -253,7 +294,7 @@ pub fn sweep(name: &Name) {
 ///
 /// [`Error::Call`] where its socket can't be reached for another reason.
 pub fn connect(name: &Name) -> Result<Option<UnixStream>> {
-    match UnixStream::connect(directory()?.join(format!("{name}.sock"))) {
+    match UnixStream::connect(folder(name)?.join(SOCKET)) {
         Ok(stream) => Ok(Some(stream)),
         Err(error) => match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Ok(None),

@@ -95,13 +95,12 @@ pub fn share(options: &RunOptions) -> Result<Option<u8>> {
 fn say(options: &RunOptions, process: u32, text: &str) {
     let mut log = None;
     if options.detached {
-        let name = options.name.as_ref().map(ToString::to_string);
-        let name = name.unwrap_or_else(|| format!("machine-{process}"));
-        log = registry::directory()
-            .and_then(|path| {
+        let name = options.name.clone();
+        log = registry::folder(&name.unwrap_or_else(|| Name::of_process(process)))
+            .and_then(|folder| {
                 File::options()
                     .append(true)
-                    .open(path.join(format!("{name}.log")))
+                    .open(folder.join(registry::LOG))
                     .map_err(failed("opening the log"))
             })
             .ok();

@@ -111,7 +111,7 @@ pub(super) fn power_button(device: &Device) -> Outcome {
     start(&machines, minds_the_button())?;
     machines.gives(0, &["stop", "one", "--timeout", "8"])?;
     check_line(
-        &fs::read_to_string(machines.file("one.log"))?,
+        &fs::read_to_string(machines.file("one/log"))?,
         &["powered off"],
     )
 }

@@ -106,7 +106,7 @@ impl Machines {
 
     /// A connection to a machine's socket.
     fn connect(&self, name: &str) -> Result<UnixStream, Fail> {
-        Ok(UnixStream::connect(self.file(&format!("{name}.sock")))?)
+        Ok(UnixStream::connect(self.file(&format!("{name}/sock")))?)
     }
 
     /// Waits until `done` says so.
@@ -202,12 +202,12 @@ fn life(device: &Device) -> Outcome {
         let (_, said) = machines.gives(2, &[command, "one"])?;
         check_line(&said, &["no machine named one", "rvisor ps"])?;
     }
-    let left: Vec<_> = fs::read_dir(machines.file(""))?
+    let left: Vec<_> = fs::read_dir(machines.file("one"))?
         .flatten()
         .map(|entry| entry.file_name())
         .collect();
-    check_eq!(left, ["one.log"], "files");
-    let log = fs::read_to_string(machines.file("one.log"))?;
+    check_eq!(left, ["log"], "files");
+    let log = fs::read_to_string(machines.file("one/log"))?;
     check_line(&log, &["rvisor kill"])
 }
 
@@ -222,7 +222,7 @@ fn killed(device: &Device) -> Outcome {
         Ok(machines.list()?.trim() == "[]")
     })?;
     check!(
-        machines.file("one.sock").exists(),
+        machines.file("one/sock").exists(),
         "the killed one removed its socket"
     );
     machines.start("one", "wait")?;
@@ -241,9 +241,9 @@ fn sigterm(device: &Device) -> Outcome {
         kill(pid, libc::SIGTERM);
     }
     await_text(&mut client, "\"status\":143")?;
-    check!(!machines.file("one.lock").exists(), "its name is not free");
+    check!(!machines.file("one/lock").exists(), "its name is not free");
     check_line(
-        &fs::read_to_string(machines.file("one.log"))?,
+        &fs::read_to_string(machines.file("one/log"))?,
         &["signal 15"],
     )
 }
