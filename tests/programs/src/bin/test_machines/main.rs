@@ -218,8 +218,8 @@ fn killed(device: &Device) -> Outcome {
     for pid in pids(&machines.list()?) {
         kill(pid, libc::SIGKILL);
     }
-    machines.wait("the killed one is no machine", || {
-        Ok(machines.list()?.trim() == "[]")
+    machines.wait("the killed one is gone", || {
+        Ok(machines.connect("one").is_err())
     })?;
     check!(
         machines.file("one/sock").exists(),
