@@ -7,10 +7,11 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind;
-use clap::{Args, FromArgMatches, Parser, Subcommand};
+use clap::{Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::devices::virtio::block::Format;
 use crate::error::{Error, STATUS_INPUT};
+use crate::net::NetOptions;
 use crate::registry::Name;
 use crate::sharing::Sharing;
 use crate::size;
@@ -18,8 +19,8 @@ use crate::size;
 /// The device that rvisor's module offers.
 pub const DEFAULT_DEVICE: &str = "/dev/rvisor";
 
-/// What stands before the user's words in the guest's command line.
-pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
+/// What stands before the user's words in the guest's command line, behind its console.
+pub const DEFAULT_COMMAND_LINE: &str = "reboot=k panic=-1";
 
 const ABOUT: &str = "Runs virtual machines on rvisor, a hypervisor in the Linux kernel.";
 
@@ -33,14 +34,34 @@ const RUN_LONG_ABOUT: &str = "\
 Starts a Linux kernel, or firmware, as a guest and stays until the guest ends.
 
 The guest is a PC with the CPUs and the memory that were asked for, a serial port (ttyS0), a clock, \
-ACPI for switching off, the disks that --disk names, a source of random bytes and a memory balloon, by which \
-the host gets back what the guest has free. There is no screen. The serial port is joined to standard input and standard output; a terminal is put \
-into raw mode meanwhile, so that every key goes to the guest.
+ACPI for switching off, the disks that --disk names, the network cards of --net, a source of random bytes and a \
+memory balloon, by which the host gets back what the guest has free. There is no screen. The console, a serial \
+port or with --console virtio a virtio device, is joined to standard input and standard output; a terminal is put \
+into raw mode meanwhile, so that every key goes to the guest. Of what the guest prints, a terminal gets text, \
+colours and what moves the cursor and erases; what else a terminal obeys is dropped, for it could make the \
+terminal type back. --raw-console lets all through; a file or a pipe gets all in any case.
 
 Firmware starts where a PC's does, at the reset vector in real mode, and finds the sizes of memory and the \
 number of CPUs in the clock's memory and in QEMU's fw_cfg, which tells it of the disks too. With --disk the \
 serial port is its screen, and the boot loader's; else what it prints on the debug port, 0x402, comes out \
 here.";
+
+const NET_LONG_HELP: &str = "\
+A network card for the guest; can be given several times. It is joined to:
+  tap=NAME       the TAP interface NAME of this host. Root makes one for a user, and joins it to a bridge:
+                   ip tuntap add NAME mode tap user USER; ip link set NAME up
+                   ip link add BRIDGE type bridge; ip link set NAME master BRIDGE
+                 Where there is none, root gets one for as long as the guest runs.
+  user           without root: what this user reaches, through a passt of the machine's own. Addresses come
+                 by DHCP. What listens on this host's loopback addresses alone is not reached.
+  socket=PATH    without root: a cable to another machine that is given the same PATH. The one that starts
+                 first waits there for another, also when the other has ended.
+Behind it, each after a comma:
+  forward=HOSTPORT:GUESTPORT
+                 with user: TCP connections to the port HOSTPORT of this host, on all its addresses, go to the
+                 guest's; can be given several times
+  mac=ADDRESS    the card's address. Without it the card has one that is made of this host, the machine's
+                 name, the network and the card's number, and is the same each time.";
 
 const DISK_LONG_HELP: &str = "\
 A disk for the guest, from a file or a block device; can be given several times. The first is /dev/vda in \
@@ -63,9 +84,9 @@ Keys, on the guest's console:
   Any other key after Ctrl-A is dropped. The keys work on a pipe too.
 
 The guest's command line:
-  Begins with \"console=ttyS0 reboot=k panic=-1\": the console on the serial port, a reboot by the
-  keyboard controller, and a reboot at once after a panic. What --cmdline gives follows. Linux takes
-  the later one of two options that contradict each other.
+  Begins with \"console=ttyS0 reboot=k panic=-1\": the console on the serial port (hvc0 in its place with
+  --console virtio), a reboot by the keyboard controller, and a reboot at once after a panic. What
+  --cmdline gives follows. Linux takes the later one of two options that contradict each other.
 
 Exit status:
   0    the guest powered off
@@ -84,6 +105,7 @@ Examples:
   rvisor run --kernel vmlinux --memory 1G --cpus 2 --cmdline 'quiet init=/bin/sh'
   rvisor run --kernel bzImage --device /dev/kvm
   rvisor run --kernel bzImage --disk root.qcow2 --disk data.img,readonly --cmdline root=/dev/vda
+  rvisor run --kernel bzImage --initrd initramfs.cpio.gz --net user,forward=2222:22
   rvisor run --firmware /usr/share/seabios/bios-microvm.bin --disk debian.qcow2";
 
 const CHECK_LONG_ABOUT: &str = "\
@@ -105,6 +127,9 @@ wait (answers when the machine has ended) and console (its bytes follow the answ
 const CONSOLE_LONG_ABOUT: &str = "\
 Joins this terminal to the console of a machine, which shows the last 64 KiB of its output first. Several \
 terminals may be joined at a time: all see the same, and each may type.
+
+A terminal gets text, colours and what moves the cursor and erases, as with 'rvisor run'; --raw-console lets all \
+through.
 
 Ctrl-A d leaves the console and lets the machine run, Ctrl-A x ends the machine, Ctrl-A h shows the keys. The \
 exit status is 0 after Ctrl-A d, and that of the machine where it ends.";
@@ -203,7 +228,13 @@ pub enum Command {
     },
     /// Join this terminal to the console of a machine
     #[command(long_about = CONSOLE_LONG_ABOUT)]
-    Console(Named),
+    Console {
+        /// The machine
+        name: Name,
+        /// Let all of the guest's output through to a terminal
+        #[arg(long)]
+        raw_console: bool,
+    },
     /// Ask a machine's guest to switch off, then insist
     #[command(long_about = STOP_LONG_ABOUT)]
     Stop {
@@ -345,6 +376,18 @@ pub struct RunOptions {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
 
+    /// A network card, joined to a TAP interface, the user's networks or another machine; can be given several times
+    #[arg(long, value_name = "NETWORK[,OPTION...]", value_parser = NetOptions::parse, long_help = NET_LONG_HELP)]
+    pub net: Vec<NetOptions>,
+
+    /// What the guest's console is: its serial port (ttyS0), or a virtio console (hvc0)
+    #[arg(long, value_name = "KIND", default_value = "serial")]
+    pub console: ConsoleKind,
+
+    /// Let all of the guest's output through to a terminal, escape sequences that make it answer too
+    #[arg(long)]
+    pub raw_console: bool,
+
     /// The hypervisor's device; /dev/kvm runs the guest on KVM
     #[arg(long, value_name = "PATH", default_value = DEFAULT_DEVICE)]
     pub device: PathBuf,
@@ -379,11 +422,24 @@ pub struct Origin {
     pub folder: PathBuf,
 }
 
+/// What the guest's console is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ConsoleKind {
+    /// The serial port.
+    Serial,
+    /// The virtio console.
+    Virtio,
+}
+
 impl RunOptions {
     /// The guest's whole command line.
     #[must_use]
     pub fn guest_command_line(&self) -> String {
-        format!("{DEFAULT_COMMAND_LINE} {}", self.cmdline)
+        let console = match self.console {
+            ConsoleKind::Serial => "ttyS0",
+            ConsoleKind::Virtio => "hvc0",
+        };
+        format!("console={console} {DEFAULT_COMMAND_LINE} {}", self.cmdline)
             .trim_end()
             .to_owned()
     }
@@ -577,17 +633,17 @@ mod tests {
         let options = run(&["--kernel", "k"]);
         assert_eq!((options.memory, options.cpus), (256 * size::MIB, 1));
         assert_eq!(options.device, PathBuf::from("/dev/rvisor"));
-        assert!(RUN_AFTER_HELP.contains(DEFAULT_COMMAND_LINE));
+        assert!(RUN_AFTER_HELP.contains(&options.guest_command_line()));
     }
 
     #[test]
     fn the_users_words_follow_the_default_ones() {
-        assert_eq!(
-            run(&["--kernel", "k"]).guest_command_line(),
-            DEFAULT_COMMAND_LINE
-        );
-        let line = run(&["--kernel", "k", "--cmdline", "a=b c"]).guest_command_line();
-        assert_eq!(line, format!("{DEFAULT_COMMAND_LINE} a=b c"));
+        let line = |words: &[&str]| run(&[&["--kernel", "k"], words].concat()).guest_command_line();
+        let serial = format!("console=ttyS0 {DEFAULT_COMMAND_LINE}");
+        assert_eq!(line(&[]), serial);
+        assert_eq!(line(&["--cmdline", "a=b c"]), format!("{serial} a=b c"));
+        let virtio = format!("console=hvc0 {DEFAULT_COMMAND_LINE}");
+        assert_eq!(line(&["--console", "virtio"]), virtio);
     }
 
     #[test]

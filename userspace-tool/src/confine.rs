@@ -109,8 +109,9 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_exit_group,
 ];
 
-/// The terminal's mode, how much waits on a socket, and that waiting for it is not wanted.
-const OTHER_IOCTLS: [u64; 7] = [
+/// The terminal's mode, how much waits on a socket, that waiting for it is not wanted, and what a TAP leaves to
+/// the guest.
+const OTHER_IOCTLS: [u64; 8] = [
     libc::TCGETS,
     libc::TCSETS,
     libc::TCSETSW,
@@ -118,6 +119,7 @@ const OTHER_IOCTLS: [u64; 7] = [
     libc::TCSETS2,
     libc::FIONREAD,
     libc::FIONBIO,
+    libc::TUNSETOFFLOAD,
 ];
 /// Of prctl(2), names of threads alone.
 const PR_SET_NAME: u64 = libc::PR_SET_NAME as u64;

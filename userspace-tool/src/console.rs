@@ -5,6 +5,7 @@
 
 mod attach;
 mod escape;
+mod filter;
 mod hub;
 mod output;
 mod terminal;
@@ -23,12 +24,14 @@ use rustix::pipe::{pipe_with, PipeFlags};
 use rustix::stdio::stdin;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
+use crate::devices::virtio::console::Keyboard;
 use crate::devices::{lock, serial_failed, Ports};
 use crate::error::{failed, Error, Result};
 use crate::machine::Control;
 use crate::outcome::Outcome;
 pub use attach::attach;
 use escape::{Escape, Key};
+pub use filter::Filter;
 pub use hub::{Hub, SCROLLBACK};
 pub use output::Output;
 pub use terminal::Raw;
@@ -90,6 +93,8 @@ pub struct Console {
     pub output: Output,
     /// The clients that are attached.
     pub hub: Hub,
+    /// Where what is typed goes instead of to the serial port.
+    pub keyboard: Option<Keyboard>,
     /// Wakes the thread: output waits, input is wanted, or the guest has ended.
     pub wake: Wake,
     /// Signals that end the guest.
@@ -136,7 +141,10 @@ impl Console {
             if input.waiting.is_empty() {
                 self.hub.take_typed(&mut input.waiting);
             }
-            input.hand_over(ports)?;
+            match &self.keyboard {
+                Some(keyboard) => keyboard.take(&mut input.waiting),
+                None => input.hand_over(ports)?,
+            }
             // Behind the byte that it was woken for more will follow: they get their time first.
             let active = sleep.is_none()
                 || self
@@ -195,11 +203,10 @@ impl Console {
             match input.escape.feed(*byte) {
                 Key::Guest(byte) => input.waiting.push_back(byte),
                 Key::Quit => self.control.end(Outcome::Quit),
-                Key::Help => {
-                    let mut output = self.output.clone();
-                    io::Write::write_all(&mut output, KEYS)
-                        .map_err(failed("writing the console"))?;
-                }
+                Key::Help => self
+                    .output
+                    .say(KEYS)
+                    .map_err(failed("writing the console"))?,
                 Key::Detach | Key::Nothing => {}
             }
         }

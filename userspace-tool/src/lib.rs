@@ -27,6 +27,7 @@ pub mod ioctls;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod net;
 pub mod outcome;
 pub mod registers;
 pub mod registry;

@@ -3,6 +3,7 @@
 //! The guest's machine from its parts to its end.
 
 pub mod saved;
+mod screen;
 mod state;
 
 use std::fs::File;
@@ -36,6 +37,7 @@ use crate::stat::{self, Sample, Sampler};
 use crate::trace;
 use crate::vcpu::Vcpu;
 use crate::{confine, detach, hypervisor, layout, memory};
+use screen::Screen;
 pub use state::Control;
 
 /// How long a thread gets to leave the guest before it is asked again.
@@ -64,7 +66,8 @@ pub fn run(options: &RunOptions) -> Result<Outcome> {
     memory::check_size(options.memory)?;
     let claim = Claim::new(options.name.clone().unwrap_or_else(Name::of_this_process))?;
     let memory = memory::allocate(options.memory, software.rom_size())?;
-    let devices = virtio::open(options)?;
+    let screen = Screen::open(options)?;
+    let devices = screen.devices(options)?;
     let start = software.load(&memory, options, devices.len())?;
 
     let (kvm, vm) = create_vm(options, &memory)?;
@@ -80,7 +83,7 @@ pub fn run(options: &RunOptions) -> Result<Outcome> {
         rom: software.rom_size(),
         vcpus,
     };
-    run_to_end(claim, parts, options, None)
+    run_to_end(claim, parts, screen, options, None)
 }
 
 /// Builds the machine of a snapshot as `options` say, which are those that it was made with, and goes on as
@@ -111,7 +114,8 @@ pub fn restore(
     let claim = Claim::new(options.name.clone().unwrap_or_else(|| state.name.clone()))?;
     let memory = memory::allocate(options.memory, state.rom)?;
     fill(&memory)?;
-    let devices = virtio::open(options)?;
+    let screen = Screen::open(options)?;
+    let devices = screen.devices(options)?;
     let (kvm, vm) = create_vm(options, &memory)?;
     let vcpus = (0..)
         .zip(&state.cpus)
@@ -125,7 +129,7 @@ pub fn restore(
         rom: state.rom,
         vcpus,
     };
-    run_to_end(claim, parts, options, Some(state))
+    run_to_end(claim, parts, screen, options, Some(state))
 }
 
 /// What a machine is made of.
@@ -423,14 +427,17 @@ extern "C" fn kicked(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 fn run_to_end(
     claim: Claim,
     parts: Parts,
+    screen: Screen,
     options: &RunOptions,
     state: Option<&State>,
 ) -> Result<Outcome> {
     let (control, outcomes) = Control::new();
-    let wake = Wake::new().map_err(failed("making an eventfd"))?;
-    let hub = Hub::new(wake.clone());
-    let output = Output::new(wake.clone(), hub.clone(), !options.detached)
-        .map_err(failed("opening the console"))?;
+    let Screen {
+        wake,
+        hub,
+        output,
+        keyboard,
+    } = screen;
     let ports = make_ports(
         &parts.vm,
         &control,
@@ -481,6 +488,7 @@ fn run_to_end(
     let console = Console {
         output,
         hub,
+        keyboard,
         wake: wake.clone(),
         signals,
         control: control.clone(),

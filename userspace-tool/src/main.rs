@@ -41,7 +41,7 @@ fn command_status(command: Command) -> Result<u8> {
         Command::Run(options) => run(&options),
         Command::Check(options) => Ok(check::run(&options.device)),
         Command::Ps { json } => client::ps(json).map(|()| 0),
-        Command::Console(machine) => console::attach(&machine.name),
+        Command::Console { name, raw_console } => console::attach(&name, raw_console),
         Command::Stop { name, timeout } => {
             client::stop(&name, seconds(timeout)).map(|ended| ended.status)
         }

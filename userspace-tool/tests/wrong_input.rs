@@ -467,3 +467,28 @@ fn more_disks_than_interrupts_are_refused() {
     let many: Vec<&str> = (0..30).flat_map(|_| ["--disk", &readonly]).collect();
     run(&files.bzimage(MIB), &many, &["virtio devices", "11"]);
 }
+
+#[test]
+fn networks_have_to_be_right() {
+    let files = Files::new();
+    let kernel = files.bzimage(MIB);
+    for (network, words) in [
+        ("bridge=br0", "begins with tap=NAME"),
+        ("tap=a/b", "names no interface"),
+        ("user,mac=01:00:00:00:00:00", "not the address of one card"),
+        ("user,forward=80", "no pair of ports"),
+        ("socket=/nowhere/link", "No such file"),
+    ] {
+        run(&kernel, &["--net", network], &["--net", network, words]);
+    }
+    let file = files.write("file", b"precious");
+    let network = format!("socket={}", file.display());
+    run(&kernel, &["--net", &network], &["no socket", "nothing is"]);
+    assert_eq!(fs::read(file).expect("the file"), b"precious");
+}
+
+#[test]
+fn consoles_have_to_be_known() {
+    let words = ["--console", "screen", "serial, virtio"];
+    refused(&["run", "--kernel", "k", "--console", "screen"], &words);
+}

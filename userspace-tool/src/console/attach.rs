@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use rustix::stdio::stdin;
 
 use super::escape::{Escape, Key};
-use super::{Raw, Signals};
+use super::{Filter, Raw, Signals};
 use crate::control::{Client, Ended, Nothing};
 use crate::error::{failed, Error, Result};
 use crate::outcome::STATUS_SIGNAL;
@@ -24,22 +24,24 @@ Ctrl-A Ctrl-A sends Ctrl-A\r\n";
 const GOODBYE: Duration = Duration::from_secs(5);
 
 /// Joins this terminal to the console of the machine of that name until the user leaves it or the machine
-/// ends. Returns the exit status: 0, that of the machine, or that of a signal.
+/// ends. A terminal gets what [`Filter`] lets through, or all of it, `unfiltered`. Returns the exit status: 0,
+/// that of the machine, or that of a signal.
 ///
 /// # Errors
 ///
 /// [`Error::Input`] where no such machine runs, [`Error::Call`] where it or the terminal can't be reached.
-pub fn attach(name: &Name) -> Result<u8> {
+pub fn attach(name: &Name, unfiltered: bool) -> Result<u8> {
+    let mut screen = Screen(Filter::for_output(&io::stdout(), unfiltered));
     let mut end = Client::connect(name)?;
     end.send("wait", Nothing {})?;
     let mut console = Client::connect(name)?;
     let Nothing {} = console.call("console", Nothing {})?;
     let stream = console.into_stream();
     // What came right behind the answer.
-    show(stream.buffer())?;
+    screen.show(stream.buffer())?;
     let signals = Signals::catch()?;
     let raw = Raw::new().map_err(failed("setting the terminal"))?;
-    let left = join(stream.get_ref(), &signals, name);
+    let left = join(stream.get_ref(), &signals, name, &mut screen);
     drop(raw);
     match left? {
         Left::Detached => {
@@ -68,7 +70,12 @@ enum Left {
     Closed,
 }
 
-fn join(mut stream: &UnixStream, signals: &Signals, name: &Name) -> Result<Left> {
+fn join(
+    mut stream: &UnixStream,
+    signals: &Signals,
+    name: &Name,
+    screen: &mut Screen,
+) -> Result<Left> {
     let mut escape = Escape::default();
     let mut input_open = true;
     let stdin = stdin();
@@ -96,7 +103,7 @@ fn join(mut stream: &UnixStream, signals: &Signals, name: &Name) -> Result<Left>
         if output {
             match stream.read(&mut bytes) {
                 Ok(0) | Err(_) => return Ok(Left::Closed),
-                Ok(count) => show(&bytes[..count])?,
+                Ok(count) => screen.show(&bytes[..count])?,
             }
         }
         if input {
@@ -132,7 +139,7 @@ fn type_keys(
             Key::Quit => {
                 let Nothing {} = Client::connect(name)?.call("kill", Nothing {})?;
             }
-            Key::Help => show(KEYS)?,
+            Key::Help => write(KEYS)?,
             Key::Nothing => {}
         }
     }
@@ -141,7 +148,24 @@ fn type_keys(
     Ok(left)
 }
 
-fn show(bytes: &[u8]) -> Result<()> {
+/// Standard output, with the filter before it where it is a terminal.
+struct Screen(Option<Filter>);
+
+impl Screen {
+    /// Shows what the guest has written.
+    fn show(&mut self, bytes: &[u8]) -> Result<()> {
+        match &mut self.0 {
+            Some(filter) => {
+                let mut passed = Vec::with_capacity(bytes.len());
+                filter.pass(bytes, &mut passed);
+                write(&passed)
+            }
+            None => write(bytes),
+        }
+    }
+}
+
+fn write(bytes: &[u8]) -> Result<()> {
     let mut stdout = io::stdout();
     stdout
         .write_all(bytes)

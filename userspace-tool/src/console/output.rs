@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::{Hub, Wake};
+use super::{Filter, Hub, Wake};
 use crate::devices::lock;
 
 /// How long a byte may wait.
@@ -29,6 +29,8 @@ struct Shared {
     hub: Hub,
     /// Standard output; none where the machine runs detached.
     file: Option<File>,
+    /// What may pass to the terminal, where the file is one.
+    filter: Option<Mutex<Filter>>,
 }
 
 /// A handle of the output.
@@ -36,22 +38,33 @@ struct Shared {
 pub struct Output(Arc<Shared>);
 
 impl Output {
-    /// Writes to the clients of `hub`, and to standard output where `here`; `wake` wakes the console's thread.
+    /// Writes to the clients of `hub`, and to standard output where `here`, through a [`Filter`] where that is a
+    /// terminal, unless it is `raw`; `wake` wakes the console's thread.
     ///
     /// # Errors
     ///
     /// No more file descriptors can be had.
-    pub fn new(wake: Wake, hub: Hub, here: bool) -> io::Result<Self> {
+    pub fn new(wake: Wake, hub: Hub, here: bool, raw: bool) -> io::Result<Self> {
         // A duplicate of our own: the standard library's handle would look for lines once more.
         let own = || io::stdout().as_fd().try_clone_to_owned().map(File::from);
         let file = here.then(own).transpose()?;
-        Ok(Self(Arc::new(Shared {
+        Ok(Self::with(wake, hub, file, raw))
+    }
+
+    /// The same for any file.
+    pub(crate) fn with(wake: Wake, hub: Hub, file: Option<File>, raw: bool) -> Self {
+        let filter = file
+            .as_ref()
+            .and_then(|file| Filter::for_output(file, raw))
+            .map(Mutex::new);
+        Self(Arc::new(Shared {
             waiting: Mutex::new(Vec::with_capacity(MOST)),
             asleep: AtomicBool::new(false),
             wake,
             hub,
             file,
-        })))
+            filter,
+        }))
     }
 
     /// Writes what waits. Says whether there was anything.
@@ -69,6 +82,18 @@ impl Output {
         !lock(&self.0.waiting).is_empty()
     }
 
+    /// Writes words of our own, which pass as they are.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::write_waiting`].
+    pub fn say(&self, words: &[u8]) -> io::Result<()> {
+        let mut waiting = lock(&self.0.waiting);
+        self.write_locked(&mut waiting)?;
+        let file = self.0.file.as_ref();
+        file.map_or(Ok(()), |file| write_all(file, words))
+    }
+
     /// Tells whether the console's thread sleeps.
     pub fn set_asleep(&self, asleep: bool) {
         self.0.asleep.store(asleep, Ordering::SeqCst);
@@ -79,6 +104,11 @@ impl Output {
             return Ok(false);
         }
         self.0.hub.write(waiting);
+        if let Some(filter) = &self.0.filter {
+            let mut passed = Vec::with_capacity(waiting.len());
+            lock(filter).pass(waiting, &mut passed);
+            *waiting = passed;
+        }
         let result = self.0.file.as_ref().map(|file| write_all(file, waiting));
         waiting.clear();
         result.transpose().map(|_| true)

@@ -9,7 +9,9 @@
 
 pub mod balloon;
 pub mod block;
+pub mod console;
 pub mod mmio;
+pub mod net;
 mod rings;
 pub mod rng;
 #[cfg(test)]
@@ -24,6 +26,7 @@ use crate::arguments::RunOptions;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::memory::Memory;
+use crate::net::Link;
 pub use mmio::Transport;
 pub use rings::{Chain, Rings};
 
@@ -128,15 +131,27 @@ pub trait Device: Send {
     }
 }
 
-/// Opens the devices that `options` name, in the order in which the guest finds them.
+/// Opens the devices that `options` name, in the order in which the guest finds them; with a `console`, that
+/// too.
 ///
 /// # Errors
 ///
 /// [`Error::Input`] where one can't be had.
-pub fn open(options: &RunOptions) -> Result<Vec<Box<dyn Device>>> {
+pub fn open(
+    options: &RunOptions,
+    console: Option<console::Console>,
+) -> Result<Vec<Box<dyn Device>>> {
     let mut devices: Vec<Box<dyn Device>> = Vec::new();
     for disk in &options.disks {
         devices.push(Box::new(block::Block::open(disk)?));
+    }
+    let machine = options.name.as_ref().map(ToString::to_string);
+    for (number, options) in options.net.iter().enumerate() {
+        let (link, mac) = Link::open(options, machine.as_deref().unwrap_or_default(), number)?;
+        devices.push(Box::new(net::Net::new(number, mac, link)));
+    }
+    if let Some(console) = console {
+        devices.push(Box::new(console));
     }
     devices.push(Box::new(rng::Rng));
     devices.push(Box::new(balloon::Balloon::new(options.balloon)));

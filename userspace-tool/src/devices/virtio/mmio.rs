@@ -38,7 +38,7 @@ const FEATURES: u64 =
 /// All queues and the source of a device, as bits.
 const EVERYTHING: u64 = u64::MAX;
 /// The bit of the source.
-const SOURCE: u32 = 62;
+pub(super) const SOURCE: u32 = 62;
 /// The number of the event that wakes the worker for everything.
 const WAKE: u32 = 63;
 /// The most queues of a device.

@@ -138,6 +138,25 @@ impl Driver {
         }
     }
 
+    /// Serves what the device's source has become ready for.
+    pub(crate) fn serve_source(&self) {
+        let mut todo = 1 << super::mmio::SOURCE;
+        while todo != 0 {
+            todo = self.transport.serve(todo).unwrap().again;
+        }
+    }
+
+    /// The element with that number in the used ring: the chain's first descriptor, and the bytes written.
+    pub(crate) fn used_element(&self, queue: usize, number: u16) -> (u32, u32) {
+        let element = used(queue) + 4 + 8 * u64::from(number);
+        let part = |offset| {
+            self.memory
+                .read_obj(GuestAddress(element + offset))
+                .unwrap()
+        };
+        (part(0), part(4))
+    }
+
     /// How many chains the device has given back, modulo 65536.
     pub(crate) fn used(&self, queue: usize) -> u16 {
         self.memory.read_obj(GuestAddress(used(queue) + 2)).unwrap()

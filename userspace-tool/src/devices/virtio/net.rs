@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The network card (virtio 1.3, 5.1), with one pair of queues, joined to a [`Link`].
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+};
+
+use super::{Device, Fault, Rings};
+use crate::net::{Link, Mac, Offloads, HEADER, LONGEST_FRAME};
+
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const SIZES: [u16; 2] = [256, 256];
+/// Where in the header the number of buffers stands that a frame lies in, 16 bits.
+const NUMBER_OF_BUFFERS: std::ops::Range<usize> = 10..12;
+/// The most buffers that a frame is put into: the longest one in buffers of 1,536 bytes takes 43.
+const MOST_BUFFERS: usize = 64;
+
+/// The work that one side leaves to the other: checksums, cutting TCP into segments.
+const OFFLOADS: [u32; 6] = [
+    VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6,
+];
+
+/// The network card.
+pub struct Net {
+    number: usize,
+    mac: Mac,
+    link: Link,
+    /// The driver takes a frame in several buffers.
+    mergeable: bool,
+    /// The frame that is sent, behind its header.
+    packet: Box<[u8]>,
+}
+
+/// What became of a frame that has come.
+enum Placed {
+    /// The guest has it, or can't have it.
+    Done,
+    /// There is no room now.
+    Waits,
+}
+
+impl Net {
+    /// Card `number` of the machine, with the address `mac`, joined to `link`.
+    #[must_use]
+    pub fn new(number: usize, mac: Mac, link: Link) -> Self {
+        Self {
+            number,
+            mac,
+            link,
+            mergeable: false,
+            packet: vec![0; HEADER + LONGEST_FRAME].into_boxed_slice(),
+        }
+    }
+
+    /// Sends what the guest has made available.
+    fn transmit(&mut self, rings: &mut Rings<'_>) -> Result<(), Fault> {
+        while let Some(chain) = rings.pop(TRANSMIT)? {
+            let mut reader = chain.clone().reader(rings.memory())?;
+            // What is longer than any frame is lost.
+            if let Some(packet) = self.packet.get_mut(..reader.available_bytes()) {
+                reader.read_exact(packet).map_err(broken)?;
+                if !self.link.send(packet) {
+                    rings.put_back(TRANSMIT);
+                    return Ok(());
+                }
+            }
+            rings.push(TRANSMIT, &chain, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the guest what has come, as far as it has made room.
+    fn receive(&mut self, rings: &mut Rings<'_>) -> Result<(), Fault> {
+        while let Some((header, frame)) = self.link.front() {
+            match place(rings, self.mergeable, header, frame)? {
+                Placed::Done => self.link.take(),
+                Placed::Waits => break,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Puts a frame into the buffers that the guest has made available.
+fn place(
+    rings: &mut Rings<'_>,
+    mergeable: bool,
+    mut header: [u8; HEADER],
+    frame: &[u8],
+) -> Result<Placed, Fault> {
+    let most = if mergeable { MOST_BUFFERS } else { 1 };
+    let wanted = HEADER + frame.len();
+    let mut buffers = Vec::with_capacity(1);
+    let mut room = 0_usize;
+    let outcome = loop {
+        if room >= wanted {
+            break None;
+        }
+        if buffers.len() == most {
+            break Some(Placed::Done);
+        }
+        let Some(chain) = rings.pop(RECEIVE)? else {
+            break Some(Placed::Waits);
+        };
+        let writer = chain.clone().writer(rings.memory())?;
+        room = room.saturating_add(writer.available_bytes());
+        buffers.push((chain, writer));
+    };
+    if let Some(outcome) = outcome {
+        buffers.iter().for_each(|_| rings.put_back(RECEIVE));
+        return Ok(outcome);
+    }
+    header[NUMBER_OF_BUFFERS].copy_from_slice(&(buffers.len() as u16).to_le_bytes());
+    let mut parts = [&header[..], frame];
+    let mut used = Vec::with_capacity(buffers.len());
+    for (chain, mut writer) in buffers {
+        for part in &mut parts {
+            let (now, later) = part.split_at(part.len().min(writer.available_bytes()));
+            writer.write_all(now).map_err(broken)?;
+            *part = later;
+        }
+        used.push((chain, writer.bytes_written() as u32));
+    }
+    rings.push_all(RECEIVE, &used)?;
+    Ok(Placed::Done)
+}
+
+fn broken(error: std::io::Error) -> Fault {
+    Fault::Guest(error.to_string())
+}
+
+fn bits(numbers: &[u32]) -> u64 {
+    numbers.iter().fold(0, |bits, number| bits | (1 << number))
+}
+
+fn has(features: u64, bit: u32) -> bool {
+    features & bits(&[bit]) != 0
+}
+
+impl Device for Net {
+    fn id(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn name(&self) -> String {
+        format!("network card {}", self.number)
+    }
+
+    fn features(&self) -> u64 {
+        let own = bits(&[VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF]);
+        if self.link.has_offloads() {
+            own | bits(&OFFLOADS)
+        } else {
+            own
+        }
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &SIZES
+    }
+
+    fn config(&self) -> Vec<u8> {
+        self.mac.bytes().to_vec()
+    }
+
+    fn activate(&mut self, features: u64) {
+        self.mergeable = has(features, VIRTIO_NET_F_MRG_RXBUF);
+        self.link.set_offloads(Offloads {
+            checksum: has(features, VIRTIO_NET_F_GUEST_CSUM),
+            segments4: has(features, VIRTIO_NET_F_GUEST_TSO4),
+            segments6: has(features, VIRTIO_NET_F_GUEST_TSO6),
+        });
+    }
+
+    fn reset(&mut self) {
+        self.mergeable = false;
+        self.link.set_offloads(Offloads::default());
+    }
+
+    fn process(&mut self, queue: usize, rings: &mut Rings<'_>) -> Result<(), Fault> {
+        match queue {
+            TRANSMIT => self.transmit(rings),
+            _ => self.receive(rings),
+        }
+    }
+
+    fn source(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.link.as_fd())
+    }
+
+    fn ready(&mut self, rings: &mut Rings<'_>) -> Result<(), Fault> {
+        self.link.flush();
+        self.receive(rings)?;
+        self.transmit(rings)
+    }
+}
+
+#[cfg(test)]
+mod tests;
