@@ -19,8 +19,9 @@ const TRANSMIT: usize = 1;
 const SIZES: [u16; 2] = [256, 256];
 /// Where in the header the number of buffers stands that a frame lies in, 16 bits.
 const NUMBER_OF_BUFFERS: std::ops::Range<usize> = 10..12;
-/// The most buffers that a frame is put into: the longest one in buffers of 1,536 bytes takes 43.
-const MOST_BUFFERS: usize = 64;
+/// The most buffers that a frame is put into, which one call can take: the longest one in buffers of 1,536 bytes
+/// takes 43.
+const MOST_BUFFERS: usize = 48;
 
 /// The work that one side leaves to the other: checksums, cutting TCP into segments.
 const OFFLOADS: [u32; 6] = [

@@ -15,7 +15,7 @@ use crate::memory::Memory;
 pub type Chain<'a> = DescriptorChain<&'a Memory>;
 
 /// How many chains one call of a device takes. Between two calls the worker looks whether it shall stop.
-const BATCH: u32 = 64;
+const BATCH: u32 = 48;
 
 /// Where in the used ring its elements begin (virtio 1.3, 2.7.8).
 const USED_ELEMENTS: u64 = 4;

@@ -146,7 +146,7 @@ fn more_buffers_than_a_call_takes_all_come_back() {
         driver.offer(0, 0);
     }
     let finished = driver.transport.serve(1).unwrap();
-    assert_eq!((driver.used(0), finished.again), (32, 1));
+    assert_eq!((driver.used(0), finished.again), (48, 1));
     driver.serve(0);
     assert_eq!(driver.used(0), 60);
     // More than there are places is no ring.
