@@ -21,6 +21,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{flock, unlinkat, AtFlags, FlockOperation};
 use rustix::io::Errno;
@@ -35,8 +37,10 @@ const LOCK: &str = "lock";
 const SOCKET: &str = "sock";
 /// What a detached machine says.
 pub const LOG: &str = "log";
-/// How often a lock is tried whose file goes away meanwhile, as its owner ends.
+/// How often a lock is tried whose file goes away meanwhile, as its owner ends, or whose owner is no machine that
+/// takes commands; and how long after a try of the latter kind.
 const TRIES: usize = 16;
+const TRY_AGAIN: Duration = Duration::from_millis(10);
 
 /// The name of a machine: letters, digits, `.`, `_` and `-`, the first one a letter or digit.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -153,13 +157,18 @@ impl Claim {
         let folder = folder(&name)?;
         let refused =
             |error: io::Error| Error::call(format!("locking {}", folder.display()), error);
-        for _ in 0..TRIES {
+        for tries in 1..=TRIES {
             // Its owner may remove them between any two calls here: then the lock is on no file.
             let Some((opened, lock)) = open_lock(&folder).map_err(refused)? else {
                 continue;
             };
             match flock(lock.as_fd(), FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
+                // Nobody is there: 'rvisor ps' looks after one that was killed, or another one starts.
+                Err(Errno::WOULDBLOCK) if tries < TRIES && connect(&name)?.is_none() => {
+                    thread::sleep(TRY_AGAIN);
+                    continue;
+                }
                 Err(Errno::WOULDBLOCK) => {
                     return Err(Error::input(
                         format!("a machine named {name} runs already"),

@@ -221,6 +221,7 @@ fn killed(device: &Device) -> Outcome {
     machines.wait("the killed one is gone", || {
         Ok(machines.connect("one").is_err())
     })?;
+    // Before ps removes what it left.
     check!(
         machines.file("one/sock").exists(),
         "the killed one removed its socket"
@@ -245,7 +246,10 @@ fn sigterm(device: &Device) -> Outcome {
     check_line(
         &fs::read_to_string(machines.file("one/log"))?,
         &["signal 15"],
-    )
+    )?;
+    // Its name is free, at once.
+    machines.start("one", "wait")?;
+    machines.gives(0, &["kill", "one"]).map(drop)
 }
 
 /// What can't start detached says so and has the status of `run`.
