@@ -14,3 +14,6 @@
 #include "../../include/uapi/rvisor.h"
 #include "../host/eventfd_glue.h"
 #include "../host/glue.h"
+
+/* What a thread sees to before it runs a guest, of its flags. */
+const unsigned long RVISOR_GUEST_MODE_WORK = XFER_TO_GUEST_MODE_WORK;

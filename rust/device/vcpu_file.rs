@@ -40,11 +40,11 @@ impl AnonFile for Vcpu {
         if !this.vm.is_owned_by_current() {
             return Err(EIO);
         }
-        if command == user::TRACE_OPEN {
-            return trace_file::open(this.into(), argument);
-        }
         if _IOC_TYPE(command) != uapi::KVMIO {
-            return Err(EINVAL);
+            return match command {
+                user::TRACE_OPEN => trace_file::open(this.into(), argument),
+                _ => Err(EINVAL),
+            };
         }
         vcpu_ioctl(this, command, argument)
     }

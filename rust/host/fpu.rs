@@ -2,7 +2,11 @@
 
 //! The guest's FPU, SSE, AVX and further XSAVE state, kept by the kernel's own guest-FPU code.
 
-use super::{irq::IrqsOff, symbols::Symbols, vector};
+use super::{
+    irq::{IrqsOff, ThreadFlags},
+    symbols::Symbols,
+    vector,
+};
 use crate::bindings;
 use kernel::{bindings as kb, error::to_result, prelude::*};
 use rvisor_core::{
@@ -58,12 +62,11 @@ impl GuestFpu {
         unsafe { (self.symbols.fpu_swap_kvm_fpstate)(&mut *self.state, false) };
     }
 
-    /// Loads the registers where an interrupt's use of the FPU or a context switch has taken them away.
+    /// Loads the registers where an interrupt's use of the FPU or a context switch has taken them away, as the
+    /// flags say that were read since interrupts are off.
     #[inline]
-    pub(crate) fn ensure_registers(&self, _irqs: &IrqsOff) {
-        // SAFETY: Reads the flags of the current thread.
-        let flags = unsafe { bindings::rvisor_thread_flags() };
-        if flags & (1 << kb::TIF_NEED_FPU_LOAD) != 0 {
+    pub(crate) fn ensure_registers(&self, flags: ThreadFlags, _irqs: &IrqsOff) {
+        if flags.needs_fpu_load() {
             // SAFETY: Called as before VM entry in KVM: interrupts off, this thread's flag set.
             unsafe { (self.symbols.switch_fpu_return)() };
         }
@@ -72,7 +75,7 @@ impl GuestFpu {
     /// A vector register of the guest's, 0 to 15, while the state is loaded: bits 127:0, or with
     /// [`Encoding::Vex`] bits 255:0. `None` where the CPU has no more than the former.
     pub(crate) fn vector(&self, number: u8, encoding: Encoding, irqs: &IrqsOff) -> Option<Vector> {
-        self.ensure_registers(irqs);
+        self.ensure_registers(ThreadFlags::read(), irqs);
         match encoding {
             Encoding::Legacy => Some(vector::read_xmm(number, irqs)),
             // SAFETY: The host's XCR0 has AVX.
@@ -90,7 +93,7 @@ impl GuestFpu {
         encoding: Encoding,
         irqs: &IrqsOff,
     ) {
-        self.ensure_registers(irqs);
+        self.ensure_registers(ThreadFlags::read(), irqs);
         match encoding {
             Encoding::Legacy => vector::write_xmm(number, value, irqs),
             // SAFETY: The host's XCR0 has AVX.

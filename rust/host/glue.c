@@ -243,11 +243,6 @@ unsigned long rvisor_thread_flags(void)
 	return read_thread_flags();
 }
 
-unsigned long rvisor_guest_mode_work(void)
-{
-	return read_thread_flags() & XFER_TO_GUEST_MODE_WORK;
-}
-
 struct mm_struct *rvisor_current_mm(void)
 {
 	return current->mm;

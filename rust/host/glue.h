@@ -56,7 +56,6 @@ unsigned int rvisor_online_cpus(void);
 
 int rvisor_mutex_lock_killable(struct mutex *mutex);
 unsigned long rvisor_thread_flags(void);
-unsigned long rvisor_guest_mode_work(void);
 struct mm_struct *rvisor_current_mm(void);
 unsigned long rvisor_user_fs_base(void);
 

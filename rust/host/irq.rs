@@ -6,7 +6,7 @@
 //! the promise on every kernel.
 
 use crate::bindings;
-use kernel::{prelude::*, types::NotThreadSafe};
+use kernel::{bindings as kb, prelude::*, types::NotThreadSafe};
 
 /// Interrupts are off on this CPU for as long as this lives, and so is preemption.
 pub(crate) struct IrqsOff {
@@ -58,6 +58,31 @@ impl Drop for IrqsOff {
         // SAFETY: The flags come from the matching save, on the same CPU, since a task can't move
         // while interrupts are off.
         unsafe { bindings::rvisor_irq_restore(self.flags) };
+    }
+}
+
+/// What the kernel wants of the current thread, as it was when it was read.
+#[derive(Clone, Copy)]
+pub(crate) struct ThreadFlags(usize);
+
+impl ThreadFlags {
+    /// Reads them.
+    #[inline]
+    pub(crate) fn read() -> Self {
+        // SAFETY: Reads the flags of the current thread, in any context.
+        Self(unsafe { bindings::rvisor_thread_flags() })
+    }
+
+    /// Whether there is something to do before the thread runs a guest: a signal, another thread's turn.
+    #[inline]
+    pub(crate) fn has_work(self) -> bool {
+        self.0 & bindings::RVISOR_GUEST_MODE_WORK as usize != 0
+    }
+
+    /// Whether the thread's FPU registers are in memory.
+    #[inline]
+    pub(crate) fn needs_fpu_load(self) -> bool {
+        self.0 & (1 << kb::TIF_NEED_FPU_LOAD) != 0
     }
 }
 

@@ -5,7 +5,6 @@
 use crate::bindings;
 use kernel::{
     bindings as kb,
-    error::to_result,
     prelude::*,
     sync::{Mutex, MutexGuard},
 };
@@ -19,7 +18,9 @@ pub(crate) fn lock_killable<T>(mutex: &Mutex<T>) -> Result<MutexGuard<'_, T>> {
     // A `Lock` is `repr(C)`, and the kernel's mutex its first field, inside an `Opaque`.
     let raw = core::ptr::from_ref(mutex).cast_mut().cast::<kb::mutex>();
     // SAFETY: The mutex is initialised, as is every `Lock`. Task context.
-    to_result(unsafe { bindings::rvisor_mutex_lock_killable(raw) })?;
+    if unsafe { bindings::rvisor_mutex_lock_killable(raw) } != 0 {
+        return Err(EINTR);
+    }
     // SAFETY: It was locked just now, by this thread, and nothing else unlocks it.
     Ok(unsafe { MutexGuard::new(mutex, ()) })
 }

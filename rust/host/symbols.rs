@@ -108,14 +108,16 @@ impl Symbols {
         }
     }
 
-    /// Arms the host's breakpoints again where it has any: VM exit disarms them.
+    /// Whether the host has breakpoints on this CPU. That changes by its interrupts alone.
     #[inline]
+    pub(crate) fn has_breakpoints(&self, _irqs: &super::irq::IrqsOff) -> bool {
+        // SAFETY: Interrupts are off, so that this CPU's breakpoints are meant.
+        unsafe { bindings::rvisor_hw_breakpoints_active() }
+    }
+
+    /// Arms the host's breakpoints again, which VM exit disarms.
     pub(crate) fn restore_breakpoints(&self, _irqs: &super::irq::IrqsOff) {
         // SAFETY: Interrupts are off, so that this CPU's breakpoints are meant.
-        unsafe {
-            if bindings::rvisor_hw_breakpoints_active() {
-                (self.hw_breakpoint_restore)();
-            }
-        }
+        unsafe { (self.hw_breakpoint_restore)() };
     }
 }

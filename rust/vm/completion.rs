@@ -104,7 +104,7 @@ impl Core {
     fn step_over(&mut self, vmcs: &mut CurrentVmcs<'_>, rip: u64, length: u32) -> bool {
         let untouched = vmcs.read(FieldNatural::GUEST_RIP) == rip;
         if untouched {
-            self.retire(vmcs, rip.wrapping_add(u64::from(length)));
+            self.retire_over(vmcs, rip, length);
         }
         untouched
     }

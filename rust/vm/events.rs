@@ -56,7 +56,7 @@ pub(crate) struct Events {
     pub(crate) interrupt: Option<Vector>,
     /// Something may be pending: look before the next entry.
     pub(crate) attention: bool,
-    /// Two exceptions fell over each other in a way that ends in a triple fault.
+    /// Two exceptions fell over each other in a way that ends in a triple fault. `attention` is set too.
     pub(crate) triple_fault: bool,
 }
 

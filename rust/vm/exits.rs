@@ -22,7 +22,8 @@ use rvisor_core::{
     },
 };
 
-/// What follows an exit.
+/// What follows an exit. The tag is a byte of its own: one hidden in a field takes a computation to read.
+#[repr(u8)]
 pub(crate) enum Next {
     /// Enter again at once.
     Enter,
@@ -152,18 +153,31 @@ impl Core {
     pub(super) fn skip_instruction(&mut self, vmcs: &mut CurrentVmcs<'_>) {
         let length = vmcs.read32(Field32::EXIT_INSTRUCTION_LENGTH);
         let rip = vmcs.read(FieldNatural::GUEST_RIP);
-        self.retire(vmcs, rip.wrapping_add(u64::from(length)));
+        self.retire_over(vmcs, rip, length);
     }
 
-    /// Ends an instruction: RIP, the shadow of STI and MOV SS, and the trap flag.
+    /// Ends the instruction of `length` bytes at `rip`.
     #[inline]
-    pub(super) fn retire(&mut self, vmcs: &mut CurrentVmcs<'_>, rip: u64) {
+    pub(super) fn retire_over(&mut self, vmcs: &mut CurrentVmcs<'_>, rip: u64, length: u32) {
+        let mut next = rip.wrapping_add(u64::from(length));
         // EIP wraps: outside 64-bit code only the end of the address space leads past 32 bits.
-        let rip = if rip >> 32 == 1 && !self.is_64_bit(vmcs) {
-            rip & 0xffff_ffff
-        } else {
-            rip
-        };
+        if (next as u32) < length && !self.is_64_bit(vmcs) {
+            next &= 0xffff_ffff;
+        }
+        self.retire_at(vmcs, next);
+    }
+
+    /// Ends an instruction that leads to `rip`, which may lie behind the end of the address space.
+    pub(super) fn retire(&mut self, vmcs: &mut CurrentVmcs<'_>, mut rip: u64) {
+        if rip >> 32 == 1 && !self.is_64_bit(vmcs) {
+            rip &= 0xffff_ffff;
+        }
+        self.retire_at(vmcs, rip);
+    }
+
+    /// RIP, the shadow of STI and MOV SS, and the trap flag.
+    #[inline]
+    fn retire_at(&mut self, vmcs: &mut CurrentVmcs<'_>, rip: u64) {
         vmcs.write(FieldNatural::GUEST_RIP, rip);
         let state = vmcs.read32(Field32::GUEST_INTERRUPTIBILITY);
         let shadow = interruptibility::STI | interruptibility::MOV_SS;

@@ -34,7 +34,10 @@ impl State {
                 Ok(Reported::Exception) => core
                     .events
                     .raise(Exception::plain(ExceptionVector::MachineCheck)),
-                Ok(Reported::Shutdown) => core.events.triple_fault = true,
+                Ok(Reported::Shutdown) => {
+                    core.events.triple_fault = true;
+                    core.events.attention = true;
+                }
                 Err(_) => return Err(EINVAL),
             }
             Ok(())

@@ -232,7 +232,7 @@ impl State {
                 done = core.registers[1] & mask == 0;
             }
             if done {
-                core.retire(vmcs, rip.wrapping_add(u64::from(length)));
+                core.retire_over(vmcs, rip, length);
             }
         })?;
         match self.core.replay.has_writes() {

@@ -12,7 +12,11 @@ use super::{
 };
 use crate::{
     bindings,
-    host::{irq::IrqsOff, signal::SignalMask, timer},
+    host::{
+        irq::{IrqsOff, ThreadFlags},
+        signal::SignalMask,
+        timer,
+    },
     vmx::hardware::{CurrentVmcs, Hardware},
 };
 use kernel::{current, prelude::*};
@@ -25,14 +29,15 @@ use rvisor_core::{
     },
 };
 
-/// What the part with interrupts on has to do next.
+/// What the part with interrupts on has to do next. Its tag is a byte of its own, as that of [`Next`].
+#[repr(u8)]
 enum Outer {
     /// Enter again.
     Again,
     /// Carry out what needs sleep or guest memory.
     Slow(super::exits::Slow),
-    /// Return to userspace.
-    User(UserExit),
+    /// Return to userspace, which has been told why.
+    User,
 }
 
 impl Vcpu {
@@ -47,19 +52,30 @@ impl Vcpu {
             let blocked = state.signal_mask.as_ref().map(SignalMask::block);
             let result = self.run_locked(state);
             drop(blocked);
-            let exit = result?;
-            match exit {
-                UserExit::Mmio { .. } => self.shared.counters.count(Event::MmioExit),
-                UserExit::InterruptWindow => self.shared.counters.count(Event::RequestIrqExit),
-                UserExit::Emulation { .. } => self.shared.counters.count(Event::EmulationFailure),
-                _ => {}
-            }
-            self.run.set_exit(&exit);
-            Ok(0)
+            result.map(|()| 0)
         })
     }
 
-    fn run_locked(&self, state: &mut State) -> Result<UserExit> {
+    /// Tells userspace why RUN returns, where the reason arises: it is long, and would else be copied at
+    /// each return on the way.
+    #[inline(never)]
+    fn tell(&self, exit: &UserExit) {
+        match exit {
+            UserExit::Mmio { .. } => self.shared.counters.count(Event::MmioExit),
+            UserExit::InterruptWindow => self.shared.counters.count(Event::RequestIrqExit),
+            UserExit::Emulation { .. } => self.shared.counters.count(Event::EmulationFailure),
+            _ => {}
+        }
+        self.run.set_exit(exit);
+    }
+
+    /// Returns to userspace for `exit`.
+    fn leave(&self, exit: &UserExit) -> Result<Outer> {
+        self.tell(exit);
+        Ok(Outer::User)
+    }
+
+    fn run_locked(&self, state: &mut State) -> Result {
         if state.core.mp_state == MpState::Uninitialized {
             let result = self.wait_for_startup(state);
             self.report_state(state)?;
@@ -78,7 +94,10 @@ impl Vcpu {
         let result = match state.complete(&self.run) {
             Ok(None) if self.run.immediate_exit() => Err(EINTR),
             Ok(None) => self.run_loop(state),
-            Ok(Some(exit)) => Ok(exit),
+            Ok(Some(exit)) => {
+                self.tell(&exit);
+                Ok(())
+            }
             Err(error) => Err(error),
         };
         // While the VMCS is active still.
@@ -95,7 +114,7 @@ impl Vcpu {
     }
 
     /// RUN of an application processor that nobody has started: sleeps until INIT or a signal.
-    fn wait_for_startup(&self, state: &mut State) -> Result<UserExit> {
+    fn wait_for_startup(&self, state: &mut State) -> Result {
         if self.run.immediate_exit() {
             return Err(EINTR);
         }
@@ -124,14 +143,15 @@ impl Vcpu {
         Ok(())
     }
 
-    fn run_loop(&self, state: &mut State) -> Result<UserExit> {
+    fn run_loop(&self, state: &mut State) -> Result {
         state.core.has_run = true;
         loop {
             if state.core.mp_state != MpState::Runnable
                 && state.core.wants_window
                 && state.with_vmcs(Core::is_window_open)?
             {
-                return Ok(UserExit::InterruptWindow);
+                self.tell(&UserExit::InterruptWindow);
+                return Ok(());
             }
             if state.core.mp_state != MpState::Runnable && !self.sleep(state)? {
                 self.see_to_thread()?;
@@ -142,10 +162,11 @@ impl Vcpu {
                 Outer::Again => self.see_to_thread()?,
                 Outer::Slow(slow) => {
                     if let Some(exit) = state.handle_slow(slow)? {
-                        return Ok(exit);
+                        self.tell(&exit);
+                        return Ok(());
                     }
                 }
-                Outer::User(exit) => return Ok(exit),
+                Outer::User => return Ok(()),
             }
         }
     }
@@ -154,8 +175,7 @@ impl Vcpu {
     fn see_to_thread(&self) -> Result {
         // SAFETY: Task context, interrupts and preemption on.
         let signal = unsafe {
-            bindings::rvisor_guest_mode_work() != 0
-                && bindings::xfer_to_guest_mode_handle_work() != 0
+            ThreadFlags::read().has_work() && bindings::xfer_to_guest_mode_handle_work() != 0
         };
         if signal {
             self.shared.counters.count(Event::SignalExit);
@@ -201,7 +221,7 @@ impl Vcpu {
         } = state;
         let irqs = IrqsOff::with_vmx()?;
         let mut vmcs = CurrentVmcs::new(hardware.get_mut(&irqs), &irqs)?;
-        vmcs.hardware.note_host_tracing(&irqs);
+        vmcs.hardware.note_host_debugging(&irqs);
         if vmcs.has_moved() {
             // This CPU may hold translations from an earlier stay.
             core.generation = core.vm.memory.generation();
@@ -209,40 +229,38 @@ impl Vcpu {
         }
         // One load behind each exit, and not one for each use.
         let shared: &VcpuShared = &self.shared;
-        let mut busy = false;
+        let cpu = irqs.cpu();
         loop {
             // Requests are looked at after the world can see that the guest is entered, so that
             // whoever leaves one later kicks this CPU.
-            shared.set_in_guest(&irqs);
+            shared.set_in_guest(cpu);
             if shared.has_requests() {
                 shared.set_outside();
                 let request = shared.take_requests();
                 core.handle_requests(&mut vmcs, self, request);
                 if let Some(vector) = core.ended.take() {
-                    return Ok(Outer::User(UserExit::InterruptEnded { vector }));
+                    return self.leave(&UserExit::InterruptEnded { vector });
                 }
-                // Requests may come without end, but not with interrupts off.
-                if core.mp_state != MpState::Runnable || busy {
+                if core.mp_state != MpState::Runnable {
                     return Ok(Outer::Again);
                 }
-                busy = true;
-                continue;
+                // Requests may come without end, but not with interrupts off.
+                shared.set_in_guest(cpu);
+                if shared.has_requests() {
+                    shared.set_outside();
+                    return Ok(Outer::Again);
+                }
             }
-            busy = false;
-            // SAFETY: Reads the flags of the current thread.
-            if unsafe { bindings::rvisor_guest_mode_work() } != 0 {
+            let flags = ThreadFlags::read();
+            if flags.has_work() {
                 shared.set_outside();
                 return Ok(Outer::Again);
             }
-            if !core.events.triple_fault {
-                core.prepare_entry(&mut vmcs);
-            }
-            if core.events.triple_fault {
+            if !core.prepare_entry(&mut vmcs) {
                 shared.set_outside();
-                core.events.triple_fault = false;
-                return Ok(Outer::User(UserExit::Shutdown));
+                return self.leave(&UserExit::Shutdown);
             }
-            fpu.ensure_registers(&irqs);
+            fpu.ensure_registers(flags, &irqs);
             let reason = vmcs.enter(&mut core.registers);
             shared.set_outside();
             match reason {
@@ -256,15 +274,15 @@ impl Vcpu {
                         Next::Enter => {}
                         Next::OpenInterrupts => return Ok(Outer::Again),
                         Next::Slow(slow) => return Ok(Outer::Slow(slow)),
-                        Next::User(exit) => return Ok(Outer::User(exit)),
+                        Next::User(ref exit) => return self.leave(exit),
                     }
                 }
                 Err(error) => {
                     core.take_back_injection(&mut vmcs);
-                    return Ok(Outer::User(UserExit::FailedEntry {
+                    return self.leave(&UserExit::FailedEntry {
                         reason: error.into(),
-                        cpu: irqs.cpu(),
-                    }));
+                        cpu,
+                    });
                 }
             }
         }
@@ -272,9 +290,9 @@ impl Vcpu {
 }
 
 impl Core {
-    /// What has to be so before each entry.
+    /// What has to be so before each entry. `false` where there is none: the guest has shut down.
     #[inline]
-    fn prepare_entry(&mut self, vmcs: &mut CurrentVmcs<'_>) {
+    fn prepare_entry(&mut self, vmcs: &mut CurrentVmcs<'_>) -> bool {
         let generation = self.vm.memory.generation();
         if self.generation != generation {
             self.generation = generation;
@@ -286,9 +304,13 @@ impl Core {
             self.shared.counters.count(Event::TlbFlush);
             vmcs.flush_vpid();
         }
-        if self.events.attention {
+        if !self.events.attention {
+            return true;
+        }
+        if !self.events.triple_fault {
             self.inject_events(vmcs);
         }
+        !core::mem::take(&mut self.events.triple_fault)
     }
 
     /// Whether userspace can give the guest an interrupt by KVM_INTERRUPT now.

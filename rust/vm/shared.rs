@@ -67,10 +67,10 @@ impl VcpuShared {
         self.mailbox.take_requests()
     }
 
-    /// Says that this CPU is about to run the guest. Requests must be looked at after this.
+    /// Says that `cpu`, which is this one, is about to run the guest. Requests must be looked at after this.
     #[inline]
-    pub(crate) fn set_in_guest(&self, irqs: &irq::IrqsOff) {
-        self.mailbox.go(Place::Guest(irqs.cpu()));
+    pub(crate) fn set_in_guest(&self, cpu: u32) {
+        self.mailbox.go(Place::Guest(cpu));
     }
 
     /// Says that the guest has exited.

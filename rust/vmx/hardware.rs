@@ -53,6 +53,12 @@ mod seldom {
     pub(super) const DEBUGCTL: u8 = 1 << 1;
     /// The host samples with PEBS, which writes records to linear addresses: in the guest to its memory.
     pub(super) const PEBS: u8 = 1 << 2;
+    /// The host has breakpoints of its own, which VM exit disarms.
+    pub(super) const HOST_BREAKPOINTS: u8 = 1 << 3;
+    /// What is done before an entry.
+    pub(super) const ENTRY: u8 = BREAKPOINTS | PEBS;
+    /// What is done after an exit.
+    pub(super) const EXIT: u8 = DEBUGCTL | PEBS | HOST_BREAKPOINTS;
 }
 
 /// The host's values of what the VMCS's host-state area holds and what can change under a thread.
@@ -80,7 +86,9 @@ struct Displaced {
 /// The VMCS, and the guest's state in the CPU's own registers.
 pub(crate) struct Hardware {
     symbols: Symbols,
-    vmcs: KernelPage,
+    _vmcs: KernelPage,
+    /// Where the VMCS lies.
+    region: Hpa,
     /// The region was never cleared, so that its launch state is undefined.
     fresh: bool,
     /// The VMCS was loaded since it was last cleared, so that the CPU may hold parts of it.
@@ -150,7 +158,8 @@ impl Hardware {
         unsafe { vmcs.as_ptr().cast::<u32>().write(revision) };
         Ok(Self {
             symbols: *symbols,
-            vmcs,
+            region: vmcs.physical(),
+            _vmcs: vmcs,
             fresh: true,
             active: false,
             launched: false,
@@ -203,8 +212,8 @@ impl Hardware {
         }
     }
 
-    /// Takes note of how the host traces itself, which interrupts may change: perf does so by IPI.
-    pub(crate) fn note_host_tracing(&mut self, _irqs: &IrqsOff) {
+    /// Takes note of how the host traces and debugs itself, which interrupts may change: perf does so by IPI.
+    pub(crate) fn note_host_debugging(&mut self, irqs: &IrqsOff) {
         self.seldom &= seldom::BREAKPOINTS;
         // SAFETY: Every CPU with VMX has the MSR.
         self.host_debugctl = unsafe { cpu::rdmsr(DEBUGCTL) };
@@ -214,6 +223,9 @@ impl Hardware {
         // SAFETY: The CPU has the MSR by `has_pebs`.
         if self.has_pebs && unsafe { cpu::rdmsr(PEBS_ENABLE) } != 0 {
             self.seldom |= seldom::PEBS;
+        }
+        if self.symbols.has_breakpoints(irqs) {
+            self.seldom |= seldom::HOST_BREAKPOINTS;
         }
     }
 
@@ -235,7 +247,10 @@ impl Hardware {
     }
 
     #[cold]
-    fn restore_seldom(&mut self) {
+    fn restore_seldom(&mut self, irqs: &IrqsOff) {
+        if self.seldom & seldom::HOST_BREAKPOINTS != 0 {
+            self.symbols.restore_breakpoints(irqs);
+        }
         if self.seldom & seldom::DEBUGCTL != 0 {
             // SAFETY: The host's own value.
             unsafe { cpu::wrmsr(DEBUGCTL, self.host_debugctl) };
@@ -252,8 +267,7 @@ impl Hardware {
             // SAFETY: VMX is on: interrupts are off since the look, and it goes by an interrupt. The
             // region is ours and active on this CPU alone, since it is cleared before its thread leaves
             // a CPU.
-            let failed =
-                unsafe { bindings::rvisor_vmx_is_on() && vmclear(self.vmcs.physical()).is_err() };
+            let failed = unsafe { bindings::rvisor_vmx_is_on() && vmclear(self.region).is_err() };
             if failed {
                 pr_err_once!("VMCLEAR failed\n");
             }

@@ -28,6 +28,8 @@ pub(crate) struct CurrentVmcs<'a> {
     previous: Option<Hpa>,
     /// The host ran with interrupts on since the guest's last exit.
     host_ran: bool,
+    /// The host-state area is up to date: nothing that it holds changes while interrupts are off.
+    prepared: bool,
 }
 
 impl<'a> CurrentVmcs<'a> {
@@ -40,7 +42,7 @@ impl<'a> CurrentVmcs<'a> {
     pub(crate) fn new(hardware: &'a mut Hardware, irqs: &'a IrqsOff) -> Result<Self> {
         // SAFETY: VMX is on while the module is loaded.
         let current = unsafe { vmptrst() };
-        let ours = hardware.vmcs.physical();
+        let ours = hardware.region;
         let mut previous = None;
         if current != Some(ours) || !hardware.active {
             previous = current;
@@ -52,6 +54,7 @@ impl<'a> CurrentVmcs<'a> {
             irqs,
             previous,
             host_ran: true,
+            prepared: false,
         })
     }
 
@@ -177,8 +180,9 @@ impl<'a> CurrentVmcs<'a> {
     }
 
     /// Brings the host-state area up to date and the guest's registers into the CPU.
-    #[inline]
+    #[inline(never)]
     fn prepare(&mut self) {
+        self.prepared = true;
         if !self.hardware.displacing {
             self.hardware.displace_host(self.irqs);
             let fs_base = self.hardware.displaced.fs_base;
@@ -213,9 +217,11 @@ impl<'a> CurrentVmcs<'a> {
         &mut self,
         registers: &mut Registers,
     ) -> core::result::Result<ExitReasonField, u32> {
-        self.prepare();
+        if !self.prepared {
+            self.prepare();
+        }
         let hardware = &mut *self.hardware;
-        if hardware.seldom & (seldom::BREAKPOINTS | seldom::PEBS) != 0 {
+        if hardware.seldom & seldom::ENTRY != 0 {
             hardware.prepare_seldom();
         }
         if cpu::cr2() != hardware.cr2.raw() {
@@ -244,9 +250,8 @@ impl<'a> CurrentVmcs<'a> {
             unsafe { cpu::xsetbv(hardware.host_xcr0) };
         }
         hardware.cr2 = Gva::new(cpu::cr2());
-        hardware.symbols.restore_breakpoints(self.irqs);
-        if hardware.seldom & (seldom::DEBUGCTL | seldom::PEBS) != 0 {
-            hardware.restore_seldom();
+        if hardware.seldom & seldom::EXIT != 0 {
+            hardware.restore_seldom(self.irqs);
         }
         match outcome {
             Outcome::Exit => {
