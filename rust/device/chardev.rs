@@ -13,7 +13,7 @@ use crate::{
         apic_settings::X2APIC_API_FLAGS,
         clock,
         machine::{supported_cpuid, Host, Vm, MAX_VCPUS},
-        memory::SLOTS,
+        memory::{LOG_OPTIONS, SLOTS},
         run_page::{MMAP_SIZE, RING_PAGE},
     },
     RvisorModule,
@@ -130,6 +130,7 @@ pub(super) fn check_extension(host: &Host, capability: usize) -> isize {
             online.min(MAX_VCPUS) as isize
         }
         uapi::KVM_CAP_MAX_VCPUS | uapi::KVM_CAP_MAX_VCPU_ID => MAX_VCPUS as isize,
+        uapi::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => LOG_OPTIONS as isize,
         uapi::KVM_CAP_NR_MEMSLOTS => SLOTS as isize,
         _ => 0,
     }

@@ -64,6 +64,8 @@ unsafe impl Plain for u32 {}
 unsafe impl Plain for u64 {}
 // SAFETY: Integers, without padding.
 unsafe impl Plain for [u64; 2] {}
+// SAFETY: As above.
+unsafe impl Plain for [u64; 3] {}
 
 /// Reads a structure at `address` of the current process.
 ///
@@ -201,5 +203,6 @@ ioctls! {
     GET_XCRS = _IOR::<uapi::kvm_xcrs>(KVMIO, 0xa6);
     SET_XCRS = _IOW::<uapi::kvm_xcrs>(KVMIO, 0xa7);
     GET_STATS_FD = _IO(KVMIO, 0xce);
+    CLEAR_DIRTY_LOG = _IOWR::<[u64; 3]>(KVMIO, 0xc0);
     GET_XSAVE2 = _IOR::<[u8; 4096]>(KVMIO, 0xcf);
 }

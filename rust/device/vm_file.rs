@@ -13,7 +13,10 @@ use crate::{
         anon_file::{self, AnonFile, Reservation},
         eventfd::EventFd,
     },
-    vm::machine::{Host, Vm},
+    vm::{
+        machine::{Host, Vm},
+        memory::LogPart,
+    },
     RvisorModule,
 };
 use kernel::{
@@ -77,6 +80,16 @@ fn vm_ioctl(vm: &Arc<Vm>, command: u32, argument: usize) -> Result<isize> {
             let [slot, bitmap]: [u64; 2] = user::read(argument)?;
             let bitmap = usize::try_from(bitmap).map_err(|_| EFAULT)?;
             vm.memory.dirty_log(slot as u32, bitmap).map(|()| 0)
+        }
+        user::CLEAR_DIRTY_LOG => {
+            let [slot_and_count, first, bitmap]: [u64; 3] = user::read(argument)?;
+            let bitmap = usize::try_from(bitmap).map_err(|_| EFAULT)?;
+            let part = LogPart {
+                slot: slot_and_count as u32,
+                first,
+                count: slot_and_count >> 32,
+            };
+            vm.memory.clear_dirty_log(&part, bitmap).map(|()| 0)
         }
         // An unrestricted guest needs neither the TSS nor the identity map of older CPUs.
         user::SET_USER_MEMORY_REGION2 => set_memory2(vm, argument),
@@ -173,6 +186,7 @@ fn enable_capability(vm: &Vm, request: &uapi::kvm_enable_cap) -> Result {
             Ok(())
         }
         uapi::KVM_CAP_SPLIT_IRQCHIP => vm.create_split_chip(request.args[0]),
+        uapi::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => vm.memory.set_log_options(request.args[0]),
         _ => Err(EINVAL),
     }
 }

@@ -10,6 +10,7 @@ mod access;
 mod invalidate;
 mod log;
 
+pub(crate) use self::log::{LogPart, LOG_OPTIONS};
 use self::{
     access::Writers,
     invalidate::Unmapping,
@@ -97,6 +98,8 @@ pub(crate) struct GuestMemory {
     mmu: SpinLock<Mmu>,
     /// Advanced whenever translations were taken away; each vCPU compares it before it enters.
     generation: AtomicU64,
+    /// Of [`LOG_OPTIONS`].
+    log_options: AtomicU64,
     #[pin]
     writers: Writers,
     #[pin]
@@ -133,6 +136,7 @@ impl GuestMemory {
                 update <- new_mutex!(()),
                 mmu <- new_spinlock!(mmu),
                 generation: AtomicU64::new(0),
+                log_options: AtomicU64::new(0),
                 writers <- Writers::new(),
                 vcpus <- new_spinlock!(KVec::new()),
             }),

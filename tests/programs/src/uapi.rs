@@ -102,6 +102,7 @@ requests! {
     GET_TSC_KHZ = io(0xa3);
     GET_XSAVE = ior::<[u8; 4096]>(0xa4);
     SET_XSAVE = iow::<[u8; 4096]>(0xa5);
+    CLEAR_DIRTY_LOG = iowr::<[u64; 3]>(0xc0);
     GET_STATS_FD = io(0xce);
     GET_XSAVE2 = ior::<[u8; 4096]>(0xcf);
     GET_XCRS = ior::<kvm_bindings::kvm_xcrs>(0xa6);

@@ -62,5 +62,11 @@ fn main() -> std::process::ExitCode {
         log::dirty_log_and_huge_pages,
         log::dirty_log_of_emulation,
         log::dirty_log_of_a_running_guest,
+        log::clear_dirty_log,
+        log::clear_dirty_log_errors,
+        log::clear_dirty_log_of_part,
+        log::clear_dirty_log_of_a_running_guest,
+        log::dirty_log_initially_set,
+        log::dirty_log_options,
     ])
 }
