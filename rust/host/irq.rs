@@ -76,7 +76,7 @@ impl ThreadFlags {
     /// Whether there is something to do before the thread runs a guest: a signal, another thread's turn.
     #[inline]
     pub(crate) fn has_work(self) -> bool {
-        self.0 & bindings::RVISOR_GUEST_MODE_WORK as usize != 0
+        self.0 & bindings::RVISOR_GUEST_MODE_WORK != 0
     }
 
     /// Whether the thread's FPU registers are in memory.
