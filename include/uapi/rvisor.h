@@ -26,7 +26,7 @@
 struct rvisor_trace_record {
 	/* The host's TSC at the exit. */
 	__u64 tsc;
-	/* TSC cycles from then until the guest was entered again, or its thread slept; userspace's included. */
+	/* TSC cycles from then until the guest was entered again, its thread slept, or KVM_RUN returned. */
 	__u64 handling;
 	/* The guest's RIP: where the instruction stands that has exited. */
 	__u64 rip;

@@ -6,6 +6,7 @@ use crate::{
     bindings as uapi,
     host::{
         anon_file::{self, Access, AnonFile, Reading, Reservation},
+        mutex,
         wait::WaitQueue,
     },
     vm::{trace::Stream, vcpu::Vcpu},
@@ -69,8 +70,13 @@ pub(super) fn open(vcpu: Arc<Vcpu>, argument: usize) -> Result<isize> {
 
 impl TraceFile {
     /// Gives userspace the records that are there, as many as fit, and says how many bytes they are.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` where not even the first can be written: none is lost then; `EINTR` for a thread that is killed
+    /// while another one reads.
     fn give(&self, to: &mut UserSliceWriter) -> Result<usize> {
-        let _reader = self.reader.lock();
+        let _reader = mutex::lock_killable(&self.reader)?;
         let ring = &self.stream.ring;
         let mut given = 0;
         // The guest may be as fast as the reader: no more than the ring holds.
@@ -81,8 +87,10 @@ impl TraceFile {
             let Some(words) = ring.first() else {
                 break;
             };
-            for word in words {
-                to.write(&word)?;
+            match words.iter().try_for_each(|word| to.write(word)) {
+                Err(error) if given == 0 => return Err(error),
+                Err(_) => break,
+                Ok(()) => {}
             }
             ring.advance();
             given += RECORD;
@@ -114,7 +122,7 @@ impl AnonFile for TraceFile {
             }
             stream.arrival.wait_until(|| !stream.ring.is_empty());
             if stream.ring.is_empty() && current!().signal_pending() {
-                return Err(EINTR);
+                return Err(ERESTARTSYS);
             }
         }
     }

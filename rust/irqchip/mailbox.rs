@@ -200,6 +200,12 @@ impl Mailbox {
         self.requests.load(Ordering::SeqCst) != 0
     }
 
+    /// Whether any request waits that is none of `others`.
+    #[inline]
+    pub fn has_requests_beside(&self, others: Request) -> bool {
+        self.requests.load(Ordering::SeqCst) & !others.0 != 0
+    }
+
     /// Takes all requests.
     #[inline]
     pub fn take_requests(&self) -> Request {

@@ -5,6 +5,7 @@
 use super::{
     emulation::{split, split_mut, Halt, Snapshot},
     mmio::MAX_BYTES,
+    shared::Request,
     vcpu::{Core, State},
 };
 use crate::host::irq::IrqsOff;
@@ -273,7 +274,8 @@ impl Machine for Emulated<'_> {
         let core = self.core();
         // What was read for the element that is done now is void.
         core.replay.forget();
-        !core.replay.has_writes() && !core.shared.has_requests()
+        // The record of this very exit can wait for its end.
+        !core.replay.has_writes() && !core.shared.has_requests_beside(Request::TRACE)
     }
 }
 

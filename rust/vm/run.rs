@@ -46,7 +46,7 @@ impl Vcpu {
     /// # Errors
     ///
     /// `EINTR` for a signal or `immediate_exit`; `EAGAIN` after an application processor that waited
-    /// was started; `EFAULT` where guest memory is backed by nothing; `ENOMEM`.
+    /// was started; `EFAULT` where guest memory is backed by nothing; `EINVAL` for a `cr8` above 15; `ENOMEM`.
     pub(crate) fn run(&self) -> Result<isize> {
         self.with_state(|state| {
             let blocked = state.signal_mask.as_ref().map(SignalMask::block);
@@ -82,7 +82,11 @@ impl Vcpu {
             return result;
         }
         if state.core.lapic.is_none() {
-            state.core.cr8 = self.run.cr8() & 0xf;
+            let cr8 = self.run.cr8();
+            if cr8 > 0xf {
+                return Err(EINVAL);
+            }
+            state.core.cr8 = cr8;
         }
         state.core.wants_window =
             state.core.vm.irqchip().is_none() && self.run.wants_interrupt_window();
@@ -100,6 +104,10 @@ impl Vcpu {
             }
             Err(error) => Err(error),
         };
+        // There may be no next entry.
+        if state.core.noted.is_some() {
+            state.core.tell_exit();
+        }
         // While the VMCS is active still.
         let reported = self.report_state(state);
         {
@@ -344,9 +352,9 @@ impl Core {
             // A deadline that has passed when it is set needs no timer of the host's.
             let now = self.clock().now();
             if let Some(lapic) = &mut self.lapic {
-                if lapic.timer_fired(now) {
-                    self.events.attention = true;
-                }
+                // A vector that is none raises the error's interrupt.
+                lapic.timer_fired(now);
+                self.events.attention = true;
             }
             // A timer that is not needed any more only leaves a request that finds nothing.
             if let Some(deadline) = self.timer_deadline() {

@@ -61,6 +61,12 @@ impl VcpuShared {
         self.mailbox.has_requests()
     }
 
+    /// Whether any request waits that is none of `others`.
+    #[inline]
+    pub(crate) fn has_requests_beside(&self, others: Request) -> bool {
+        self.mailbox.has_requests_beside(others)
+    }
+
     /// Takes all requests.
     #[inline]
     pub(crate) fn take_requests(&self) -> Request {

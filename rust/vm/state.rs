@@ -298,9 +298,12 @@ impl State {
             if let Some(pdptes) = &pdptes {
                 Core::load_pdptes(vmcs, pdptes);
             }
-            match &mut core.lapic {
-                Some(lapic) => lapic.set_cr8((sregs.cr8 & 0xf) as u8),
-                None => core.cr8 = sregs.cr8 & 0xf,
+            // One that no MOV to CR8 would take leaves it as it is.
+            if sregs.cr8 <= 0xf {
+                match &mut core.lapic {
+                    Some(lapic) => lapic.set_cr8(sregs.cr8 as u8),
+                    None => core.cr8 = sregs.cr8,
+                }
             }
             if let Some(vector) = lowest_bit(&sregs.interrupt_bitmap) {
                 core.give_interrupt(vector);

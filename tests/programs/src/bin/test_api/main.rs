@@ -43,6 +43,7 @@ fn main() -> std::process::ExitCode {
         trace::rules,
         trace::live,
         trace::losses,
+        trace::fault,
         clock::get_and_set,
         clock::set_with_wall_clock,
         clock::errors,

@@ -3,6 +3,7 @@
 
 use rvisor_tests::guest::{self, Mode};
 use rvisor_tests::layout::{CODE, DATA, DONE_PORT, HOLE};
+use rvisor_tests::mapping::Mapping;
 use rvisor_tests::raw::{expect_errno, ioctl, owned, Errno};
 use rvisor_tests::{check, check_eq, guest_code, uapi, Cpu, Device, Exit, Fail, Machine, Outcome};
 use std::fs::File;
@@ -12,6 +13,7 @@ use std::os::fd::AsRawFd;
 /// Bytes of a record, and how many can wait.
 const RECORD: usize = 48;
 const RECORDS: usize = 4096;
+const PAGE: usize = 4096;
 
 /// Basic exit reasons.
 const CPUID: u64 = 10;
@@ -118,7 +120,7 @@ pub(crate) fn records(device: &Device) -> Outcome {
         "{exit:?} instead of a write"
     );
     check!(trace.is_ready(), "not ready behind exits");
-    cpu.run_until_done()?;
+    // The last exit is there though no entry follows.
     cpu.run_until_done()?;
     // A buffer that has no place for half a record.
     let first = trace.read(RECORD + RECORD / 2)?;
@@ -253,6 +255,34 @@ pub(crate) fn live(device: &Device) -> Outcome {
         .filter(|record| reason(record) == CPUID)
         .count();
     check!(count > 400, "{count} of {} are CPUID", records.len());
+    Ok(())
+}
+
+/// Where the reader's memory ends, records that it did not get are there for the next read.
+pub(crate) fn fault(device: &Device) -> Outcome {
+    let (machine, cpu) = start(device, busy_guest())?;
+    machine.memory.write(DATA, &[1]);
+    let trace = Trace::of(&cpu)?;
+    trace.set_at_once();
+    cpu.run_until_done()?;
+    cpu.run_until_done()?;
+    let memory = Mapping::anonymous(2 * PAGE)?;
+    // SAFETY: The second page of this mapping, of which nobody has a reference.
+    let hidden = unsafe {
+        let page = memory.address().add(PAGE);
+        libc::mprotect(page.cast(), PAGE, libc::PROT_NONE)
+    };
+    check_eq!(hidden, 0, "mprotect");
+    // SAFETY: The kernel is to write no further than it can.
+    let read = unsafe { libc::read(trace.0.as_raw_fd(), memory.address().cast(), 2 * PAGE) };
+    let before = PAGE / RECORD;
+    check_eq!(
+        usize::try_from(read),
+        Ok(before * RECORD),
+        "bytes up to the page's end"
+    );
+    let rest = trace.read(2 * RECORDS * RECORD)?;
+    check_eq!(before + rest.len(), RECORDS, "records in both reads");
     Ok(())
 }
 

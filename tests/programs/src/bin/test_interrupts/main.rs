@@ -94,6 +94,7 @@ fn main() -> std::process::ExitCode {
         split::masked_window,
         window::interrupt,
         window::request_window,
+        window::impossible_priority,
         window::second_interrupt,
     ])
 }

@@ -91,3 +91,24 @@ pub(crate) fn second_interrupt(device: &Device) -> Outcome {
     );
     Ok(())
 }
+
+/// A task priority that no CPU has: KVM_RUN refuses it and the guest goes on afterwards, KVM_SET_SREGS leaves the
+/// one that there is.
+pub(crate) fn impossible_priority(device: &Device) -> Outcome {
+    let machine = Machine::new(device)?;
+    let cpu = machine.vcpu(0)?;
+    guest::load(&machine, &cpu, Mode::Long, open_window())?;
+    cpu.set_cr8(5);
+    cpu.run_until_done()?;
+    cpu.set_cr8(16);
+    rvisor_tests::raw::expect_errno(cpu.run_raw(), libc::EINVAL, "KVM_RUN with CR8 16")?;
+    let mut sregs = cpu.sregs()?;
+    check_eq!(sregs.cr8, 5, "CR8 behind it");
+    sregs.cr8 = 16;
+    cpu.set_sregs(&sregs)?;
+    check_eq!(cpu.sregs()?.cr8, 5, "CR8 behind KVM_SET_SREGS with 16");
+    cpu.set_cr8(3);
+    cpu.run_until_done()?;
+    check_eq!(cpu.sregs()?.cr8, 3, "CR8 in the end");
+    Ok(())
+}

@@ -5,7 +5,7 @@ use crate::guests::{Guest, PAGE, PLACE};
 use crate::process::Child;
 use rvisor_tests::cgroup::Cgroup;
 use rvisor_tests::guest::{self, Mode};
-use rvisor_tests::host::{guest_table_pages, Swap};
+use rvisor_tests::host::{guest_table_pages, QuietLog, Swap};
 use rvisor_tests::layout::DONE_PORT;
 use rvisor_tests::mapping::Mapping;
 use rvisor_tests::raw::Errno;
@@ -199,28 +199,6 @@ pub(crate) fn tables_are_accounted(device: &Device) -> Outcome {
     );
     drop((guest, memory));
     Ok(())
-}
-
-/// The kernel's messages of a kill are meant: they go to no console, and the log says that they are.
-struct QuietLog(());
-
-const CONSOLE: &str = "/proc/sys/kernel/printk";
-const LOG: &str = "/dev/kmsg";
-
-impl QuietLog {
-    /// tests/lib/ktap.sh leaves out what is between the two marks.
-    fn new() -> Result<Self, Fail> {
-        std::fs::write(LOG, "rvisor-test: what follows is meant").during(LOG)?;
-        std::fs::write(CONSOLE, "1").during(CONSOLE)?;
-        Ok(Self(()))
-    }
-}
-
-impl Drop for QuietLog {
-    fn drop(&mut self) {
-        let _best_effort = std::fs::write(CONSOLE, "5");
-        let _best_effort = std::fs::write(LOG, "rvisor-test: what follows is not meant");
-    }
 }
 
 /// A guest whose page tables are more than its process may have ends that process, or its KVM_RUN, and

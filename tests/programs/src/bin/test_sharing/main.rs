@@ -6,7 +6,7 @@ mod machine;
 mod seeing;
 
 use machine::{Hierarchy, Machine, Software};
-use rvisor_tests::host::Setting;
+use rvisor_tests::host::QuietLog;
 use rvisor_tests::ktap::Context;
 use rvisor_tests::{check, check_eq, ktap, tests, Device, Fail, Outcome};
 use std::os::unix::process::CommandExt;
@@ -79,7 +79,7 @@ fn half(device: &Device) -> Outcome {
 fn memory(device: &Device) -> Outcome {
     let _cgroups = Hierarchy::mounted()?;
     // The kernel reports with a stack what it ends, which the test host takes for a complaint.
-    let _quiet = Setting::new("/proc/sys/kernel/printk", 1)?;
+    let _quiet = QuietLog::new()?;
     let other = Machine::start(device, Software::Spins, &["--memory-max", "32M"])?;
     let mut eater = Machine::start(device, Software::EatsMemory, &["--memory-max", "32M"])?;
     other.await_cpu_time(PATIENCE)?;
