@@ -81,9 +81,10 @@ enum Failure {
 
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
-        match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full,
-            _ => Self::Host(error),
+        if image::is_full(&error) {
+            Self::Full
+        } else {
+            Self::Host(error)
         }
     }
 }

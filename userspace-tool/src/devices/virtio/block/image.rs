@@ -137,17 +137,29 @@ impl Image {
     }
 
     /// Makes all that was written durable.
+    ///
+    /// A file that is synchronized in vain is never said to be full, whatever the cause: the host has given up what
+    /// was written, so that another try would succeed without it.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         if self.broken {
             return Err(io::Error::other("an earlier flush failed"));
         }
-        let result = match &self.access {
+        if let Access::Qcow2(image) = &self.access {
+            let written = guarded(|| image.flush());
+            self.broken = matches!(&written, Err(error) if !is_full(error));
+            written?;
+        }
+        let synchronized = match &self.access {
             Access::Raw(file) => file.sync_data(),
-            Access::Qcow2(image) => guarded(|| image.flush().and_then(|()| image.sync())),
+            Access::Qcow2(image) => guarded(|| image.sync()),
         };
-        self.broken = matches!(&result, Err(error)
-            if !matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded));
-        result
+        #[cfg(test)]
+        let synchronized = match SYNC_FULL.get() {
+            true => Err(Errno::NOSPC.into()),
+            false => synchronized,
+        };
+        self.broken = synchronized.is_err();
+        synchronized.map_err(|error| io::Error::other(error.to_string()))
     }
 
     /// Gives the room of a range back, where that is possible. What is read there afterwards is anything.
@@ -194,6 +206,16 @@ impl Image {
 thread_local! {
     /// The host's file system is full, for this thread's test.
     pub(super) static FULL: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+    /// It is found to be full when what was written is to be made durable.
+    pub(super) static SYNC_FULL: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// Whether the host has no room, and nothing is lost: it may be tried again.
+pub(super) fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+    )
 }
 
 fn open_file(path: &Path, readonly: bool) -> Result<File> {

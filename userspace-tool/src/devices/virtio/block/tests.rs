@@ -390,3 +390,29 @@ fn a_full_disk_loses_nothing() {
     assert_eq!(driver.used(0), 1);
     assert_eq!(read(&mut driver, 4, 512).unwrap(), [5; 512]);
 }
+
+/// A host that finds no room when it is to make writes durable has lost them: no flush says otherwise any more.
+#[test]
+fn a_failed_flush_is_told_and_stays_one() {
+    let files = Files::new();
+    for (disk, flush) in [
+        (files.raw(), true),
+        (files.qcow2(), true),
+        (files.raw(), false),
+    ] {
+        let mut driver = start(&disk);
+        if !flush {
+            driver.set_up(!(1 << blk::VIRTIO_BLK_F_FLUSH));
+        }
+        let mut write = |flush_status| {
+            let status = if flush { OK } else { flush_status };
+            assert_eq!(tell(&mut driver, OUT, 4, &[5; 512]), status);
+            assert_eq!(tell(&mut driver, FLUSH, 0, &[]), flush_status);
+        };
+        write(OK);
+        image::SYNC_FULL.set(true);
+        write(IOERR);
+        image::SYNC_FULL.set(false);
+        write(IOERR);
+    }
+}
