@@ -98,7 +98,9 @@ fn run(options: &RunOptions) -> Result<u8> {
 /// Runs the machine of a snapshot. Returns the exit status.
 fn restore(file: &Path, name: Option<Name>, detached: bool) -> Result<u8> {
     let (snapshot, state) = snapshot::open(file)?;
-    let options = arguments::run_options(&state.words, &state.folder, name, detached)?;
+    // All that goes by the machine's name has the same one: its cgroup, its socket and its log.
+    let name = name.unwrap_or_else(|| state.name.clone());
+    let options = arguments::run_options(&state.words, &state.folder, Some(name), detached)?;
     if let Some(status) = supervisor::share(&options)? {
         return Ok(status);
     }
