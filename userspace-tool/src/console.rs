@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, TryLockError};
 use std::time::Duration;
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
@@ -25,7 +25,7 @@ use rustix::stdio::stdin;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::devices::virtio::console::Keyboard;
-use crate::devices::{lock, serial_failed, Ports};
+use crate::devices::{serial_failed, Ports};
 use crate::error::{failed, Error, Result};
 use crate::machine::Control;
 use crate::outcome::Outcome;
@@ -39,6 +39,8 @@ pub use wake::Wake;
 
 const KEYS: &[u8] = b"\r\nrvisor: Ctrl-A x ends the guest, Ctrl-A h shows this, \
 Ctrl-A Ctrl-A sends Ctrl-A\r\n";
+/// How many typed bytes may wait for the guest, the keys that end it behind them.
+const TYPED: usize = 4096;
 /// How long to wait before the guest is offered again what it would not take.
 const RETRY: Duration = Duration::from_millis(50);
 
@@ -130,10 +132,7 @@ impl Console {
                 self.control.end(Outcome::Signal(signal));
             }
             if self.control.ended() {
-                self.output
-                    .write_waiting()
-                    .map_err(failed("writing the console"))?;
-                return Ok(());
+                return self.output.finish().map_err(failed("writing the console"));
             }
             if stdin_ready {
                 self.read_keys(&mut input)?;
@@ -225,7 +224,7 @@ struct Input {
 impl Input {
     /// Whether more can be taken.
     fn wanted(&self) -> bool {
-        !self.ended && self.waiting.is_empty()
+        !self.ended && self.waiting.len() < TYPED
     }
 
     /// Gives the serial port as much as it takes.
@@ -233,7 +232,12 @@ impl Input {
         if self.waiting.is_empty() {
             return Ok(());
         }
-        let mut serial = lock(&ports.serial);
+        // A CPU keeps it while its output waits to be read.
+        let mut serial = match ports.serial.try_lock() {
+            Ok(serial) => serial,
+            Err(TryLockError::Poisoned(error)) => error.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(()),
+        };
         let room = serial.fifo_capacity().min(self.waiting.len());
         if room > 0 {
             let (bytes, _) = self.waiting.make_contiguous().split_at(room);

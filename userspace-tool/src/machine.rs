@@ -431,11 +431,12 @@ fn run_to_end(
     options: &RunOptions,
     state: Option<&State>,
 ) -> Result<Outcome> {
-    let (control, outcomes) = Control::new();
     let Screen {
         wake,
         hub,
         output,
+        control,
+        outcomes,
         keyboard,
     } = screen;
     let ports = make_ports(

@@ -2,17 +2,24 @@
 
 //! The console's parts, which are there before the devices that show on it.
 
+use std::sync::mpsc::Receiver;
+
+use super::Control;
 use crate::arguments::{ConsoleKind, RunOptions};
 use crate::console::{Hub, Output, Wake};
 use crate::devices::virtio;
 use crate::devices::virtio::console::Keyboard;
 use crate::error::{failed, Result};
+use crate::outcome::Outcome;
 
 /// The console's parts that its thread and the devices have.
 pub(super) struct Screen {
     pub(super) wake: Wake,
     pub(super) hub: Hub,
     pub(super) output: Output,
+    /// Ends the guest, and how it ended.
+    pub(super) control: Control,
+    pub(super) outcomes: Receiver<Outcome>,
     /// That of the virtio console, where the guest has one.
     pub(super) keyboard: Option<Keyboard>,
 }
@@ -24,7 +31,9 @@ impl Screen {
         let wake = Wake::new().map_err(failed(what))?;
         let hub = Hub::new(wake.clone());
         let (here, raw) = (!options.detached, options.raw_console);
-        let output = Output::new(wake.clone(), hub.clone(), here, raw).map_err(failed(what))?;
+        let (control, outcomes) = Control::new();
+        let output = Output::new(wake.clone(), hub.clone(), here, raw, control.clone())
+            .map_err(failed(what))?;
         let keyboard = match options.console {
             ConsoleKind::Serial => None,
             ConsoleKind::Virtio => Some(Keyboard::new(wake.clone()).map_err(failed(what))?),
@@ -33,6 +42,8 @@ impl Screen {
             wake,
             hub,
             output,
+            control,
+            outcomes,
             keyboard,
         })
     }

@@ -13,7 +13,8 @@ fn keyboard() -> Keyboard {
 
 fn output(file: std::fs::File) -> Output {
     let wake = Wake::new().unwrap();
-    Output::with(wake.clone(), Hub::new(wake), Some(file), false)
+    let control = crate::machine::Control::new().0;
+    Output::with(wake.clone(), Hub::new(wake), Some(file), false, control)
 }
 
 fn console() -> (Driver, Keyboard, UnixStream) {
