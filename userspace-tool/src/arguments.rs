@@ -10,7 +10,7 @@ use clap::error::ErrorKind;
 use clap::{Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::devices::virtio::block::Format;
-use crate::error::{Error, STATUS_INPUT};
+use crate::error::{say, Error, STATUS_INPUT};
 use crate::net::NetOptions;
 use crate::registry::Name;
 use crate::sharing::Sharing;
@@ -576,7 +576,7 @@ pub fn parse() -> Result<Command, u8> {
                 Err(0)
             }
             _ => {
-                eprintln!("rvisor: {}", one_line(&error.to_string()));
+                say(one_line(&error.to_string()));
                 Err(STATUS_INPUT)
             }
         },

@@ -9,7 +9,7 @@ use rustix::process::{kill_process, Signal};
 use serde::Serialize;
 
 use crate::control::{Client, Ended, Nothing};
-use crate::error::{failed, Error, Result};
+use crate::error::{failed, say, Error, Result};
 use crate::machine::Status;
 use crate::outcome::STATUS_KILLED;
 use crate::registry::{self, Name};
@@ -32,7 +32,7 @@ pub fn ps(json: bool) -> Result<()> {
         };
         match Client::new(&name, stream).call("status", Nothing {}) {
             Ok(status) => machines.push(status),
-            Err(error) if registry::connect(&name)?.is_some() => eprintln!("rvisor: {error}"),
+            Err(error) if registry::connect(&name)?.is_some() => say(error),
             Err(_) => {}
         }
     }
@@ -105,10 +105,10 @@ pub fn stop(name: &Name, timeout: Duration) -> Result<Ended> {
     match client.receive(Some(timeout))? {
         Some(ended) => Ok(ended),
         None => {
-            eprintln!(
-                "rvisor: {name} did not switch itself off within {} s: ending it",
+            say(format_args!(
+                "{name} did not switch itself off within {} s: ending it",
                 timeout.as_secs()
-            );
+            ));
             kill(name)
         }
     }

@@ -3,6 +3,10 @@
 //! What can keep a guest from running, in the words that the user reads.
 
 use std::fmt::Display;
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
 
 /// Exit status for a failure of this host or of the hypervisor, where the input was right.
 pub const STATUS_HOST: u8 = 1;
@@ -30,6 +34,36 @@ pub enum Error {
         /// The kernel's answer.
         source: std::io::Error,
     },
+}
+
+/// How long standard error may take for a line.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Says a line on standard error, behind the tool's name. Where that can't be written, because its disk is full or
+/// its pipe is not read, nobody is left to tell, and the line is lost.
+#[allow(clippy::print_stderr)]
+pub fn say(text: impl Display) {
+    let line = format!("rvisor: {text}\n");
+    let mut stderr = std::io::stderr();
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let timeout = Timespec {
+            tv_sec: left.as_secs() as i64,
+            tv_nsec: i64::from(left.subsec_nanos()),
+        };
+        match poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&timeout)) {
+            Err(rustix::io::Errno::INTR) if !left.is_zero() => {}
+            Ok(0) | Err(_) => return,
+            Ok(_) => break,
+        }
+    }
+    if cfg!(test) {
+        // That one is captured, and shown where the test fails.
+        eprint!("{line}");
+    } else {
+        let _ = stderr.write_all(line.as_bytes());
+    }
 }
 
 /// The result of everything here.

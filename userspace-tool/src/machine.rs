@@ -28,7 +28,7 @@ use crate::devices::debug::Debug;
 use crate::devices::fwcfg::FwCfg;
 use crate::devices::serial::{Drained, Line, Serial};
 use crate::devices::{lock, virtio, Firmware, Ports};
-use crate::error::{failed, Error, Result};
+use crate::error::{failed, say, Error, Result};
 use crate::memory::Memory;
 use crate::outcome::Outcome;
 use crate::registry::{Claim, Name};
@@ -268,10 +268,10 @@ impl Machine {
 
     /// A device can't go on before the user has done something: pauses the guest and says why.
     fn stuck(&self, reason: &str) {
-        eprintln!(
-            "rvisor: {reason}; the machine is paused, 'rvisor resume {}' has it try again",
+        say(format_args!(
+            "{reason}; the machine is paused, 'rvisor resume {}' has it try again",
             self.name
-        );
+        ));
         // Fails only where the guest ends.
         let _ = self.pause(reason);
     }
@@ -373,7 +373,7 @@ impl Machine {
             // The client sees that it is not whole.
             machine
                 .snapshot(client)
-                .inspect_err(|error| eprintln!("rvisor: a snapshot failed: {error}"))
+                .inspect_err(|error| say(format_args!("a snapshot failed: {error}")))
         });
         let machine = Arc::clone(self);
         commands.add_stream("console", move |_: Nothing, client| {
@@ -508,7 +508,7 @@ fn run_to_end(
     });
     stop(std::mem::take(&mut lock(&machine.threads)), &wake);
     drop(raw);
-    eprintln!("rvisor: {outcome}");
+    say(&outcome);
     // Whoever waits for the end may start one of the same name then.
     drop(claim);
     server.finish(Ended::from(&outcome));

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use rvisor::arguments::{self, Command, RunOptions};
-use rvisor::error::{Error, Result};
+use rvisor::error::{say, Error, Result};
 use rvisor::registry::Name;
 use rvisor::{
     check, client, console, detach, generate, machine, snapshot, stat, supervisor, top, trace, up,
@@ -28,7 +28,7 @@ fn main() -> ExitCode {
             Error::Call { .. } if starts => "; 'rvisor check' tells what this host lacks",
             _ => "",
         };
-        eprintln!("rvisor: {error}{next}");
+        say(format_args!("{error}{next}"));
         error.status()
     });
     ExitCode::from(status)

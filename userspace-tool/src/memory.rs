@@ -8,7 +8,7 @@ use kvm_bindings::{kvm_userspace_memory_region, KVM_MEM_READONLY};
 use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::error::{failed, Error, Result};
+use crate::error::{failed, say, Error, Result};
 use crate::layout;
 use crate::size;
 
@@ -76,11 +76,11 @@ pub fn check_size(bytes: u64) -> Result<()> {
         ));
     }
     if bytes > host.available {
-        eprintln!(
-            "rvisor: warning: --memory {text} is more than the {} MiB that this host has free; \
+        say(format_args!(
+            "warning: --memory {text} is more than the {} MiB that this host has free; \
              the guest or another program may be killed when it runs out",
             host.available / size::MIB
-        );
+        ));
     }
     Ok(())
 }

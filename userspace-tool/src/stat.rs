@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::cgroup;
 use crate::client;
 use crate::control::{Client, Commands, Nothing};
-use crate::error::{failed, Error, Result};
+use crate::error::{failed, say, Error, Result};
 use crate::layout;
 use crate::machine::{Control, Machine, Status};
 use crate::registry::Name;
@@ -165,7 +165,9 @@ pub fn write_metrics(mut file: &File, machine: &Machine, control: &Control) {
         let ended = control.ended();
         let line = serde_json::to_string(&machine.sample()).map_err(std::io::Error::other);
         if let Err(error) = line.and_then(|line| file.write_all((line + "\n").as_bytes())) {
-            eprintln!("rvisor: warning: --metrics: {error}; nothing more is written there");
+            say(format_args!(
+                "warning: --metrics: {error}; nothing more is written there"
+            ));
             return;
         }
         if ended {

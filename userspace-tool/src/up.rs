@@ -17,7 +17,7 @@ use serde::Serialize;
 use crate::console::{Signals, Wake};
 use crate::control::{Client, Ended, Nothing};
 use crate::devices::lock;
-use crate::error::{failed, Error, Result};
+use crate::error::{failed, say, Error, Result};
 use crate::outcome::{STATUS_KILLED, STATUS_SIGNAL};
 use crate::registry::{self, Name};
 use crate::{client, detach};
@@ -57,7 +57,7 @@ pub fn up(path: &Path, detached: bool, json: bool, timeout: Duration) -> Result<
         let result = detach::start(&machine.words, path.parent());
         let status = match (result, signals.take()) {
             (Ok(Ok(name)), None) => {
-                eprintln!("rvisor: {name} runs");
+                say(format_args!("{name} runs"));
                 started.push(name);
                 continue;
             }
@@ -66,7 +66,7 @@ pub fn up(path: &Path, detached: bool, json: bool, timeout: Duration) -> Result<
                 Ok(STATUS_SIGNAL.saturating_add(signal))
             }
             (Ok(Err(status)), _) => {
-                eprintln!("rvisor: {} did not start", machine.name);
+                say(format_args!("{} did not start", machine.name));
                 Ok(status)
             }
             (Err(error), _) => Err(error),
@@ -114,7 +114,7 @@ fn watch(names: &[Name], signals: &Signals, timeout: Duration) -> Result<u8> {
         );
         thread::spawn(move || {
             let status = follow(&name, width, &output).unwrap_or_else(|error| {
-                eprintln!("rvisor: {error}");
+                say(error);
                 STATUS_KILLED
             });
             // The receiver lives until all have told.

@@ -492,3 +492,22 @@ fn consoles_have_to_be_known() {
     let words = ["--console", "screen", "serial, virtio"];
     refused(&["run", "--kernel", "k", "--console", "screen"], &words);
 }
+
+/// Where nobody can be told, the exit status still tells.
+#[test]
+fn standard_error_may_be_full() {
+    let full = || fs::File::create("/dev/full").expect("a device that every host has");
+    let (reader, pipe) = rustix::pipe::pipe().expect("a pipe");
+    // Its room is a multiple of that, and there is none left for the line.
+    let flags = rustix::fs::OFlags::NONBLOCK;
+    rustix::fs::fcntl_setfl(&pipe, flags).expect("a pipe");
+    while rustix::io::write(&pipe, &[0; 4096]).is_ok() {}
+    rustix::fs::fcntl_setfl(&pipe, rustix::fs::OFlags::empty()).expect("a pipe");
+    for stderr in [Stdio::from(full()), Stdio::from(pipe)] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rvisor"));
+        let command = command.args(["console", "no/name"]).stderr(stderr);
+        let status = command.status().expect("it starts");
+        assert_eq!(status.code(), Some(2));
+    }
+    drop(reader);
+}

@@ -13,7 +13,7 @@ use rustix::stdio::stdin;
 use super::escape::{Escape, Key};
 use super::{Filter, Raw, Signals};
 use crate::control::{Client, Ended, Nothing};
-use crate::error::{failed, Error, Result};
+use crate::error::{failed, say, Error, Result};
 use crate::outcome::STATUS_SIGNAL;
 use crate::registry::Name;
 
@@ -45,7 +45,7 @@ pub fn attach(name: &Name, unfiltered: bool) -> Result<u8> {
     drop(raw);
     match left? {
         Left::Detached => {
-            eprintln!("rvisor: {name} runs on");
+            say(format_args!("{name} runs on"));
             Ok(0)
         }
         Left::Signal(signal) => Ok(STATUS_SIGNAL.saturating_add(signal)),
@@ -57,7 +57,7 @@ pub fn attach(name: &Name, unfiltered: bool) -> Result<u8> {
                 );
                 Error::call(format!("machine {name}"), why)
             })?;
-            eprintln!("rvisor: {name}: {}", ended.outcome);
+            say(format_args!("{name}: {}", ended.outcome));
             Ok(ended.status)
         }
     }

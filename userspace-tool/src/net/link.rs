@@ -15,7 +15,7 @@ use rustix::net::{accept_with, SocketFlags};
 
 use super::stream::{Gone, Stream};
 use super::{tap, user, Joined, Mac, NetOptions, HEADER, LONGEST_FRAME, SHORTEST_FRAME};
-use crate::error::{Error, Result};
+use crate::error::{say, Error, Result};
 
 /// What of a frame the one who gets it does, so that it need not be done before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -240,10 +240,10 @@ impl Link {
     /// The other side is gone: whoever waits for a place takes it.
     fn lose(&mut self) {
         if self.listener.is_none() {
-            eprintln!(
-                "rvisor: warning: the other end of --net {} is gone",
+            say(format_args!(
+                "warning: the other end of --net {} is gone",
                 self.name
-            );
+            ));
         }
         self.watch(EventFlags::empty());
         self.end = End::Nobody;

@@ -11,7 +11,7 @@ use rustix::net::{socket, AddressFamily, SocketType};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_val};
 
 use super::{Offloads, HEADER};
-use crate::error::{failed, Error, Result};
+use crate::error::{failed, say, Error, Result};
 
 const DEVICE: &str = "/dev/net/tun";
 /// From linux/sockios.h: an interface's flags.
@@ -108,7 +108,7 @@ pub(super) fn open(name: &str) -> Result<File> {
             .request(&any, SIOCSIFFLAGS)
             .map_err(failed("switching a TAP on"))?;
     } else if !is_up {
-        eprintln!("rvisor: warning: {name} is down, so nothing comes through; 'ip link set {name} up' changes that");
+        say(format_args!("warning: {name} is down, so nothing comes through; 'ip link set {name} up' changes that"));
     }
     Ok(file)
 }

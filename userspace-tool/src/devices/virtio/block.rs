@@ -14,7 +14,7 @@ use vm_memory::{ByteValued, Le32, Le64};
 
 use super::{bit, Chain, Device, Fault, Rings};
 use crate::arguments::Disk;
-use crate::error::{Error, Result};
+use crate::error::{say, Error, Result};
 pub use image::Format;
 use image::Image;
 
@@ -282,7 +282,7 @@ impl Device for Block {
                 }
                 Err(Failure::Host(error)) => {
                     if !std::mem::replace(&mut self.told, true) {
-                        eprintln!("rvisor: {}: {error}", self.name());
+                        say(format_args!("{}: {error}", self.name()));
                     }
                     (blk::VIRTIO_BLK_S_IOERR, 0)
                 }

@@ -24,7 +24,7 @@ use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
 use super::rings::Finished;
 use super::{bit, Device, Fault, Rings};
 use crate::devices::lock;
-use crate::error::{failed, Error, Result};
+use crate::error::{failed, say, Error, Result};
 use crate::machine::Control;
 use crate::memory::Memory;
 
@@ -373,7 +373,7 @@ impl Transport {
         }
         if let Err(error) = lock(&self.state).device.close() {
             // How the guest ended is decided, and this is not why.
-            eprintln!("rvisor: {error}");
+            say(error);
         }
         Ok(())
     }
@@ -430,10 +430,10 @@ impl Transport {
                 self.status.fetch_or(NEEDS_RESET, Ordering::SeqCst);
                 self.raise(register::VIRTIO_MMIO_INT_CONFIG);
                 if !self.told.swap(true, Ordering::SeqCst) {
-                    eprintln!(
-                        "rvisor: {} stops until the guest resets it: {reason}",
+                    say(format_args!(
+                        "{} stops until the guest resets it: {reason}",
                         self.name
-                    );
+                    ));
                 }
                 Ok(Finished::default())
             }

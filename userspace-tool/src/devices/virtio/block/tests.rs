@@ -161,6 +161,7 @@ fn raw_writes_are_read() {
 }
 
 /// Has QEMU look for what is wrong with an image, and repair it. Says whether there was anything.
+#[allow(clippy::print_stderr)]
 fn qemu_check(path: &std::path::Path) -> bool {
     let mut check = Command::new("qemu-img");
     match check.args(["check", "-r", "all"]).arg(path).output() {
