@@ -12,6 +12,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::{Reader, Writer};
 use vm_memory::{ByteValued, Le32, Le64};
 
+use super::rings::Halt;
 use super::{bit, Chain, Device, Fault, Rings};
 use crate::arguments::Disk;
 use crate::error::{say, Error, Result};
@@ -75,16 +76,18 @@ enum Failure {
     Status(u32),
     /// There is no room: it is tried again, and the driver is told nothing.
     Full,
+    /// The machine is to pause, or has ended: it is done from its beginning when the machine goes on.
+    Halted,
     /// The host's error: the driver is told of an I/O error, and the user.
     Host(io::Error),
 }
 
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
-        if image::is_full(&error) {
-            Self::Full
-        } else {
-            Self::Host(error)
+        match error.kind() {
+            io::ErrorKind::Interrupted => Self::Halted,
+            _ if image::is_full(&error) => Self::Full,
+            _ => Self::Host(error),
         }
     }
 }
@@ -112,13 +115,18 @@ impl Block {
     }
 
     /// Does the request of a chain. Returns how many bytes went to `writer`.
-    fn serve(&mut self, reader: &mut Reader<'_>, writer: &mut Writer<'_>) -> Done<u32> {
+    fn serve(
+        &mut self,
+        reader: &mut Reader<'_>,
+        writer: &mut Writer<'_>,
+        halt: Halt<'_>,
+    ) -> Done<u32> {
         let head: Head = reader.read_obj().map_err(|_| BROKEN)?;
         let sector = head.sector.to_native();
         match head.kind.to_native() {
-            blk::VIRTIO_BLK_T_IN => self.read(sector, writer)?,
+            blk::VIRTIO_BLK_T_IN => self.read(sector, writer, halt)?,
             blk::VIRTIO_BLK_T_OUT => {
-                self.write(sector, reader)?;
+                self.write(sector, reader, halt)?;
                 if self.write_through {
                     self.image.flush()?;
                 }
@@ -131,7 +139,7 @@ impl Block {
                 writer.write_all(&id).map_err(|_| BROKEN)?;
             }
             kind @ (blk::VIRTIO_BLK_T_DISCARD | blk::VIRTIO_BLK_T_WRITE_ZEROES) => {
-                self.clear(kind == blk::VIRTIO_BLK_T_WRITE_ZEROES, reader)?;
+                self.clear(kind == blk::VIRTIO_BLK_T_WRITE_ZEROES, reader, halt)?;
             }
             _ => return Err(UNSUPPORTED),
         }
@@ -148,13 +156,14 @@ impl Block {
         Ok(offset)
     }
 
-    fn read(&mut self, sector: u64, writer: &mut Writer<'_>) -> Done<()> {
+    fn read(&mut self, sector: u64, writer: &mut Writer<'_>, halt: Halt<'_>) -> Done<()> {
         let mut left = writer.available_bytes();
         let mut offset = self.place(sector, left as u64)?;
         if left > MOST {
             return Err(BROKEN);
         }
         while left > 0 {
+            halted(halt)?;
             let count = left.min(BUFFER);
             self.buffer.resize(BUFFER, 0);
             self.image.read(&mut self.buffer[..count], offset)?;
@@ -167,13 +176,14 @@ impl Block {
         Ok(())
     }
 
-    fn write(&mut self, sector: u64, reader: &mut Reader<'_>) -> Done<()> {
+    fn write(&mut self, sector: u64, reader: &mut Reader<'_>, halt: Halt<'_>) -> Done<()> {
         let mut left = reader.available_bytes();
         let mut offset = self.place(sector, left as u64)?;
         if left > MOST || self.image.readonly() {
             return Err(BROKEN);
         }
         while left > 0 {
+            halted(halt)?;
             let count = left.min(BUFFER);
             self.buffer.resize(BUFFER, 0);
             reader
@@ -187,7 +197,7 @@ impl Block {
     }
 
     /// Discards the ranges that `reader` has, or fills them with zeroes.
-    fn clear(&mut self, zero: bool, reader: &mut Reader<'_>) -> Done<()> {
+    fn clear(&mut self, zero: bool, reader: &mut Reader<'_>, halt: Halt<'_>) -> Done<()> {
         let size = size_of::<Range>();
         let count = reader.available_bytes() / size;
         if reader.available_bytes() % size != 0 || count > RANGES as usize || self.image.readonly()
@@ -202,7 +212,7 @@ impl Block {
             match (zero, range.flags.to_native()) {
                 (true, _) if sectors > ZEROES => return Err(BROKEN),
                 (true, flags @ 0..=blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP) => {
-                    self.image.zero(offset, length, flags != 0)?;
+                    self.image.zero(offset, length, flags != 0, halt)?;
                 }
                 (false, 0) => self.image.discard(offset, length)?,
                 _ => return Err(UNSUPPORTED),
@@ -269,7 +279,7 @@ impl Device for Block {
             // The status is the last byte.
             let end = writer.available_bytes().saturating_sub(1);
             let mut status_writer = writer.split_at(end)?;
-            let (status, written) = match self.serve(&mut reader, &mut writer) {
+            let (status, written) = match self.serve(&mut reader, &mut writer, rings.halt()) {
                 Ok(written) => (blk::VIRTIO_BLK_S_OK, written),
                 Err(Failure::Status(status)) => (status, 0),
                 Err(Failure::Full) => {
@@ -278,6 +288,11 @@ impl Device for Block {
                         RETRY,
                         format!("there is no room for {}; make some", self.name()),
                     );
+                    return Ok(());
+                }
+                Err(Failure::Halted) => {
+                    rings.put_back(queue);
+                    rings.again(queue);
                     return Ok(());
                 }
                 Err(Failure::Host(error)) => {
@@ -299,6 +314,14 @@ impl Device for Block {
         let what = format!("writing the rest of {}", self.name());
         self.image.close().map_err(|error| Error::call(what, error))
     }
+}
+
+/// Fails where the machine is to halt.
+fn halted(halt: Halt<'_>) -> io::Result<()> {
+    if halt() {
+        return Err(io::ErrorKind::Interrupted.into());
+    }
+    Ok(())
 }
 
 /// The parts of a chain that the device reads, and that it writes.

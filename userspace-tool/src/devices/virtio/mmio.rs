@@ -21,7 +21,7 @@ use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
 
-use super::rings::Finished;
+use super::rings::{Finished, Halt};
 use super::{bit, Device, Fault, Rings};
 use crate::devices::lock;
 use crate::error::{failed, say, Error, Result};
@@ -365,7 +365,7 @@ impl Transport {
             if todo == 0 && retry.is_some() {
                 todo = EVERYTHING;
             }
-            let finished = self.serve(todo)?;
+            let finished = self.serve(todo, &|| control.ended() || control.paused())?;
             (todo, retry) = (finished.again, finished.retry);
             if let Some(reason) = finished.stuck {
                 stuck(&reason);
@@ -395,12 +395,12 @@ impl Transport {
         Ok(events)
     }
 
-    /// Serves the queues and the source that have a bit in `todo`. Says what is to be done next.
+    /// Serves the queues and the source that have a bit in `todo`, until `halt`. Says what is to be done next.
     ///
     /// # Errors
     ///
     /// [`Error::Call`] where the host fails.
-    pub(super) fn serve(&self, todo: u64) -> Result<Finished> {
+    pub(super) fn serve(&self, todo: u64, halt: Halt<'_>) -> Result<Finished> {
         let mut guard = lock(&self.state);
         let state = &mut *guard;
         let status = self.status.load(Ordering::SeqCst);
@@ -408,7 +408,7 @@ impl Transport {
             // Resuming and becoming ready wake the worker for everything.
             return Ok(Finished::default());
         }
-        let mut rings = Rings::new(&mut state.queues, &self.memory);
+        let mut rings = Rings::new(&mut state.queues, &self.memory, halt);
         let mut result = Ok(());
         for queue in (0..self.kicks.len()).filter(|queue| todo & (1 << queue) != 0) {
             rings.next_share();

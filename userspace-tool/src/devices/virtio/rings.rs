@@ -22,11 +22,15 @@ const USED_ELEMENTS: u64 = 4;
 /// The size of one: the chain's first descriptor and the bytes written, 32 bits each.
 const USED_ELEMENT: u64 = 8;
 
+/// Says whether the machine is to pause or has ended, so that a device leaves the rest for later.
+pub(super) type Halt<'a> = &'a dyn Fn() -> bool;
+
 /// The rings of a device while it works.
 pub struct Rings<'a> {
     queues: &'a mut [Queue],
     memory: &'a Memory,
     left: u32,
+    halt: Halt<'a>,
     /// Queues that have more chains than the device may take at once, a bit each.
     again: u64,
     /// Queues with used chains that the driver was not told of, a bit each.
@@ -51,11 +55,12 @@ pub(super) struct Finished {
 }
 
 impl<'a> Rings<'a> {
-    pub(super) fn new(queues: &'a mut [Queue], memory: &'a Memory) -> Self {
+    pub(super) fn new(queues: &'a mut [Queue], memory: &'a Memory, halt: Halt<'a>) -> Self {
         Self {
             queues,
             memory,
             left: BATCH,
+            halt,
             again: 0,
             used: 0,
             interrupt: false,
@@ -70,7 +75,18 @@ impl<'a> Rings<'a> {
         self.memory
     }
 
-    /// Takes the next chain from `queue`, if there is one and the call has not taken its share.
+    /// What a device asks that is long at one chain; the chain is then put back.
+    pub fn halt(&self) -> Halt<'a> {
+        self.halt
+    }
+
+    /// Has `queue` processed again at once, or when the machine goes on.
+    pub fn again(&mut self, queue: usize) {
+        self.again |= 1 << queue;
+    }
+
+    /// Takes the next chain from `queue`, if there is one, the call has not taken its share, and the machine is not
+    /// to halt.
     ///
     /// # Errors
     ///
@@ -81,8 +97,8 @@ impl<'a> Rings<'a> {
         };
         // The second look is for a chain that came just before its kick was asked for.
         for _ in 0..2 {
-            if self.left == 0 {
-                self.again |= 1 << queue;
+            if self.left == 0 || (self.halt)() {
+                self.again(queue);
                 return Ok(None);
             }
             if let Some(chain) = ring.iter(self.memory)?.next() {

@@ -134,7 +134,7 @@ impl Driver {
     pub(crate) fn serve(&self, queue: usize) {
         let mut todo = 1 << queue;
         while todo != 0 {
-            todo = self.transport.serve(todo).unwrap().again;
+            todo = self.transport.serve(todo, &|| false).unwrap().again;
         }
     }
 
@@ -142,7 +142,7 @@ impl Driver {
     pub(crate) fn serve_source(&self) {
         let mut todo = 1 << super::mmio::SOURCE;
         while todo != 0 {
-            todo = self.transport.serve(todo).unwrap().again;
+            todo = self.transport.serve(todo, &|| false).unwrap().again;
         }
     }
 

@@ -14,7 +14,7 @@ use imago::SyncFormatAccess;
 use rustix::fs::{fallocate, flock, FallocateFlags, FlockOperation};
 use rustix::io::Errno;
 
-use super::{BUFFER, SECTOR};
+use super::{halted, Halt, BUFFER, SECTOR};
 use crate::arguments::Disk;
 use crate::error::{Error, Result};
 
@@ -174,8 +174,15 @@ impl Image {
         }
     }
 
-    /// Fills a range with zeroes, and with `unmap` gives its room back where that is possible.
-    pub(super) fn zero(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
+    /// Fills a range with zeroes, and with `unmap` gives its room back where that is possible. Stops at `halt`, with
+    /// [`ErrorKind::Interrupted`].
+    pub(super) fn zero(
+        &self,
+        offset: u64,
+        length: u64,
+        unmap: bool,
+        halt: Halt<'_>,
+    ) -> io::Result<()> {
         if let (Access::Raw(file), true) = (&self.access, unmap) {
             match punch(file, offset, length) {
                 Err(error) if error.kind() == ErrorKind::Unsupported => {}
@@ -186,6 +193,7 @@ impl Image {
         let end = offset + length;
         let mut at = offset;
         while at < end {
+            halted(halt)?;
             let count = (end - at).min(BUFFER as u64);
             self.write(&zeroes[..count as usize], at)?;
             at += count;

@@ -383,7 +383,7 @@ fn a_full_disk_loses_nothing() {
     let mut driver = start(&disk);
     image::FULL.set(true);
     driver.put_request(0, &[&head(OUT, 4), &[5; 512][..]], 1);
-    let finished = driver.transport.serve(1).unwrap();
+    let finished = driver.transport.serve(1, &|| false).unwrap();
     assert!(finished.stuck.unwrap().contains("no room"));
     assert_eq!((driver.used(0), finished.retry), (0, Some(RETRY)));
     image::FULL.set(false);
@@ -415,5 +415,33 @@ fn a_failed_flush_is_told_and_stays_one() {
         write(IOERR);
         image::SYNC_FULL.set(false);
         write(IOERR);
+    }
+}
+
+/// A machine that is to pause or to end waits neither for the next request nor for the rest of a long one, which is
+/// done from its beginning when the machine goes on.
+#[test]
+fn a_long_request_is_left_for_later() {
+    let files = Files::new();
+    for disk in [files.raw(), files.qcow2()] {
+        let mut driver = start(&disk);
+        let calls = std::cell::Cell::new(0);
+        for (kind, data) in [
+            (OUT, vec![5; 4 * BUFFER]),
+            (ZERO, range(0, 4 * BUFFER as u32 / 512, 0).to_vec()),
+        ] {
+            let used = driver.used(0);
+            driver.put_request(0, &[&head(kind, 0), &data], 1);
+            for patience in [0, 1, 3] {
+                calls.set(0);
+                let halt = || calls.replace(calls.get() + 1) >= patience;
+                let finished = driver.transport.serve(1, &halt).unwrap();
+                assert_eq!((finished.again, driver.used(0)), (1, used));
+                assert_eq!(calls.get(), patience + 1);
+            }
+            driver.serve(0);
+            assert_eq!(driver.used(0), used + 1);
+        }
+        assert_eq!(read(&mut driver, 0, 512).unwrap(), [0; 512]);
     }
 }

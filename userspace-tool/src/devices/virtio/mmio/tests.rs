@@ -145,7 +145,7 @@ fn more_buffers_than_a_call_takes_all_come_back() {
     for _ in 0..60 {
         driver.offer(0, 0);
     }
-    let finished = driver.transport.serve(1).unwrap();
+    let finished = driver.transport.serve(1, &|| false).unwrap();
     assert_eq!((driver.used(0), finished.again), (48, 1));
     driver.serve(0);
     assert_eq!(driver.used(0), 60);
