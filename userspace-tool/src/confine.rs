@@ -81,8 +81,7 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_mprotect,
     libc::SYS_madvise,
     libc::SYS_brk,
-    // Threads, signals and time.
-    libc::SYS_clone,
+    // Threads, signals and time. What clone3 is told lies in memory, where no filter looks: see [`without_clone3`].
     libc::SYS_clone3,
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
@@ -93,7 +92,6 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_getpid,
     libc::SYS_getppid,
     libc::SYS_geteuid,
-    libc::SYS_tgkill,
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigreturn,
@@ -123,6 +121,16 @@ const OTHER_IOCTLS: [u64; 8] = [
 ];
 /// Of prctl(2), names of threads alone.
 const PR_SET_NAME: u64 = libc::PR_SET_NAME as u64;
+/// Of clone(2), threads of this process alone: no processes, no namespaces.
+const THREAD: u64 = libc::CLONE_THREAD as u64;
+const THREAD_OR_NAMESPACES: u64 = THREAD
+    | (libc::CLONE_NEWNS
+        | libc::CLONE_NEWCGROUP
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWUSER
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWNET) as u64;
 /// The kinds of ioctl numbers: KVM's (include/uapi/linux/kvm.h, `KVMIO`), and rvisor's own
 /// (include/uapi/rvisor.h).
 const HYPERVISOR_IOCTLS: [u64; 2] = [0xae00, 0xbd00];
@@ -209,7 +217,8 @@ fn restrict_files(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Answers every system call but those of [`CALLS`], and KVM's and the terminal's ioctls, with EPERM.
+/// Answers every system call with EPERM but those of [`CALLS`], KVM's and the terminal's ioctls, and what makes and
+/// wakes this process's own threads.
 fn restrict_calls() -> Result<()> {
     let refused = |error: seccompiler::Error| {
         Error::call(
@@ -217,8 +226,23 @@ fn restrict_calls() -> Result<()> {
             io::Error::other(error),
         )
     };
-    let program = filter().map_err(|error| refused(error.into()))?;
-    apply_filter(&program).map_err(refused)
+    // Of two answers the stricter one counts. The second filter leaves no call by which to have another.
+    for program in [without_clone3(), filter()] {
+        let program = program.map_err(|error| refused(error.into()))?;
+        apply_filter(&program).map_err(refused)?;
+    }
+    Ok(())
+}
+
+/// Has clone3 answer ENOSYS: then the C library makes its threads by clone, whose arguments [`filter`] sees.
+fn without_clone3() -> std::result::Result<BpfProgram, seccompiler::BackendError> {
+    SeccompFilter::new(
+        BTreeMap::from([(libc::SYS_clone3, Vec::new())]),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+        TargetArch::x86_64,
+    )
+    .and_then(BpfProgram::try_from)
 }
 
 fn filter() -> std::result::Result<BpfProgram, seccompiler::BackendError> {
@@ -237,6 +261,10 @@ fn filter() -> std::result::Result<BpfProgram, seccompiler::BackendError> {
     rules.insert(libc::SYS_ioctl, ioctls);
     let thread_name = argument(0, SeccompCmpOp::Eq, PR_SET_NAME)?;
     rules.insert(libc::SYS_prctl, vec![thread_name]);
+    let thread = argument(0, SeccompCmpOp::MaskedEq(THREAD_OR_NAMESPACES), THREAD)?;
+    rules.insert(libc::SYS_clone, vec![thread]);
+    let own_process = argument(0, SeccompCmpOp::Eq, std::process::id().into())?;
+    rules.insert(libc::SYS_tgkill, vec![own_process]);
     SeccompFilter::new(
         rules,
         SeccompAction::Errno(libc::EPERM as u32),
@@ -253,6 +281,8 @@ mod tests {
     use std::net::TcpListener;
     use std::process::Command;
     use std::thread;
+
+    use vmm_sys_util::signal::Killable;
 
     #[test]
     fn users_are_found_by_name_and_never_root() {
@@ -284,6 +314,12 @@ mod tests {
             assert!(forbidden(
                 Command::new("/bin/true").spawn().expect_err("a program")
             ));
+            // A process that is made says that there is no such program.
+            assert!(forbidden(Command::new("").spawn().expect_err("a process")));
+            let asleep = thread::spawn(thread::park);
+            asleep.kill(libc::SIGCHLD).expect("a signal to a thread");
+            asleep.thread().unpark();
+            asleep.join().expect("a thread");
             assert!(forbidden(
                 TcpListener::bind("127.0.0.1:0").expect_err("a socket")
             ));
