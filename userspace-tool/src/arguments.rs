@@ -119,7 +119,8 @@ const PS_LONG_ABOUT: &str = "\
 Lists the machines that run: those that this user has started, on any device.
 
 A machine is known by the files lock, sock and, where it runs detached, log in the folder rvisor/NAME of \
-$XDG_RUNTIME_DIR; without that variable in /run/rvisor/NAME for root and /tmp/rvisor-UID/NAME for others. \
+$XDG_RUNTIME_DIR; where that is no folder of root's or this user's own, in /run/rvisor/NAME for root and \
+/tmp/rvisor-UID/NAME for others. \
 The socket takes JSON, one object a line: {\"command\":\"status\"} is answered by {\"ok\":{...}}, or by \
 {\"error\":{\"cause\":\"...\",\"next\":\"...\",\"status\":2}}. Other commands: pause, resume, power-button, kill, \
 wait (answers when the machine has ended) and console (its bytes follow the answer).";

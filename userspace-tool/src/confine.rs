@@ -7,13 +7,12 @@
 //! calling thread's and that of the threads it starts, so it comes before the first of them.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
-use std::path::Path;
 
 use landlock::{
     Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
-    RulesetAttr, RulesetCreatedAttr, Scope, ABI,
+    RulesetAttr, RulesetCreated, RulesetCreatedAttr, Scope, ABI,
 };
 use rustix::process::{getppid, parent_process_death_signal, set_parent_process_death_signal};
 use rustix::thread::{set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
@@ -142,13 +141,14 @@ const IOCTL_KIND: u64 = 0xff00;
 /// # Errors
 ///
 /// [`Error::Call`] where the kernel refuses. A kernel without Landlock refuses nothing.
-pub fn seal(folder: &Path) -> Result<()> {
+pub fn seal(folder: &File) -> Result<()> {
     set_no_new_privs(true).map_err(failed("giving up new privileges"))?;
     // Each step takes away what an earlier one needs.
     let user = user_to_become();
     restrict_files(folder)?;
     if let Some((uid, gid)) = user {
-        rustix::fs::chown(folder, Some(Uid::from_raw(uid)), None)
+        // By what is open: the path may lead elsewhere by now.
+        rustix::fs::fchown(folder, Some(Uid::from_raw(uid)), None)
             .map_err(failed("giving the machine's folder away"))?;
         become_user(Uid::from_raw(uid), Gid::from_raw(gid))?;
     }
@@ -193,26 +193,20 @@ fn find_user(passwd: &str, name: &str) -> Option<(u32, u32)> {
 }
 
 /// Forbids the file system but for what [`seal`] leaves, TCP, and signals to processes outside.
-fn restrict_files(folder: &Path) -> Result<()> {
+fn restrict_files(folder: &File) -> Result<()> {
     let what = "restricting files by Landlock";
-    let mut rules = Ruleset::default()
+    let rules = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(LANDLOCK))
         .and_then(|rules| rules.handle_access(AccessNet::from_all(LANDLOCK)))
         .and_then(|rules| rules.scope(Scope::from_all(LANDLOCK)))
         .and_then(Ruleset::create)
         .map_err(|e| Error::call(what, io::Error::other(e)))?;
-    for (path, access) in [
-        (folder, AccessFs::RemoveFile),
-        (Path::new("/proc/self"), AccessFs::ReadFile),
-    ] {
-        let opened = PathFd::new(path).map_err(|e| Error::call(what, io::Error::other(e)))?;
-        rules = rules
-            .add_rule(PathBeneath::new(opened, access))
-            .map_err(|e| Error::call(what, io::Error::other(e)))?;
-    }
+    let process = PathFd::new("/proc/self").map_err(|e| Error::call(what, io::Error::other(e)))?;
     rules
-        .restrict_self()
+        .add_rule(PathBeneath::new(folder, AccessFs::RemoveFile))
+        .and_then(|rules| rules.add_rule(PathBeneath::new(process, AccessFs::ReadFile)))
+        .and_then(RulesetCreated::restrict_self)
         .map_err(|e| Error::call(what, io::Error::other(e)))?;
     Ok(())
 }
@@ -277,7 +271,6 @@ fn filter() -> std::result::Result<BpfProgram, seccompiler::BackendError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::{self, File};
     use std::net::TcpListener;
     use std::process::Command;
     use std::thread;
@@ -303,7 +296,7 @@ mod tests {
         fs::write(&path, "kept").expect("writing");
         let open = File::open("/etc/passwd").expect("any file");
         thread::spawn(move || {
-            seal(kept.path()).expect("giving up");
+            seal(&File::open(kept.path()).expect("the folder")).expect("giving up");
             // Files that were open before.
             open.metadata().expect("a file that is open");
             // Memory and threads.

@@ -483,7 +483,7 @@ fn run_to_end(
     };
     let raw = Raw::new().map_err(failed("setting the terminal"))?;
     // All that has a name is open by now, and all threads are still to come.
-    confine::seal(claim.folder())?;
+    confine::seal(claim.opened())?;
     let server = Server::start(listener, commands)?;
 
     let console = Console {

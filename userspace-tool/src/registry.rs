@@ -2,8 +2,8 @@
 
 //! The machines that run: their names, and the folder with what they have for others.
 //!
-//! The folder is `rvisor` in `$XDG_RUNTIME_DIR`; without that variable `/run/rvisor` for root, and
-//! `/tmp/rvisor-UID` for others. It is its user's alone. A machine has a folder of its name there, with
+//! The folder is `rvisor` in `$XDG_RUNTIME_DIR`; where that is no folder of root's or the user's own, `/run/rvisor` for
+//! root, and `/tmp/rvisor-UID` for others. It is its user's alone. A machine has a folder of its name there, with
 //!
 //! - `lock`, locked by flock(2) for as long as its process lives: the name is taken while it is,
 //! - `sock`, where it takes commands (see [`crate::control`]),
@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use rustix::fs::{flock, unlinkat, AtFlags, FlockOperation};
 use rustix::io::Errno;
-use rustix::process::geteuid;
+use rustix::process::{geteuid, Uid};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -105,8 +105,9 @@ impl fmt::Display for Name {
 /// [`Error::Input`] where it can't be made, or is somebody else's.
 pub fn directory() -> Result<PathBuf> {
     let uid = geteuid();
-    let path = match env::var_os("XDG_RUNTIME_DIR").filter(|value| !value.is_empty()) {
-        Some(runtime) => Path::new(&runtime).join("rvisor"),
+    let runtime = env::var_os("XDG_RUNTIME_DIR");
+    let path = match runtime.and_then(|runtime| own_folder(Path::new(&runtime), uid)) {
+        Some(runtime) => runtime.join("rvisor"),
         None if uid.is_root() => PathBuf::from("/run/rvisor"),
         None => PathBuf::from(format!("/tmp/rvisor-{}", uid.as_raw())),
     };
@@ -126,6 +127,16 @@ pub fn directory() -> Result<PathBuf> {
         return Err(refused("it is no folder of this user's alone".to_owned()));
     }
     Ok(path)
+}
+
+/// That folder without links in its path, where it is root's or that user's. Whoever becomes root by su(1) still has the
+/// variables of the user that he was before, who must not have a say in where root's files are.
+fn own_folder(path: &Path, uid: Uid) -> Option<PathBuf> {
+    let path = fs::canonicalize(path).ok()?;
+    let owner = fs::metadata(&path).ok()?.uid();
+    [Uid::ROOT.as_raw(), uid.as_raw()]
+        .contains(&owner)
+        .then_some(path)
 }
 
 /// The folder of the machine `name`.
@@ -200,6 +211,12 @@ impl Claim {
     #[must_use]
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// The same, open.
+    #[must_use]
+    pub fn opened(&self) -> &File {
+        &self.opened
     }
 
     /// The socket on which the machine takes commands.
@@ -315,6 +332,27 @@ pub fn connect(name: &Name) -> Result<Option<UnixStream>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_folder_of_another_user_is_not_taken() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let uid = geteuid();
+        let real = fs::canonicalize(folder.path()).expect("it is there");
+        assert_eq!(own_folder(folder.path(), uid), Some(real));
+        assert_eq!(own_folder(&folder.path().join("missing"), uid), None);
+        assert_eq!(own_folder(Path::new(""), uid), None);
+        // Without root, another user looks at this one's folder.
+        let (owner, looks) = match uid.is_root() {
+            true => (Some(4321), uid),
+            false => (None, Uid::from_raw(uid.as_raw() + 1)),
+        };
+        std::os::unix::fs::chown(folder.path(), owner, None).expect("giving it away");
+        assert_eq!(own_folder(folder.path(), looks), None);
+        let link = tempfile::tempdir().expect("a folder");
+        let link = link.path().join("link");
+        std::os::unix::fs::symlink(folder.path(), &link).expect("a link");
+        assert_eq!(own_folder(&link, looks), None);
+    }
 
     #[test]
     fn names_are_files_names() {
