@@ -24,8 +24,9 @@ use seccompiler::{
 
 use crate::error::{failed, Error, Result};
 
-/// Whom root becomes: the first of these that there is.
-const USERS: [&str; 2] = ["rvisor", "nobody"];
+/// Whom root becomes: the first of these that there is. The package makes one for machines alone
+/// (packaging/sysusers.conf); processes of other services may be nobody's.
+const USERS: [&str; 2] = ["rvisor-machine", "nobody"];
 /// The newest of Landlock's versions that is asked for; an older kernel does what it knows.
 const LANDLOCK: ABI = ABI::V6;
 
