@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use clap::error::ErrorKind;
 use clap::{Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+use serde::{Deserialize, Serialize};
+
 use crate::devices::virtio::block::Format;
 use crate::error::{say, Error, STATUS_INPUT};
 use crate::net::NetOptions;
@@ -157,7 +159,8 @@ Starts a machine as a snapshot has it, in place of its boot. Its options are tho
 paths count from the folder in which it was made, and its disks must be as they were.
 
 A snapshot is restored on the kind of CPU and the hypervisor that it was made on, by the same version of \
-rvisor. What is damaged is found before the guest runs. Exit status, keys and --detach are as with 'rvisor run'.";
+rvisor. What is damaged is found before the guest runs. A snapshot holds a command line that is run with your rights, as a \
+script does: restore only those that you or someone you trust has made. Exit status, keys and --detach are as with 'rvisor run'.";
 
 const STAT_LONG_ABOUT: &str = "\
 Tells what a machine has done since its start: for each CPU the time that it ran on the host's CPUs, the part of \
@@ -415,7 +418,7 @@ pub struct RunOptions {
 }
 
 /// The words behind `rvisor run`, without the name, and the folder in which they were given.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
     /// The words.
     pub words: Vec<String>,

@@ -476,6 +476,7 @@ fn run_to_end(
     register_signal_handler(SIGRTMIN(), kicked).map_err(failed("catching a signal"))?;
     // Caught before the terminal changes, so that no signal can leave it changed.
     let signals = Signals::catch()?;
+    claim.record(&options.origin)?;
     let listener = claim.listen()?;
     let ready = match options.detached {
         true => Some(detach::Ready::new(&claim)?),

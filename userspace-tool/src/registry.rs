@@ -9,13 +9,16 @@
 //! - `sock`, where it takes commands (see [`crate::control`]),
 //! - `log`, what it said on standard error since it runs detached. The next start begins it anew.
 //!
+//! Beside it is `.NAME.json`: what the machine was made by (see [`Origin`]), as it said before it gave up its rights.
+//! From then on it can't change that, so a snapshot has its command line from there.
+//!
 //! A process that was killed leaves files behind and no lock, so the next start takes them over. The folder is
 //! the machine's user's, where root's machines become another one (see [`crate::confine`]).
 
 use std::env;
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io;
+use std::io::{self, BufReader, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -29,6 +32,7 @@ use rustix::io::Errno;
 use rustix::process::{geteuid, Uid};
 use serde::{Deserialize, Serialize};
 
+use crate::arguments::Origin;
 use crate::error::{Error, Result};
 
 /// The longest name. With the folder before it, it must fit into a socket's address of 108 bytes.
@@ -219,6 +223,23 @@ impl Claim {
         &self.opened
     }
 
+    /// Writes down what the machine was made by, for [`origin`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Call`] where it can't be written.
+    pub fn record(&self, origin: &Origin) -> Result<()> {
+        let path = record_of(&self.folder);
+        let _ = fs::remove_file(&path);
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path);
+        file.and_then(|mut file| file.write_all(&serde_json::to_vec(origin)?))
+            .map_err(|error| Error::call(format!("writing {}", path.display()), error))
+    }
+
     /// The socket on which the machine takes commands.
     ///
     /// # Errors
@@ -258,6 +279,7 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         // What can't be removed is taken over by the next one of the name.
+        let _ = fs::remove_file(record_of(&self.folder));
         for name in [SOCKET, LOCK] {
             let _ = unlinkat(&self.opened, name, AtFlags::empty());
         }
@@ -288,6 +310,25 @@ fn open_lock(folder: &Path) -> io::Result<Option<(File, File)>> {
         Ok(files) => Ok(Some(files)),
         Err(error) => gone(error),
     }
+}
+
+/// Where it stands what the machine with that folder was made by: not in the folder, which is the machine's user's. No
+/// machine has a name that begins so.
+fn record_of(folder: &Path) -> PathBuf {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    folder.with_file_name(format!(".{name}.json"))
+}
+
+/// What the machine of that name was made by.
+///
+/// # Errors
+///
+/// [`Error::Call`] where that can't be read.
+pub fn origin(name: &Name) -> Result<Origin> {
+    let path = record_of(&folder(name)?);
+    File::open(&path)
+        .and_then(|file| Ok(serde_json::from_reader(BufReader::new(file))?))
+        .map_err(|error| Error::call(format!("reading {}", path.display()), error))
 }
 
 /// The names of machines that run, or were killed, in their order.

@@ -9,7 +9,9 @@
 //! place of an address.
 //!
 //! The machine writes this into its control socket, and the command `rvisor snapshot` checks it on the way into
-//! the file: so the machine's process needs no right to files, and a file that is there is whole.
+//! the file: so the machine's process needs no right to files, and a file that is there is whole. `rvisor restore` runs
+//! a snapshot's words with the rights of its user. They are not taken from the machine, which may be its guest's by
+//! then, but from what it wrote down in the beginning (see [`crate::registry`]).
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Write};
@@ -18,13 +20,14 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 
+use crate::arguments::Origin;
 use crate::control::{Client, Nothing};
 use crate::devices::{self, virtio};
 use crate::error::{failed, Error, Result};
 use crate::layout::PAGE_SIZE;
 use crate::machine::saved;
 use crate::memory::Memory;
-use crate::registry::Name;
+use crate::registry::{self, Name};
 
 const MAGIC: [u8; 8] = *b"rvisorVM";
 /// Counted up with each change of the format or of what is in the state.
@@ -77,6 +80,12 @@ fn checksum(seed: [u64; 2], bytes: &[u8]) -> u64 {
 /// What `out` answers.
 pub fn write(out: impl Write, state: &State, memory: &Memory) -> io::Result<()> {
     let mut out = BufWriter::with_capacity(RECORD, out);
+    write_head(&mut out, state)?;
+    write_memory(&mut out, memory)?;
+    out.flush()
+}
+
+fn write_head(out: &mut impl Write, state: &State) -> io::Result<()> {
     let json = serde_json::to_vec(state)?;
     let length = u32::try_from(json.len()).map_err(io::Error::other)?;
     out.write_all(&MAGIC)?;
@@ -84,7 +93,10 @@ pub fn write(out: impl Write, state: &State, memory: &Memory) -> io::Result<()> 
     out.write_all(&length.to_le_bytes())?;
     let sum = checksum([VERSION.into(), length.into()], &json);
     out.write_all(&sum.to_le_bytes())?;
-    out.write_all(&json)?;
+    out.write_all(&json)
+}
+
+fn write_memory(out: &mut impl Write, memory: &Memory) -> io::Result<()> {
     let mut records = 0_u64;
     let mut bytes = vec![0; RECORD];
     for region in memory.iter() {
@@ -97,14 +109,13 @@ pub fn write(out: impl Write, state: &State, memory: &Memory) -> io::Result<()> 
                 .read_slice(bytes, address)
                 .map_err(io::Error::other)?;
             for (start, run) in runs(bytes) {
-                write_record(&mut out, address.raw_value() + start as u64, run)?;
+                write_record(out, address.raw_value() + start as u64, run)?;
                 records += 1;
             }
             at += count as u64;
         }
     }
-    write_record(&mut out, records, &[])?;
-    out.flush()
+    write_record(out, records, &[])
 }
 
 fn write_record(out: &mut impl Write, address: u64, bytes: &[u8]) -> io::Result<()> {
@@ -287,6 +298,7 @@ impl<R: Read> Read for Copy<R> {
 /// the file system fails.
 pub fn take(name: &Name, path: &Path) -> Result<()> {
     let mut client = Client::connect(name)?;
+    let origin = registry::origin(name)?;
     let new = path.with_file_name(format!(
         ".{}.{}",
         path.file_name().unwrap_or_default().to_string_lossy(),
@@ -302,7 +314,8 @@ pub fn take(name: &Name, path: &Path) -> Result<()> {
                 "give a file in a folder that this user may write to",
             )
         })?;
-    let stored = store(&mut client, file, path).and_then(|()| {
+    let stored = client.call("snapshot", Nothing {}).and_then(|Nothing {}| {
+        store(client.stream(), (name, origin), file, path)?;
         fs::rename(&new, path)
             .map_err(|error| Error::call(format!("naming {}", path.display()), error))
     });
@@ -318,15 +331,29 @@ pub fn take(name: &Name, path: &Path) -> Result<()> {
         .map_err(failed("writing the folder to the disk"))
 }
 
-fn store(client: &mut Client, file: File, path: &Path) -> Result<()> {
-    let Nothing {} = client.call("snapshot", Nothing {})?;
+/// Stores what a machine writes, with the name and origin that are known of it in place of those that it says.
+fn store(
+    mut from: impl Read,
+    (name, origin): (&Name, Origin),
+    file: File,
+    path: &Path,
+) -> Result<()> {
+    let mut to = BufWriter::with_capacity(RECORD, file);
+    let head = Snapshot::open(&mut from).and_then(|(_, state)| {
+        let state = State {
+            words: origin.words,
+            folder: origin.folder,
+            name: name.clone(),
+            ..state
+        };
+        Ok(write_head(&mut to, &state)?)
+    });
     let mut copy = Copy {
-        from: client.stream(),
-        to: BufWriter::with_capacity(RECORD, file),
+        from,
+        to,
         failed: None,
     };
-    let read =
-        Snapshot::open(&mut copy).and_then(|(snapshot, _)| snapshot.read_memory(|_, _| true));
+    let read = head.and_then(|()| Snapshot { input: &mut copy }.read_memory(|_, _| true));
     let written = match (read, copy.failed.take()) {
         (_, Some(error)) => Err(error),
         (Err(Wrong::Host(error)), None) => Err(error),

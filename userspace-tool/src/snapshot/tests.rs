@@ -124,3 +124,26 @@ fn a_record_that_is_left_out_is_missed() {
     bytes.drain(24 + json..24 + json + 24 + PAGE);
     assert!(matches!(read(&bytes), Err(Wrong::Damaged(what)) if what.contains("missing")));
 }
+
+/// A machine that its guest has taken over may write any words; they would be run by 'rvisor restore'.
+#[test]
+fn a_machine_has_no_say_in_its_command_line() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("file");
+    let origin = Origin {
+        words: vec!["--kernel".to_owned(), "as started".to_owned()],
+        folder: "/where/started".into(),
+    };
+    let name: Name = "known".parse().expect("a name");
+    let file = File::create(&path).expect("a file");
+    store(&*written(), (&name, origin.clone()), file, &path).expect("it is stored");
+    let (kept, memory_kept) = read(&fs::read(&path).expect("the file")).expect("it is whole");
+    assert_eq!((&kept.words, &kept.folder), (&origin.words, &origin.folder));
+    assert_eq!(kept.name, name);
+    assert_eq!(kept.cpus.len(), state().cpus.len());
+    let mut end = [0; 3];
+    memory_kept
+        .read_slice(&mut end, GuestAddress(4 * MIB - 3))
+        .expect("there is memory");
+    assert_eq!(&end, b"end");
+}
