@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind;
 use clap::{Args, FromArgMatches, Parser, Subcommand, ValueEnum};
-
 use serde::{Deserialize, Serialize};
 
 use crate::devices::virtio::block::Format;
@@ -56,8 +55,9 @@ A network card for the guest; can be given several times. It is joined to:
                  Where there is none, root gets one for as long as the guest runs.
   user           without root: what this user reaches, through a passt of the machine's own. Addresses come
                  by DHCP. What listens on this host's loopback addresses alone is not reached.
-  socket=PATH    without root: a cable to another machine that is given the same PATH. The one that starts
-                 first waits there for another, also when the other has ended.
+  socket=PATH    without root: a cable to another machine of this user or root that is given the same PATH. The
+                 one that starts first waits there for another, also when the other has ended. PATH is
+                 best in a folder of this user's alone; PATH.lock is used at the start.
 Behind it, each after a comma:
   forward=HOSTPORT:GUESTPORT
                  with user: TCP connections to the port HOSTPORT of this host, on all its addresses, go to the

@@ -5,17 +5,26 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::fs::{flock, FlockOperation};
+use rustix::io::Errno;
+use rustix::net::sockopt::socket_peercred;
 use rustix::net::{accept_with, SocketFlags};
+use rustix::process::geteuid;
 
 use super::stream::{Gone, Stream};
 use super::{tap, user, Joined, Mac, NetOptions, HEADER, LONGEST_FRAME, SHORTEST_FRAME};
 use crate::error::{say, Error, Result};
+
+/// How long another machine may take to look who is at a path, and how often that is looked at.
+const PATIENCE: Duration = Duration::from_secs(5);
+const TRY_AGAIN: Duration = Duration::from_millis(10);
 
 /// What of a frame the one who gets it does, so that it need not be done before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -230,7 +239,10 @@ impl Link {
             return;
         };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        if let Ok(socket) = accept_with(listener, flags) {
+        if let Some(socket) = accept_with(listener, flags)
+            .ok()
+            .filter(|socket| is_trusted(socket))
+        {
             self.watch(EventFlags::empty());
             self.end = End::Stream(Stream::new(socket));
             self.watch(EventFlags::IN);
@@ -301,14 +313,12 @@ fn meet(path: &Path) -> Result<Met> {
             "give a path in a folder of yours, shorter than 108 bytes",
         )
     };
-    // Two machines that start at once take turns here.
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
-    let folder = File::open(folder.unwrap_or(Path::new("."))).map_err(refused)?;
-    flock(&folder, FlockOperation::LockExclusive).map_err(|error| refused(error.into()))?;
+    let _turn = Turn::wait(path, PATIENCE).map_err(refused)?;
     match UnixStream::connect(path) {
         Ok(socket) => {
+            if !is_trusted(&socket) {
+                return Err(refused(io::Error::other("another user waits there")));
+            }
             socket.set_nonblocking(true).map_err(refused)?;
             return Ok(Met::Other(socket));
         }
@@ -329,6 +339,58 @@ fn meet(path: &Path) -> Result<Met> {
     let socket = UnixListener::bind(path).map_err(refused)?;
     socket.set_nonblocking(true).map_err(refused)?;
     Ok(Met::Nobody(socket))
+}
+
+/// Whether the other side is root's or this user's: whoever it is sees all that the guest sends.
+fn is_trusted(socket: impl AsFd) -> bool {
+    socket_peercred(socket).is_ok_and(|peer| peer.uid.is_root() || peer.uid == geteuid())
+}
+
+/// Held by one machine at a time that looks who is at a path: of two that start at once, the second meets the first.
+struct Turn {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Turn {
+    /// Others may hold it for ever where they may write to the folder, so it is waited for no longer than `patience`.
+    fn wait(path: &Path, patience: Duration) -> io::Result<Self> {
+        let mut path = path.as_os_str().to_owned();
+        path.push(".lock");
+        let path = PathBuf::from(path);
+        let deadline = Instant::now() + patience;
+        loop {
+            let lock = File::options()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+                .open(&path)?;
+            match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                // Who held it before has removed it.
+                Ok(()) => {
+                    let locked = lock.metadata()?.ino();
+                    if fs::symlink_metadata(&path).is_ok_and(|found| found.ino() == locked) {
+                        return Ok(Self { path, _lock: lock });
+                    }
+                }
+                Err(Errno::WOULDBLOCK) => {}
+                Err(error) => return Err(error.into()),
+            }
+            if Instant::now() >= deadline {
+                let why = format!("{} stays locked by another process", path.display());
+                return Err(io::Error::other(why));
+            }
+            thread::sleep(TRY_AGAIN);
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixDatagram;
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::process::Uid;
 
 use super::*;
 
@@ -175,6 +176,81 @@ fn what_is_at_the_path_is_looked_at() {
         .expect("no folder")
         .to_string();
     assert!(error.contains("/nowhere/link: No such file"), "{error}");
+}
+
+#[test]
+fn machines_take_turns_and_wait_for_none_for_ever() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("link");
+    // Whoever has the folder itself locked is in nobody's way.
+    let opened = File::open(folder.path()).expect("the folder");
+    flock(&opened, FlockOperation::LockExclusive).expect("a lock");
+    drop(open(&at(&folder)));
+    let turn = Turn::wait(&path, Duration::ZERO).expect("nobody has it");
+    let error = Turn::wait(&path, Duration::from_millis(30)).err();
+    let error = error.expect("another one has it").to_string();
+    assert!(error.contains("link.lock stays locked"), "{error}");
+    drop(turn);
+    drop(Turn::wait(&path, Duration::ZERO).expect("nobody has it any more"));
+    assert!(!folder.path().join("link.lock").exists());
+    std::os::unix::fs::symlink("precious", folder.path().join("link.lock")).expect("a link");
+    assert!(Turn::wait(&path, Duration::ZERO).is_err());
+    assert!(!folder.path().join("precious").exists());
+    // Of machines that start at once, one waits and the others come.
+    let (_first, listeners) = {
+        let folder = tempfile::tempdir().expect("a folder");
+        let text = at(&folder);
+        let starts: Vec<_> = (0..8)
+            .map(|_| {
+                let text = text.clone();
+                thread::spawn(move || open(&text).0)
+            })
+            .collect();
+        let links: Vec<Link> = starts
+            .into_iter()
+            .map(|start| start.join().expect("a machine"))
+            .collect();
+        let waiting = links.iter().filter(|link| link.listener.is_some()).count();
+        (links, waiting)
+    };
+    assert_eq!(listeners, 1);
+}
+
+#[test]
+fn another_users_machine_is_not_joined() {
+    if !geteuid().is_root() {
+        eprintln!("SKIP: becoming another user takes root");
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("link");
+    std::os::unix::fs::chown(folder.path(), Some(4321), None).expect("giving it away");
+    let listening = path.clone();
+    // The identity is the thread's own.
+    let listener = thread::spawn(move || {
+        rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::from_raw(4321), Uid::ROOT)
+            .expect("another identity");
+        UnixListener::bind(listening).expect("a socket")
+    })
+    .join()
+    .expect("the other user");
+    let error = Link::open(&options(&at(&folder)), "test", 0).err();
+    let error = error.expect("it is another user's").to_string();
+    assert!(error.contains("another user waits there"), "{error}");
+    drop(listener);
+    // Nor is it let in.
+    fs::remove_file(&path).expect("the socket");
+    let (mut link, _) = open(&at(&folder));
+    std::os::unix::fs::chown(&path, Some(4321), None).expect("giving it away");
+    let mut stranger = thread::spawn(move || {
+        rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::from_raw(4321), Uid::ROOT)
+            .expect("another identity");
+        UnixStream::connect(path).expect("a connection")
+    })
+    .join()
+    .expect("the other user");
+    assert_eq!(frame(&mut link), None);
+    assert_eq!(stranger.read(&mut [0]).expect("an end"), 0);
 }
 
 #[test]
