@@ -52,7 +52,7 @@ fn wait_for_round(memory: &Mapping, hot: u64) -> Outcome {
 /// A slot of many tables goes, its last page's last, while the guest writes to that page. In the middle the
 /// process forks: from then on the page is shared with the child, and the guest's writes are none of its.
 pub(crate) fn fork_while_a_slot_goes(device: &Device) -> Outcome {
-    const ROUNDS: u64 = 12;
+    const ROUNDS: u64 = 6;
     const LOOK: Duration = Duration::from_millis(2);
     if online_cpus()? < 2 {
         return Err(Fail::skip("the host has one CPU"));
