@@ -18,6 +18,7 @@
 #include <linux/thread_info.h>
 #include <linux/uaccess.h>
 #include <linux/vmstat.h>
+#include <linux/vtime.h>
 #include <linux/entry-virt.h>
 #include <asm/cpu_entry_area.h>
 #include <asm/debugreg.h>
@@ -216,6 +217,22 @@ unsigned long rvisor_irq_save_vmx(void)
 void rvisor_irq_restore(unsigned long flags)
 {
 	local_irq_restore(flags);
+}
+
+/* What ticks of the clock find from here on is a guest's time, and the thread's user time. */
+void rvisor_guest_time_begin(void)
+{
+	local_irq_disable();
+	vtime_account_guest_enter();
+	local_irq_enable();
+}
+
+/* And from here on the kernel's again. */
+void rvisor_guest_time_end(void)
+{
+	local_irq_disable();
+	vtime_account_guest_exit();
+	local_irq_enable();
 }
 
 void rvisor_preempt_disable(void)

@@ -49,6 +49,8 @@ void rvisor_set_vmx_on(bool on);
 bool rvisor_vmx_is_on(void);
 void rvisor_on_each_cpu(void (*function)(void *));
 void rvisor_irq_restore(unsigned long flags);
+void rvisor_guest_time_begin(void);
+void rvisor_guest_time_end(void);
 void rvisor_preempt_disable(void);
 void rvisor_preempt_enable(void);
 unsigned int rvisor_cpu_id(void);

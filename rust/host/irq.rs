@@ -61,6 +61,31 @@ impl Drop for IrqsOff {
     }
 }
 
+/// The current thread runs a guest for as long as this lives: the kernel counts its time as a guest's
+/// (`guest_time` in `/proc/PID/stat`, proc_pid_stat(5)).
+///
+/// It counts by ticks, and a tick that makes a guest exit is taken when interrupts come on again: this is
+/// to outlive the region where they are off.
+pub(crate) struct GuestTime(NotThreadSafe);
+
+impl GuestTime {
+    /// Begins it.
+    #[inline]
+    pub(crate) fn begin() -> Self {
+        // SAFETY: Task context, interrupts on; `drop` ends it on the same thread.
+        unsafe { bindings::rvisor_guest_time_begin() };
+        Self(NotThreadSafe)
+    }
+}
+
+impl Drop for GuestTime {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: Task context, interrupts on; `begin` was on the same thread.
+        unsafe { bindings::rvisor_guest_time_end() };
+    }
+}
+
 /// What the kernel wants of the current thread, as it was when it was read.
 #[derive(Clone, Copy)]
 pub(crate) struct ThreadFlags(usize);

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     bindings,
     host::{
-        irq::{IrqsOff, ThreadFlags},
+        irq::{GuestTime, IrqsOff, ThreadFlags},
         signal::SignalMask,
         timer,
     },
@@ -227,6 +227,7 @@ impl Vcpu {
             fpu,
             ..
         } = state;
+        let _guest_time = GuestTime::begin();
         let irqs = IrqsOff::with_vmx()?;
         let mut vmcs = CurrentVmcs::new(hardware.get_mut(&irqs), &irqs)?;
         vmcs.hardware.note_host_debugging(&irqs);

@@ -56,6 +56,7 @@ fn main() -> std::process::ExitCode {
         mmio_vectors::avx_moves,
         mmio_vectors::avx_crossing,
         mmio::delivery_through_device,
+        running::guest_time,
         running::immediate_exit,
         running::immediate_exit_completes,
         running::signal,

@@ -4,7 +4,7 @@
 use crate::start;
 use rvisor_tests::layout::{CODE, DATA, DONE_PORT, FREE_PORT};
 use rvisor_tests::raw::{expect_errno, ioctl_words, Errno};
-use rvisor_tests::{check, check_eq, guest_code, uapi, Device, Exit, Outcome};
+use rvisor_tests::{check, check_eq, guest_code, uapi, Device, Exit, Fail, Outcome};
 
 guest_code!(
     read_port,
@@ -225,5 +225,60 @@ pub(crate) fn shared_page(device: &Device) -> Outcome {
         check!(exit.is_done(), "{exit:x?}");
     }
     check_eq!(cpu.cr8(), 9, "cr8");
+    Ok(())
+}
+
+guest_code!(
+    busy,
+    code64,
+    [
+        "sti",
+        "mov ecx, 40000000",
+        "2: dec ecx",
+        "jnz 2b",
+        "out {done}, al"
+    ],
+    done = DONE_PORT
+);
+
+/// This thread's user time, its system time and its time in guests, in ticks of 10 ms (proc_pid_stat(5)).
+fn thread_times() -> Result<[u64; 3], Fail> {
+    let text = std::fs::read_to_string("/proc/thread-self/stat")?;
+    let rest = text.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    let field = |number: usize| {
+        let value = fields.get(number - 3).and_then(|word| word.parse().ok());
+        value.ok_or_else(|| Fail::new(format!("no field {number} in {text}")))
+    };
+    Ok([field(14)?, field(15)?, field(43)?])
+}
+
+/// The kernel counts the time in the guest as such, and as the thread's user time; nothing else of it.
+pub(crate) fn guest_time(device: &Device) -> Outcome {
+    let (_machine, cpu) = start(device, busy())?;
+    let before = thread_times()?;
+    cpu.run_until_done()?;
+    let after = thread_times()?;
+    let [user, system, guest] = [0, 1, 2].map(|i| after[i] - before[i]);
+    // 80 million instructions are some 80 ticks in Bochs, and two at 4 GHz.
+    check!(guest >= 2, "{guest} ticks in the guest");
+    check!(
+        user >= guest,
+        "{user} ticks of user time, {guest} in the guest"
+    );
+    check!(
+        system < guest / 4,
+        "{system} ticks of system time, {guest} in the guest"
+    );
+    // Afterwards the thread is no guest any more.
+    let end = std::time::Instant::now() + std::time::Duration::from_millis(100);
+    while std::time::Instant::now() < end {
+        std::hint::spin_loop();
+    }
+    check_eq!(
+        thread_times()?[2],
+        after[2],
+        "ticks in the guest while it does not run"
+    );
     Ok(())
 }
