@@ -40,6 +40,16 @@ enum Outer {
     User,
 }
 
+/// Whether the guest can be entered.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Entry {
+    Ready,
+    /// Not yet: what was to be delivered has left something to see to before.
+    Again,
+    /// It has shut down.
+    Shutdown,
+}
+
 impl Vcpu {
     /// Carries out KVM_RUN.
     ///
@@ -265,9 +275,16 @@ impl Vcpu {
                 shared.set_outside();
                 return Ok(Outer::Again);
             }
-            if !core.prepare_entry(&mut vmcs) {
-                shared.set_outside();
-                return self.leave(&UserExit::Shutdown);
+            match core.prepare_entry(&mut vmcs) {
+                Entry::Ready => {}
+                Entry::Again => {
+                    shared.set_outside();
+                    return Ok(Outer::Again);
+                }
+                Entry::Shutdown => {
+                    shared.set_outside();
+                    return self.leave(&UserExit::Shutdown);
+                }
             }
             fpu.ensure_registers(flags, &irqs);
             let reason = vmcs.enter(&mut core.registers);
@@ -299,9 +316,9 @@ impl Vcpu {
 }
 
 impl Core {
-    /// What has to be so before each entry. `false` where there is none: the guest has shut down.
+    /// Does what has to be done before each entry.
     #[inline]
-    fn prepare_entry(&mut self, vmcs: &mut CurrentVmcs<'_>) -> bool {
+    fn prepare_entry(&mut self, vmcs: &mut CurrentVmcs<'_>) -> Entry {
         let generation = self.vm.memory.generation();
         if self.generation != generation {
             self.generation = generation;
@@ -314,12 +331,19 @@ impl Core {
             vmcs.flush_vpid();
         }
         if !self.events.attention {
-            return true;
+            return Entry::Ready;
         }
-        if !self.events.triple_fault {
-            self.inject_events(vmcs);
+        if core::mem::take(&mut self.events.triple_fault) {
+            return Entry::Shutdown;
         }
-        !core::mem::take(&mut self.events.triple_fault)
+        self.inject_events(vmcs);
+        // The 8259s end an interrupt when it is taken where the guest has told them so: that wakes who waits
+        // for the end, and may raise the next, neither of which kicks the CPU that it happens on.
+        if self.shared.has_requests() || ThreadFlags::read().has_work() {
+            self.take_back_injection(vmcs);
+            return Entry::Again;
+        }
+        Entry::Ready
     }
 
     /// Whether userspace can give the guest an interrupt by KVM_INTERRUPT now.

@@ -41,6 +41,7 @@ fn main() -> std::process::ExitCode {
         resampler::errors,
         resampler::ioapic_line,
         resampler::pic_line,
+        resampler::woken_by_delivery,
         resampler::lowered_at_the_end,
         doorbell::errors,
         doorbell::ports,

@@ -6,11 +6,14 @@ use crate::start;
 use kvm_bindings as kb;
 use rvisor_tests::guest::Mode;
 use rvisor_tests::handlers::{count, Acknowledge};
-use rvisor_tests::layout::{COUNTS, DONE_PORT, IOAPIC, LAPIC};
+use rvisor_tests::host::{bind_to_cpu, real_time};
+use rvisor_tests::layout::{COUNTS, DATA, DONE_PORT, IOAPIC, LAPIC};
 use rvisor_tests::raw::expect_errno;
-use rvisor_tests::{check_eq, guest_code, Context, Device, EventFd, Fail, Machine, Outcome};
+use rvisor_tests::{check, check_eq, guest_code, Context, Device, EventFd, Fail, Machine, Outcome};
 use std::os::fd::AsRawFd;
 
+/// Where a guest is told that the waiter had its turn.
+const FLAG: u64 = DATA + 64;
 const RESAMPLE: u32 = kb::KVM_IRQFD_FLAG_RESAMPLE;
 
 /// The line's eventfd and the resampler's, tied to a GSI.
@@ -153,6 +156,81 @@ pub(crate) fn pic_line(device: &Device) -> Outcome {
         check_eq!(line.ended.wait(), 1, "the resampler's count");
     }
     Ok(())
+}
+
+guest_code!(
+    counting_guest,
+    code32,
+    [
+        "mov al, 0x11",
+        "out 0x20, al",
+        "out 0xa0, al",
+        "mov al, 0x20",
+        "out 0x21, al",
+        "mov al, 0x28",
+        "out 0xa1, al",
+        "mov al, 4",
+        "out 0x21, al",
+        "mov al, 2",
+        "out 0xa1, al",
+        // Automatic end of interrupt.
+        "mov al, 3",
+        "out 0x21, al",
+        "out 0xa1, al",
+        "mov al, 0xfb",
+        "out 0x21, al",
+        "out 0xa1, al",
+        "mov dx, 0x4d1",
+        "mov al, 4",
+        "out dx, al",
+        "out {done}, al",
+        "sti",
+        // Rounds from the interrupt on.
+        "2: cmp dword ptr [{count}], 0",
+        "je 2b",
+        "inc dword ptr [{data}]",
+        "cmp dword ptr [{flag}], 0",
+        "je 2b",
+        "cli",
+        "out {done}, al",
+    ],
+    count = COUNTS + 8 * 0x2a,
+    data = DATA,
+    flag = FLAG,
+    done = DONE_PORT
+);
+
+/// An 8259 that ends an interrupt when it is taken: who waits for the end has its turn at once, although the
+/// guest takes the interrupt and goes on without an exit.
+pub(crate) fn woken_by_delivery(device: &Device) -> Outcome {
+    // Fewer than a tick has room for by far, and more than fit between delivery and the waiter's turn.
+    const ROUNDS: u64 = 2000;
+    bind_to_cpu(0, 0)?;
+    let (machine, cpu) = start(device, Mode::Protected, counting_guest(), Acknowledge::None)?;
+    cpu.run_until_done()?;
+    let line = Line::new(&machine, 10)?;
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| {
+            // It inherits the CPU, and comes before this thread there.
+            real_time(true)?;
+            let ended = line.ended.wait();
+            machine.memory.write_u64(FLAG, 1);
+            Ok::<_, Fail>(ended)
+        });
+        // Until it waits.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        line.raise.signal()?;
+        cpu.run_until_done()?;
+        let ended = waiter.join().map_err(|_| Fail::new("the waiter"))??;
+        check_eq!(ended, 1, "the resampler's count");
+        check_eq!(count(&machine.memory, 0x2a), 1, "interrupts");
+        let rounds = machine.memory.read_u64(DATA);
+        check!(
+            rounds < ROUNDS,
+            "the waiter had its turn {rounds} rounds later"
+        );
+        Ok(())
+    })
 }
 
 /// Removing the last irqfd of a GSI lowers its line.
