@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rustix::process::{kill_process, Signal};
 use serde::Serialize;
 
-use crate::control::{Client, Ended, Nothing};
+use crate::control::{Client, Ended, Nothing, Request};
 use crate::error::{failed, say, Error, Result};
 use crate::machine::Status;
 use crate::outcome::STATUS_KILLED;
@@ -30,7 +30,7 @@ pub fn ps(json: bool) -> Result<()> {
             registry::sweep(&name);
             continue;
         };
-        match Client::new(&name, stream).call("status", Nothing {}) {
+        match Client::new(&name, stream).call(&Request::Status {}) {
             Ok(status) => machines.push(status),
             Err(error) if registry::connect(&name)?.is_some() => say(error),
             Err(_) => {}
@@ -100,8 +100,8 @@ pub fn stop(name: &Name, timeout: Duration) -> Result<Ended> {
         return kill(name);
     }
     let mut client = Client::connect(name)?;
-    let Nothing {} = client.call("power-button", Nothing {})?;
-    client.send("wait", Nothing {})?;
+    let Nothing {} = client.call(&Request::PowerButton {})?;
+    client.send(&Request::Wait {})?;
     match client.receive(Some(timeout))? {
         Some(ended) => Ok(ended),
         None => {
@@ -121,9 +121,9 @@ pub fn stop(name: &Name, timeout: Duration) -> Result<Ended> {
 /// [`Error::Input`] where no such machine runs, [`Error::Call`] where its process can't be killed.
 pub fn kill(name: &Name) -> Result<Ended> {
     let mut end = Client::connect(name)?;
-    end.send("wait", Nothing {})?;
+    end.send(&Request::Wait {})?;
     let mut client = Client::connect(name)?;
-    client.send("kill", Nothing {})?;
+    client.send(&Request::Kill {})?;
     if let Some(ended) = end.receive(Some(INSIST))? {
         return Ok(ended);
     }
@@ -138,13 +138,13 @@ pub fn kill(name: &Name) -> Result<Ended> {
     })
 }
 
-/// Gives the machine a command without arguments or answer: `pause`, `resume`.
+/// Gives the machine a command without answer: `pause`, `resume`.
 ///
 /// # Errors
 ///
 /// [`Error::Input`] where no such machine runs, or it can't do that now.
-pub fn tell(name: &Name, command: &str) -> Result<()> {
-    let Nothing {} = Client::connect(name)?.call(command, Nothing {})?;
+pub fn tell(name: &Name, request: &Request) -> Result<()> {
+    let Nothing {} = Client::connect(name)?.call(request)?;
     Ok(())
 }
 

@@ -2,14 +2,14 @@
 
 //! Commands to a machine that runs, over its socket (see [`crate::registry`] for where that is).
 //!
-//! A client sends one JSON object a line, of at most [`LONGEST`] bytes, and gets one line back for each, in
+//! A client sends one JSON object a line, of less than [`LONGEST`] bytes, and gets one line back for each, in
 //! their order:
 //!
 //! ```text
 //! {"command":"status"}
 //! {"ok":{"name":"web","pid":4711,"state":"running", ...}}
 //! {"command":"sing"}
-//! {"error":{"cause":"a machine has no command 'sing'","next":"...","status":2}}
+//! {"error":{"cause":"no command: unknown variant `sing`, expected ...","next":"...","status":2}}
 //! ```
 //!
 //! The fields beside `command` are its arguments; one that the command does not know is an error. `status` is
@@ -18,21 +18,11 @@
 //! the connection carries the stream's bytes and no further command. A client must read the answer before it
 //! sends such bytes.
 //!
-//! | command | arguments | answer |
-//! | --- | --- | --- |
-//! | `status` | | see [`crate::machine::Status`] |
-//! | `wait` | | once the machine has ended and its name is free: `outcome`, a text, and `status`, its exit status |
-//! | `pause` | | `{}`, once no CPU runs the guest any more |
-//! | `resume` | | `{}` |
-//! | `power-button` | | `{}`; the guest decides what comes of it |
-//! | `snapshot` | | `{}`, then the snapshot (see [`crate::snapshot`]); the machine stands still meanwhile |
-//! | `kill` | | `{}`; the machine ends at once |
-//! | `console` | | `{}`, then the console's bytes in both directions, the last 64 KiB of output first |
-//!
-//! At most [`CLIENTS`] clients are served at a time; others get an error. One that sends no whole line for
-//! [`PATIENCE`], or takes no answer for that long, is disconnected.
+//! [`Request`] lists the commands. At most [`CLIENTS`] clients are served at a time; others get an error. One that
+//! sends no whole line for [`PATIENCE`], or takes no answer for that long, is disconnected.
 
-use std::collections::BTreeMap;
+mod client;
+
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
@@ -42,31 +32,53 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::io::Errno;
-use rustix::net::sockopt::socket_peercred;
-use rustix::process::Pid;
-use serde::de::DeserializeOwned;
+use rustix::io::{retry_on_intr, Errno};
+use rustix::net::sockopt::{set_socket_timeout, Timeout};
 use serde::{Deserialize, Serialize};
-use serde_json::{json, Map, Value};
+use serde_json::{json, Value};
 
-use crate::console::Wake;
 use crate::devices::lock;
-use crate::error::{failed, Error, Result, STATUS_INPUT};
+use crate::error::{failed, Error, Result};
 use crate::outcome::Outcome;
-use crate::registry::{self, Name};
+use crate::trace::Wanted;
+pub use client::Client;
 
-/// The longest line from a client, in bytes.
-pub const LONGEST: u64 = 64 << 10;
+/// The length that no line from a client has, in bytes.
+pub const LONGEST: usize = 64 << 10;
 /// The most clients at a time.
 pub const CLIENTS: usize = 32;
 /// How long a client may take for a line of its own, and for taking one.
 pub const PATIENCE: Duration = Duration::from_secs(30);
-/// How long a machine may take for an answer, unless the command is one that lasts.
-const ANSWER: Duration = Duration::from_secs(10);
 /// How long a machine that ends waits for its clients.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// The arguments of a command that has none.
+/// What a client's line asks for. Where nothing else is said the answer is `{}`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// What there is to know of the machine: [`crate::machine::Status`].
+    Status {},
+    /// Its counters: [`crate::stat::Sample`].
+    Stats {},
+    /// Once the machine has ended and its name is free: [`Ended`].
+    Wait {},
+    /// No CPU runs the guest any more when the answer comes.
+    Pause {},
+    /// A paused guest goes on.
+    Resume {},
+    /// Presses the power button; the guest decides what comes of it.
+    PowerButton {},
+    /// Ends the machine at once.
+    Kill {},
+    /// Goes over into the machine's snapshot ([`crate::snapshot`]); it stands still meanwhile.
+    Snapshot {},
+    /// Goes over into the console's bytes in both directions, the last 64 KiB of output first.
+    Console {},
+    /// Goes over into its exits, a [`crate::trace::Exit`] a line.
+    Trace(Wanted),
+}
+
+/// The answer of a command that has nothing to tell.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Nothing {}
@@ -89,61 +101,6 @@ impl From<&Outcome> for Ended {
     }
 }
 
-type Answer = dyn Fn(Value) -> Result<Value> + Send + Sync;
-type Stream = dyn Fn(Value, &UnixStream) -> Result<()> + Send + Sync;
-
-enum Handler {
-    Answer(Box<Answer>),
-    /// Checks the arguments; what it gives back answers the client and has the connection then.
-    Stream(Box<Stream>),
-}
-
-/// The commands that a machine takes, and what does them. Each part of the machine adds its own before the
-/// machine runs. A handler runs in the client's thread: it may last, and several run at once.
-#[derive(Default)]
-pub struct Commands(BTreeMap<&'static str, Handler>);
-
-impl Commands {
-    /// Adds a command whose arguments are an `A`: a structure with `deny_unknown_fields`, [`Nothing`] for none.
-    pub fn add<A: DeserializeOwned, R: Serialize>(
-        &mut self,
-        command: &'static str,
-        handle: impl Fn(A) -> Result<R> + Send + Sync + 'static,
-    ) {
-        let answer = move |arguments| to_value(&handle(from_value(command, arguments)?)?);
-        self.0.insert(command, Handler::Answer(Box::new(answer)));
-    }
-
-    /// Adds a command that goes over into a stream. The handler has the connection until it returns, after the
-    /// client got `{"ok":{}}`; it ends where the machine does, for then the connection is shut down for reading.
-    pub fn add_stream<A: DeserializeOwned>(
-        &mut self,
-        command: &'static str,
-        handle: impl Fn(A, &UnixStream) -> Result<()> + Send + Sync + 'static,
-    ) {
-        let stream = move |arguments, connection: &UnixStream| {
-            let arguments = from_value(command, arguments)?;
-            send(connection, &Reply::Ok(json!({})))?;
-            handle(arguments, connection)
-        };
-        self.0.insert(command, Handler::Stream(Box::new(stream)));
-    }
-}
-
-fn from_value<A: DeserializeOwned>(command: &str, arguments: Value) -> Result<A> {
-    serde_json::from_value(arguments).map_err(|error| {
-        Error::input(
-            format!("the arguments of '{command}': {error}"),
-            "see 'rvisor --help' for what it takes",
-        )
-    })
-}
-
-fn to_value<R: Serialize>(result: &R) -> Result<Value> {
-    serde_json::to_value(result)
-        .map_err(|error| Error::call("writing an answer", io::Error::other(error)))
-}
-
 /// A line to the client.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -156,11 +113,11 @@ enum Reply {
     },
 }
 
-impl From<&Error> for Reply {
-    fn from(error: &Error) -> Self {
+impl From<Error> for Reply {
+    fn from(error: Error) -> Self {
         let status = error.status();
         let (cause, next) = match error {
-            Error::Input { cause, next } => (cause.clone(), next.clone()),
+            Error::Input { cause, next } => (cause, next),
             error @ Error::Call { .. } => (error.to_string(), String::new()),
         };
         Self::Error {
@@ -171,11 +128,37 @@ impl From<&Error> for Reply {
     }
 }
 
+/// What a handler gives back: the answer, or nothing where the connection has been a stream's.
+pub type Answer = Result<Option<Value>>;
+
+/// Does what a client asks for, in that client's thread: it may last, and several run at once.
+type Handler = dyn Fn(Request, &UnixStream) -> Answer + Send + Sync;
+
+/// The answer with these fields.
+///
+/// # Errors
+///
+/// [`Error::Call`] where one of them is no text.
+pub fn answer(fields: &impl Serialize) -> Answer {
+    let value = serde_json::to_value(fields);
+    value.map(Some).map_err(failed("writing an answer"))
+}
+
+/// Answers `client` that a stream follows, and has `with` do it, which is to end where [`gone`] says so.
+///
+/// # Errors
+///
+/// [`Error::Call`] where the client has gone, and what `with` gives.
+pub fn stream(client: &UnixStream, with: impl FnOnce(&UnixStream) -> Result<()>) -> Answer {
+    send(client, &Reply::Ok(json!({})))?;
+    with(client).map(|()| None)
+}
+
 fn send(mut connection: &UnixStream, reply: &Reply) -> Result<()> {
     let what = "answering a client";
-    let mut line = serde_json::to_vec(reply).map_err(|e| Error::call(what, io::Error::other(e)))?;
-    line.push(b'\n');
-    connection.write_all(&line).map_err(failed(what))
+    let line = serde_json::to_string(reply).map_err(failed(what))?;
+    let sent = connection.write_all((line + "\n").as_bytes());
+    sent.map_err(failed(what))
 }
 
 /// Whether the other side has gone, or the connection was shut down for reading.
@@ -185,6 +168,48 @@ pub fn gone(connection: &UnixStream) -> bool {
     poll(&mut fds, Some(&Timespec::default())).is_ok_and(|count| count > 0)
 }
 
+/// Reads on in a line that is to have less than `longest` bytes. Says whether it is whole; it never will be where
+/// the other side has gone.
+///
+/// # Errors
+///
+/// What the socket answers; that the line is too long; [`io::ErrorKind::TimedOut`] where it takes longer than
+/// `patience`, and `line` has what came until then.
+fn read_line(
+    stream: &mut BufReader<impl Read + AsFd>,
+    line: &mut Vec<u8>,
+    longest: usize,
+    patience: Option<Duration>,
+) -> io::Result<bool> {
+    let until = patience.map(|patience| Instant::now() + patience);
+    loop {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        set_socket_timeout(stream.get_ref(), Timeout::Recv, left)?;
+        let bytes = match stream.fill_buf() {
+            Ok([]) => return Ok(false),
+            Ok(bytes) => bytes,
+            Err(error) => match error.kind() {
+                io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => continue,
+                _ => return Err(error),
+            },
+        };
+        let end = bytes.iter().position(|byte| *byte == b'\n');
+        let count = end.map_or(bytes.len(), |end| end + 1);
+        line.extend_from_slice(&bytes[..count]);
+        stream.consume(count);
+        if line.len() >= longest {
+            let what = format!("a line of {longest} bytes or more");
+            return Err(io::Error::other(what));
+        }
+        if end.is_some() {
+            return Ok(true);
+        }
+    }
+}
+
 /// Takes commands on a machine's socket until it is told how the machine ended.
 pub struct Server {
     shared: Arc<Shared>,
@@ -192,44 +217,40 @@ pub struct Server {
 }
 
 struct Shared {
-    commands: Commands,
+    listener: UnixListener,
+    handler: Box<Handler>,
     state: Mutex<State>,
     /// Clients have gone.
     changed: Condvar,
-    /// Readable from the end on.
-    end: Wake,
 }
 
 #[derive(Default)]
 struct State {
     ended: Option<Ended>,
-    clients: Vec<(u64, Arc<UnixStream>)>,
-    next: u64,
+    clients: Vec<Arc<UnixStream>>,
 }
 
 impl Server {
-    /// Starts to take `commands`, and `wait`.
+    /// Starts to take commands, which `handler` does but for `wait`.
     ///
     /// # Errors
     ///
-    /// [`Error::Call`] where the host gives no thread or descriptor.
-    pub fn start(listener: UnixListener, commands: Commands) -> Result<Self> {
+    /// [`Error::Call`] where the host gives no thread.
+    pub fn start(
+        listener: UnixListener,
+        handler: impl Fn(Request, &UnixStream) -> Answer + Send + Sync + 'static,
+    ) -> Result<Self> {
         let shared = Arc::new(Shared {
-            commands,
+            listener,
+            handler: Box::new(handler),
             state: Mutex::default(),
             changed: Condvar::new(),
-            end: Wake::new().map_err(failed("making an eventfd"))?,
         });
-        listener
-            .set_nonblocking(true)
-            .map_err(failed("setting a socket"))?;
-        let acceptor = thread::Builder::new()
-            .name("control".to_owned())
-            .spawn({
-                let shared = Arc::clone(&shared);
-                move || accept(&shared, &listener)
-            })
-            .map_err(failed("starting a thread"))?;
+        let acceptor = thread::Builder::new().name("control".to_owned()).spawn({
+            let shared = Arc::clone(&shared);
+            move || shared.accept()
+        });
+        let acceptor = acceptor.map_err(failed("starting a thread"))?;
         Ok(Self { shared, acceptor })
     }
 
@@ -237,9 +258,9 @@ impl Server {
     pub fn finish(self, ended: Ended) {
         let mut state = lock(&self.shared.state);
         state.ended = Some(ended);
-        self.shared.end.wake();
-        for (_, connection) in &state.clients {
-            // Gone already where this fails.
+        // These have gone already where this fails. The listener gets no more of them then, and its thread ends.
+        let _ = rustix::net::shutdown(&self.shared.listener, rustix::net::Shutdown::Read);
+        for connection in &state.clients {
             let _ = connection.shutdown(Shutdown::Read);
         }
         let clients_left = |state: &mut State| !state.clients.is_empty();
@@ -248,289 +269,104 @@ impl Server {
                 .changed
                 .wait_timeout_while(state, GOODBYE, clients_left),
         );
-        // It has nothing to wait for but the wake.
+        // It has nothing to wait for.
         let _ = self.acceptor.join();
     }
 }
 
-fn accept(shared: &Arc<Shared>, listener: &UnixListener) {
-    while lock(&shared.state).ended.is_none() {
-        let mut fds = [
-            PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN),
-            PollFd::new(&shared.end, PollFlags::IN),
-        ];
-        if poll(&mut fds, None).is_err() {
-            continue;
-        }
-        if let Ok((connection, _)) = listener.accept() {
-            // A client that can't be served sees its connection closed.
-            let _ = welcome(shared, connection);
-        } else if !fds[0].revents().is_empty() {
-            // Out of descriptors, for one: looking again at once would take a CPU for it.
-            thread::sleep(Duration::from_millis(10));
-        }
-    }
-}
-
-/// Gives a client its thread.
-fn welcome(shared: &Arc<Shared>, connection: UnixStream) -> io::Result<()> {
-    connection.set_nonblocking(false)?;
-    connection.set_write_timeout(Some(PATIENCE))?;
-    let connection = Arc::new(connection);
-    let id = {
-        let mut state = lock(&shared.state);
-        if state.clients.len() >= CLIENTS {
-            let error = Error::input(
-                format!("this machine serves {CLIENTS} clients already"),
-                "end some of them",
-            );
-            connection.set_nonblocking(true)?;
-            return send(&connection, &Reply::from(&error)).map_err(io::Error::other);
-        }
-        state.next += 1;
-        let id = state.next;
-        state.clients.push((id, Arc::clone(&connection)));
-        id
-    };
-    let for_thread = Arc::clone(shared);
-    let started = thread::Builder::new()
-        .name("client".to_owned())
-        .spawn(move || {
-            // What ends it ends this client alone.
-            let _ = serve(&for_thread, &connection);
-            for_thread.forget(id);
-        });
-    started.map(drop).inspect_err(|_| shared.forget(id))
-}
-
-/// Serves one client until it goes.
-fn serve(shared: &Shared, connection: &UnixStream) -> Result<()> {
-    let mut buffer = Vec::new();
-    while let Some(line) = read_line(connection, &mut buffer)
-        .map_err(failed("reading from a client"))
-        .or_else(|error| send(connection, &Reply::from(&error)).and(Ok(None)))?
-    {
-        let handled = shared.handle(&line, connection);
-        match handled {
-            Ok(Some(answer)) => send(connection, &Reply::Ok(answer))?,
-            Ok(None) => return Ok(()),
-            Err(error) => send(connection, &Reply::from(&error))?,
-        }
-    }
-    Ok(())
-}
-
-/// Reads a line in time; what came behind it stays in `buffer`. `None` where the client has gone.
-fn read_line(mut connection: &UnixStream, buffer: &mut Vec<u8>) -> io::Result<Option<Vec<u8>>> {
-    let until = Instant::now() + PATIENCE;
-    loop {
-        if let Some(end) = buffer.iter().position(|byte| *byte == b'\n') {
-            let rest = buffer.split_off(end + 1);
-            return Ok(Some(std::mem::replace(buffer, rest)));
-        }
-        if buffer.len() as u64 >= LONGEST {
-            return Err(io::Error::other(format!(
-                "a line of more than {LONGEST} bytes"
-            )));
-        }
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        connection.set_read_timeout(Some(left))?;
-        let mut bytes = [0; 4096];
-        match connection.read(&mut bytes) {
-            Ok(0) => return Ok(None),
-            Ok(count) => buffer.extend_from_slice(&bytes[..count]),
-            Err(error) => match error.kind() {
-                io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => {}
-                _ => return Err(error),
-            },
-        }
-    }
-}
-
 impl Shared {
-    /// Does what a line says. `None` where the connection was a stream's, which has ended.
-    fn handle(&self, line: &[u8], connection: &UnixStream) -> Result<Option<Value>> {
-        let wrong = |cause: String| {
-            Error::input(
-                cause,
-                format!(
-                    "send one of {} as {{\"command\":\"...\"}}",
-                    self.commands
-                        .0
-                        .keys()
-                        .copied()
-                        .collect::<Vec<_>>()
-                        .join(", ")
-                ),
-            )
-        };
-        let mut arguments: Map<String, Value> = serde_json::from_slice(line)
-            .map_err(|error| wrong(format!("no JSON object: {error}")))?;
-        let command = match arguments.remove("command") {
-            Some(Value::String(command)) => command,
-            _ => return Err(wrong("the line names no command".to_owned())),
-        };
-        let arguments = Value::Object(arguments);
-        if command == "wait" {
-            let Nothing {} = from_value("wait", arguments)?;
-            return self.wait_for_end(connection).map(Some);
-        }
-        match self.commands.0.get(command.as_str()) {
-            Some(Handler::Answer(handle)) => handle(arguments).map(Some),
-            Some(Handler::Stream(handle)) => handle(arguments, connection).map(|()| None),
-            None => Err(wrong(format!("a machine has no command '{command}'"))),
-        }
-    }
-
-    /// Waits until the machine or the client goes.
-    fn wait_for_end(&self, client: &UnixStream) -> Result<Value> {
+    fn accept(self: &Arc<Self>) {
         loop {
-            if let Some(ended) = &lock(&self.state).ended {
-                return to_value(ended);
-            }
-            let mut fds = [
-                PollFd::new(&self.end, PollFlags::IN),
-                PollFd::new(client, PollFlags::RDHUP),
-            ];
-            match poll(&mut fds, None) {
-                Ok(_) if fds[0].revents().is_empty() => {
-                    return Err(Error::call(
-                        "waiting",
-                        io::Error::other("the client has gone"),
-                    ))
-                }
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return Err(Error::call("waiting", io::Error::from(error))),
+            match self.listener.accept() {
+                // A client that can't be served sees its connection closed.
+                Ok((connection, _)) => drop(self.welcome(connection)),
+                Err(_) if lock(&self.state).ended.is_some() => return,
+                // Out of descriptors, for one: looking again at once would take a CPU for it.
+                Err(_) => thread::sleep(Duration::from_millis(10)),
             }
         }
     }
 
-    fn forget(&self, id: u64) {
-        lock(&self.state).clients.retain(|(other, _)| *other != id);
+    /// Gives a client its thread.
+    fn welcome(self: &Arc<Self>, connection: UnixStream) -> Result<()> {
+        let what = "serving a client";
+        let connection = Arc::new(connection);
+        let mut state = lock(&self.state);
+        if state.ended.is_some() {
+            return Ok(());
+        }
+        if state.clients.len() >= CLIENTS {
+            drop(state);
+            connection.set_nonblocking(true).map_err(failed(what))?;
+            let cause = format!("this machine serves {CLIENTS} clients already");
+            return send(&connection, &Error::input(cause, "end some of them").into());
+        }
+        state.clients.push(Arc::clone(&connection));
+        drop(state);
+        let started = thread::Builder::new().name("client".to_owned()).spawn({
+            let (shared, connection) = (Arc::clone(self), Arc::clone(&connection));
+            move || {
+                // What ends it ends this client alone.
+                let _ = shared.serve(&connection);
+                shared.forget(&connection);
+            }
+        });
+        started
+            .map(drop)
+            .inspect_err(|_| self.forget(&connection))
+            .map_err(failed(what))
+    }
+
+    fn forget(&self, client: &Arc<UnixStream>) {
+        let mut state = lock(&self.state);
+        state.clients.retain(|other| !Arc::ptr_eq(other, client));
         self.changed.notify_all();
     }
-}
 
-/// A connection to a machine.
-pub struct Client {
-    name: Name,
-    stream: BufReader<UnixStream>,
-    /// An answer that has not come as a whole.
-    line: String,
-}
+    /// Serves one client until it goes.
+    fn serve(&self, client: &UnixStream) -> Result<()> {
+        let what = "reading from a client";
+        client
+            .set_write_timeout(Some(PATIENCE))
+            .map_err(failed(what))?;
+        let mut stream = BufReader::new(client);
+        loop {
+            let mut line = Vec::new();
+            match read_line(&mut stream, &mut line, LONGEST, Some(PATIENCE)) {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                Err(error) => return send(client, &Error::call(what, error).into()),
+            }
+            match self.handle(&line, client) {
+                Ok(Some(answer)) => send(client, &Reply::Ok(answer))?,
+                Ok(None) => return Ok(()),
+                Err(error) => send(client, &error.into())?,
+            }
+        }
+    }
 
-impl Client {
-    /// Connects to the machine of that name.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Input`] where none runs.
-    pub fn connect(name: &Name) -> Result<Self> {
-        let stream = registry::connect(name)?.ok_or_else(|| {
+    /// Does what a line says.
+    fn handle(&self, line: &[u8], client: &UnixStream) -> Answer {
+        let request = serde_json::from_slice(line).map_err(|error| {
             Error::input(
-                format!("no machine named {name} runs"),
-                "'rvisor ps' lists those that do",
+                format!("no command: {error}"),
+                "send one as {\"command\":\"...\"} and its arguments beside it",
             )
         })?;
-        Ok(Self::new(name, stream))
-    }
-
-    /// The client's side of that connection.
-    #[must_use]
-    pub fn new(name: &Name, stream: UnixStream) -> Self {
-        Self {
-            name: name.clone(),
-            stream: BufReader::new(stream),
-            line: String::new(),
+        match request {
+            Request::Wait {} => self.wait_for_end(client),
+            request => (self.handler)(request, client),
         }
     }
 
-    /// Gives a command with these arguments (a structure, or [`Nothing`]) and waits some seconds for the answer.
-    ///
-    /// # Errors
-    ///
-    /// The machine's own; [`Error::Call`] where it does not answer.
-    pub fn call<R: DeserializeOwned>(
-        &mut self,
-        command: &str,
-        arguments: impl Serialize,
-    ) -> Result<R> {
-        self.send(command, arguments)?;
-        self.receive(Some(ANSWER))?
-            .ok_or_else(|| self.lost(io::Error::other("it does not answer")))
-    }
-
-    /// Gives a command whose answer [`Self::receive`] will read.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Call`] where the machine does not take it.
-    pub fn send(&mut self, command: &str, arguments: impl Serialize) -> Result<()> {
-        let mut request = to_value(&arguments)?;
-        request["command"] = command.into();
-        let mut connection = self.stream.get_ref();
-        connection
-            .set_write_timeout(Some(ANSWER))
-            .and_then(|()| connection.write_all(format!("{request}\n").as_bytes()))
-            .map_err(|error| self.lost(error))
-    }
-
-    /// Waits for an answer; `None` where it takes longer than `patience`, if that is bounded.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::call`].
-    pub fn receive<R: DeserializeOwned>(
-        &mut self,
-        patience: Option<Duration>,
-    ) -> Result<Option<R>> {
-        let read = self.stream.get_ref().set_read_timeout(patience);
-        match read.and_then(|()| self.stream.read_line(&mut self.line)) {
-            Ok(0) => return Err(self.lost(io::Error::other("it has gone"))),
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-            Err(error) => return Err(self.lost(error)),
+    /// Waits until the machine or the client goes: for both the connection can't be read any more.
+    fn wait_for_end(&self, client: &UnixStream) -> Answer {
+        retry_on_intr(|| poll(&mut [PollFd::new(client, PollFlags::RDHUP)], None))
+            .map_err(failed("waiting"))?;
+        match &lock(&self.state).ended {
+            Some(ended) => answer(ended),
+            None => Err(Error::call("waiting", Errno::PIPE)),
         }
-        let line = std::mem::take(&mut self.line);
-        let foreign = |error| self.lost(io::Error::other(format!("its answer: {error}")));
-        match serde_json::from_str(&line).map_err(foreign)? {
-            Reply::Ok(value) => serde_json::from_value(value).map(Some).map_err(foreign),
-            Reply::Error {
-                cause,
-                next,
-                status: STATUS_INPUT,
-            } => Err(Error::input(cause, next)),
-            Reply::Error { cause, .. } => Err(self.lost(io::Error::other(cause))),
-        }
-    }
-
-    fn lost(&self, error: io::Error) -> Error {
-        Error::call(format!("machine {}", self.name), error)
-    }
-
-    /// The process that runs the machine.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Call`] where the kernel does not tell.
-    pub fn process(&self) -> Result<Pid> {
-        socket_peercred(self.stream.get_ref())
-            .map(|credentials| credentials.pid)
-            .map_err(|error| self.lost(error.into()))
-    }
-
-    /// What the machine sends, while a stream lasts that it began.
-    pub fn stream(&mut self) -> &mut impl Read {
-        &mut self.stream
-    }
-
-    /// The connection, for a stream.
-    #[must_use]
-    pub fn into_stream(self) -> BufReader<UnixStream> {
-        self.stream
     }
 }
 

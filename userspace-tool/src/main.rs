@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use rvisor::arguments::{self, Command, RunOptions};
+use rvisor::control::Request;
 use rvisor::error::{say, Error, Result};
 use rvisor::registry::Name;
 use rvisor::{
@@ -46,8 +47,8 @@ fn command_status(command: Command) -> Result<u8> {
             client::stop(&name, seconds(timeout)).map(|ended| ended.status)
         }
         Command::Kill(machine) => client::kill(&machine.name).map(|_| 0),
-        Command::Pause(machine) => client::tell(&machine.name, "pause").map(|()| 0),
-        Command::Resume(machine) => client::tell(&machine.name, "resume").map(|()| 0),
+        Command::Pause(machine) => client::tell(&machine.name, &Request::Pause {}).map(|()| 0),
+        Command::Resume(machine) => client::tell(&machine.name, &Request::Resume {}).map(|()| 0),
         Command::Snapshot { name, file } => snapshot::take(&name, &file).map(|()| 0),
         Command::Restore { detach: true, .. } => detach(),
         Command::Restore {

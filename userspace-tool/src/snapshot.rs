@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 
 use crate::arguments::Origin;
-use crate::control::{Client, Nothing};
+use crate::control::{Client, Nothing, Request};
 use crate::devices::{self, virtio};
 use crate::error::{failed, Error, Result};
 use crate::layout::PAGE_SIZE;
@@ -314,7 +314,7 @@ pub fn take(name: &Name, path: &Path) -> Result<()> {
                 "give a file in a folder that this user may write to",
             )
         })?;
-    let stored = client.call("snapshot", Nothing {}).and_then(|Nothing {}| {
+    let stored = client.call(&Request::Snapshot {}).and_then(|Nothing {}| {
         store(client.stream(), (name, origin), file, path)?;
         fs::rename(&new, path)
             .map_err(|error| Error::call(format!("naming {}", path.display()), error))

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cgroup;
 use crate::client;
-use crate::control::{Client, Commands, Nothing};
+use crate::control::{Client, Request};
 use crate::error::{failed, say, Error, Result};
 use crate::layout;
 use crate::machine::{Control, Machine, Status};
@@ -137,12 +137,6 @@ fn monotonic() -> u64 {
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-/// Adds the command `stats`, whose answer is a [`Sample`].
-pub fn add_commands(machine: &std::sync::Arc<Machine>, commands: &mut Commands) {
-    let machine = std::sync::Arc::clone(machine);
-    commands.add("stats", move |_: Nothing| Ok(machine.sample()));
-}
-
 /// Opens the file of `--metrics`.
 ///
 /// # Errors
@@ -184,7 +178,7 @@ pub fn write_metrics(mut file: &File, machine: &Machine, control: &Control) {
 ///
 /// [`Error::Input`] where no such machine runs.
 pub fn ask(name: &Name) -> Result<Sample> {
-    Client::connect(name)?.call("stats", Nothing {})
+    Client::connect(name)?.call(&Request::Stats {})
 }
 
 /// Prints what a machine has done.

@@ -4,15 +4,14 @@
 //! (include/uapi/rvisor.h). It costs nothing while nobody looks.
 
 use std::fs::File;
-use std::io::{self, BufRead, Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 
 use rustix::event::{poll, PollFd, PollFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::control::{self, Client, Commands, Nothing};
+use crate::control::{self, Client, Nothing, Request};
 use crate::error::{failed, Error, Result};
 use crate::machine::Machine;
 use crate::registry::Name;
@@ -152,15 +151,12 @@ impl Exit {
     }
 }
 
-/// Adds the command `trace`, which goes over into a stream of [`Exit`]s, one JSON object a line.
-pub fn add_commands(machine: &Arc<Machine>, commands: &mut Commands) {
-    let machine = Arc::clone(machine);
-    commands.add_stream("trace", move |wanted: Wanted, client| {
-        stream(&machine, &wanted, client)
-    });
-}
-
-fn stream(machine: &Machine, wanted: &Wanted, mut client: &UnixStream) -> Result<()> {
+/// The command `trace`: a stream of [`Exit`]s, one JSON object a line.
+///
+/// # Errors
+///
+/// [`Error::Input`] where the hypervisor has no trace, or somebody else looks.
+pub(crate) fn stream(machine: &Machine, wanted: &Wanted, mut client: &UnixStream) -> Result<()> {
     let mut traces = Vec::new();
     for vcpu in &machine.parts.vcpus {
         if wanted.cpu.is_none_or(|cpu| cpu == vcpu.id()) {
@@ -236,35 +232,19 @@ pub fn run(name: &Name, mut wanted: Wanted, json: bool) -> Result<()> {
         }
     }
     let mut client = Client::connect(name)?;
-    let Nothing {} = client.call("trace", &wanted)?;
-    let stream = client.into_stream();
-    stream
-        .get_ref()
-        .set_read_timeout(None)
-        .map_err(failed("reading the trace"))?;
+    let Nothing {} = client.call(&Request::Trace(wanted))?;
     let mut stdout = io::stdout().lock();
-    for line in stream.lines() {
-        let line = line.map_err(failed("reading the trace"))?;
-        let exit = serde_json::from_str(&line).map_err(|_| said(&line))?;
-        let line = if json { line } else { text(&exit) };
+    while let Some(exit) = client.next_object::<Exit>()? {
+        let line = match json {
+            true => serde_json::to_string(&exit).map_err(failed("writing JSON"))?,
+            false => text(&exit),
+        };
         match writeln!(stdout, "{line}") {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
             result => result.map_err(failed("writing standard output"))?,
         }
     }
     Ok(())
-}
-
-/// What the machine says where its stream ends with an error.
-fn said(line: &str) -> Error {
-    let value: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
-    let field = |name: &str| {
-        value["error"][name]
-            .as_str()
-            .unwrap_or("the machine says no more")
-            .to_owned()
-    };
-    Error::input(field("cause"), field("next"))
 }
 
 fn text(exit: &Exit) -> String {
@@ -321,8 +301,6 @@ mod tests {
 
     #[test]
     fn what_the_machine_refuses_is_told() {
-        let error = said(r#"{"error":{"cause":"a","next":"b","status":2}}"#);
-        assert_eq!(error.to_string(), "a; b");
         assert_eq!(
             refused(&io::Error::from_raw_os_error(libc::ENOTTY)).status(),
             2

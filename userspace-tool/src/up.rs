@@ -15,7 +15,7 @@ use rustix::event::{poll, PollFd, PollFlags};
 use serde::Serialize;
 
 use crate::console::{Signals, Wake};
-use crate::control::{Client, Ended, Nothing};
+use crate::control::{Client, Ended, Nothing, Request};
 use crate::devices::lock;
 use crate::error::{failed, say, Error, Result};
 use crate::outcome::{STATUS_KILLED, STATUS_SIGNAL};
@@ -149,9 +149,9 @@ fn watch(names: &[Name], signals: &Signals, timeout: Duration) -> Result<u8> {
 /// Shows the lines of a machine's console until it has ended; returns its exit status.
 fn follow(name: &Name, width: usize, output: &Mutex<io::Stdout>) -> Result<u8> {
     let mut end = Client::connect(name)?;
-    end.send("wait", Nothing {})?;
+    end.send(&Request::Wait {})?;
     let mut console = Client::connect(name)?;
-    let Nothing {} = console.call("console", Nothing {})?;
+    let Nothing {} = console.call(&Request::Console {})?;
     let mut lines = console.into_stream();
     lines
         .get_ref()

@@ -12,7 +12,7 @@ use rustix::stdio::stdin;
 
 use super::escape::{Escape, Key};
 use super::{Filter, Raw, Signals};
-use crate::control::{Client, Ended, Nothing};
+use crate::control::{Client, Ended, Nothing, Request};
 use crate::error::{failed, say, Error, Result};
 use crate::outcome::STATUS_SIGNAL;
 use crate::registry::Name;
@@ -33,9 +33,9 @@ const GOODBYE: Duration = Duration::from_secs(5);
 pub fn attach(name: &Name, unfiltered: bool) -> Result<u8> {
     let mut screen = Screen(Filter::for_output(&io::stdout(), unfiltered));
     let mut end = Client::connect(name)?;
-    end.send("wait", Nothing {})?;
+    end.send(&Request::Wait {})?;
     let mut console = Client::connect(name)?;
-    let Nothing {} = console.call("console", Nothing {})?;
+    let Nothing {} = console.call(&Request::Console {})?;
     let stream = console.into_stream();
     // What came right behind the answer.
     screen.show(stream.buffer())?;
@@ -137,7 +137,7 @@ fn type_keys(
                 break;
             }
             Key::Quit => {
-                let Nothing {} = Client::connect(name)?.call("kill", Nothing {})?;
+                let Nothing {} = Client::connect(name)?.call(&Request::Kill {})?;
             }
             Key::Help => write(KEYS)?,
             Key::Nothing => {}

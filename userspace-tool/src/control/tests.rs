@@ -1,33 +1,31 @@
 // SPDX-License-Identifier: GPL-2.0
 
 use super::*;
+use crate::error::STATUS_INPUT;
 use std::sync::mpsc;
 
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Number {
-    number: u8,
-}
-
-/// A server with a command that doubles a number and a stream that sends back what it gets.
+/// A server that tells how many commands it was given, knows no `pause`, and whose console sends back what it gets.
 fn server(folder: &std::path::Path) -> (Server, impl Fn() -> UnixStream) {
     let path = folder.join("sock");
     let listener = UnixListener::bind(&path).expect("a socket");
-    let mut commands = Commands::default();
-    commands.add("double", |Number { number }| {
-        let number = number.checked_mul(2);
-        number.ok_or_else(|| Error::input("too large", "give less"))
-    });
-    commands.add_stream("echo", |_: Nothing, mut client| {
-        let mut bytes = [0; 16];
-        while let Ok(count @ 1..) = client.read(&mut bytes) {
-            client
-                .write_all(&bytes[..count])
-                .map_err(failed("writing"))?;
+    let given = Mutex::new(0);
+    let handler = move |request, client: &UnixStream| match request {
+        Request::Status {} => {
+            *lock(&given) += 1;
+            answer(&*lock(&given))
         }
-        Ok(())
-    });
-    let server = Server::start(listener, commands).expect("a server");
+        Request::Console {} => stream(client, |mut client| {
+            let mut bytes = [0; 16];
+            while let Ok(count @ 1..) = client.read(&mut bytes) {
+                client
+                    .write_all(&bytes[..count])
+                    .map_err(failed("writing"))?;
+            }
+            Ok(())
+        }),
+        _ => Err(Error::input("too tired", "wait")),
+    };
+    let server = Server::start(listener, handler).expect("a server");
     (server, move || {
         UnixStream::connect(&path).expect("it listens")
     })
@@ -56,16 +54,16 @@ fn commands_are_answered_in_turn() {
     let folder = tempfile::tempdir().expect("a folder");
     let (server, connect) = server(folder.path());
     let mut client = client(connect());
-    for number in [1, 100] {
-        let doubled: u8 = client.call("double", Number { number }).expect("an answer");
-        assert_eq!(doubled, 2 * number);
+    for number in [1, 2] {
+        let given: u8 = client.call(&Request::Status {}).expect("an answer");
+        assert_eq!(given, number);
     }
     let error = client
-        .call::<u8>("double", Number { number: 200 })
-        .expect_err("too large");
+        .call::<Nothing>(&Request::Pause {})
+        .expect_err("it says no");
     assert_eq!(
         (error.to_string(), error.status()),
-        ("too large; give less".to_owned(), STATUS_INPUT)
+        ("too tired; wait".to_owned(), STATUS_INPUT)
     );
     server.finish(ended());
 }
@@ -76,20 +74,16 @@ fn wrong_lines_are_answered_and_do_no_harm() {
     let (server, connect) = server(folder.path());
     let stream = connect();
     for (line, words) in [
-        ("\n", "JSON"),
-        ("[1]\n", "JSON"),
-        ("{\"number\":1}\n", "names no command"),
-        ("{\"command\":7}\n", "names no command"),
-        ("{\"command\":\"sing\"}\n", "'sing'"),
-        ("{\"command\":\"double\"}\n", "missing field"),
-        (
-            "{\"command\":\"double\",\"number\":\"1\"}\n",
-            "invalid type",
-        ),
-        (
-            "{\"command\":\"double\",\"number\":1,\"more\":2}\n",
-            "unknown field",
-        ),
+        ("\n", "EOF"),
+        ("[1]\n", "command"),
+        ("7\n", "command"),
+        ("\u{fffd}\n", "expected value"),
+        ("{\"number\":1}\n", "missing field `command`"),
+        ("{\"command\":7}\n", "invalid type"),
+        ("{\"command\":\"sing\"}\n", "`sing`"),
+        ("{\"command\":\"status\",\"more\":2}\n", "unknown field"),
+        ("{\"command\":\"trace\",\"cpu\":\"1\"}\n", "invalid type"),
+        ("{\"command\":\"trace\",\"more\":2}\n", "unknown field"),
         ("{\"command\":\"wait\",\"more\":2}\n", "unknown field"),
     ] {
         let answer = ask(&stream, line);
@@ -97,10 +91,7 @@ fn wrong_lines_are_answered_and_do_no_harm() {
         assert!(cause.contains(words), "{line}: {answer}");
         assert_eq!(answer["error"]["status"], 2);
     }
-    assert_eq!(
-        ask(&stream, "{\"command\":\"double\",\"number\":1}\n"),
-        json!({"ok": 2})
-    );
+    assert_eq!(ask(&stream, "{\"command\":\"status\"}\n"), json!({"ok": 1}));
     server.finish(ended());
 }
 
@@ -109,7 +100,7 @@ fn a_line_is_bounded() {
     let folder = tempfile::tempdir().expect("a folder");
     let (server, connect) = server(folder.path());
     let stream = connect();
-    let answer = ask(&stream, &"x".repeat(LONGEST as usize));
+    let answer = ask(&stream, &"x".repeat(LONGEST));
     let cause = answer["error"]["cause"].as_str().expect("a cause");
     assert!(cause.contains("65536"), "{cause}");
     assert_eq!((&stream).read(&mut [0]).expect("the end"), 0);
@@ -123,11 +114,7 @@ fn clients_are_bounded_and_idle_ones_hold_up_nobody() {
     let idle: Vec<UnixStream> = (1..CLIENTS).map(|_| connect()).collect();
     // An answer says that the server has taken it, and so those before it.
     let mut last = client(connect());
-    assert_eq!(
-        last.call::<u8>("double", Number { number: 3 })
-            .expect("an answer"),
-        6
-    );
+    assert_eq!(last.call::<u8>(&Request::Status {}).expect("an answer"), 1);
     let mut line = String::new();
     BufReader::new(connect())
         .read_line(&mut line)
@@ -137,9 +124,7 @@ fn clients_are_bounded_and_idle_ones_hold_up_nobody() {
     drop(idle);
     let served = (0..500).any(|_| {
         thread::sleep(Duration::from_millis(10));
-        client(connect())
-            .call::<u8>("double", Number { number: 1 })
-            .is_ok()
+        client(connect()).call::<u8>(&Request::Status {}).is_ok()
     });
     assert!(served);
     server.finish(ended());
@@ -152,12 +137,12 @@ fn who_waits_learns_of_the_end_and_a_stream_ends() {
     let (told, tells) = mpsc::channel();
     let mut waiting = client(connect());
     let thread = thread::spawn(move || {
-        let sent = waiting.send("wait", Nothing {});
+        let sent = waiting.send(&Request::Wait {});
         let ended: Result<Option<Ended>> = sent.and_then(|()| waiting.receive(None));
         told.send(ended).expect("the test listens");
     });
     let mut streaming = client(connect());
-    let Nothing {} = streaming.call("echo", Nothing {}).expect("a stream");
+    let Nothing {} = streaming.call(&Request::Console {}).expect("a stream");
     let mut stream = streaming.into_stream();
     stream.get_mut().write_all(b"hello").expect("sent");
     let mut bytes = [0; 5];
@@ -187,9 +172,7 @@ fn a_client_that_waits_and_goes_leaves_its_place() {
         drop(stream);
         // The next one finds room as soon as the server has seen this one go.
         let served = (0..500).any(|_| {
-            let done = client(connect())
-                .call::<u8>("double", Number { number: 1 })
-                .is_ok();
+            let done = client(connect()).call::<u8>(&Request::Status {}).is_ok();
             if !done {
                 thread::sleep(Duration::from_millis(10));
             }

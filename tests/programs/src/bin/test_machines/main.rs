@@ -318,7 +318,7 @@ fn bad_clients(device: &Device) -> Outcome {
     half.write_all(b"{\"command\":\"sta")?;
     let mut nonsense = machines.connect("one")?;
     nonsense.write_all(b"\xff\xfe\n")?;
-    await_text(&mut nonsense, "no JSON object")?;
+    await_text(&mut nonsense, "no command: expected value")?;
     let mut long = machines.connect("one")?;
     // It is hung up before all is taken.
     let _ = long.write_all(&[b'x'; 1 << 20]);

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The client's side of a machine's socket.
+//!
+//! Who writes there is the machine's process, which may be its guest's by then: what comes from there is bounded.
+
+use std::io::{self, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::Pid;
+use serde::de::{Deserialize, DeserializeOwned};
+use serde_json::Value;
+
+use super::{read_line, Reply, Request};
+use crate::error::{failed, Error, Result, STATUS_INPUT};
+use crate::registry::{self, Name};
+
+/// How long a machine may take for an answer, unless the command is one that lasts.
+const ANSWER: Duration = Duration::from_secs(10);
+/// The length that no line from a machine has, in bytes. That of one with 255 CPUs about its counters has 1 MiB.
+const LONGEST: usize = 16 << 20;
+
+/// A connection to a machine.
+pub struct Client {
+    name: Name,
+    stream: BufReader<UnixStream>,
+    /// A line that has not come as a whole.
+    line: Vec<u8>,
+}
+
+impl Client {
+    /// Connects to the machine of that name.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`] where none runs.
+    pub fn connect(name: &Name) -> Result<Self> {
+        let stream = registry::connect(name)?.ok_or_else(|| {
+            Error::input(
+                format!("no machine named {name} runs"),
+                "'rvisor ps' lists those that do",
+            )
+        })?;
+        Ok(Self::new(name, stream))
+    }
+
+    /// The client's side of that connection.
+    #[must_use]
+    pub fn new(name: &Name, stream: UnixStream) -> Self {
+        Self {
+            name: name.clone(),
+            stream: BufReader::new(stream),
+            line: Vec::new(),
+        }
+    }
+
+    /// Gives a command and waits some seconds for the answer.
+    ///
+    /// # Errors
+    ///
+    /// The machine's own; [`Error::Call`] where it does not answer.
+    pub fn call<R: DeserializeOwned>(&mut self, request: &Request) -> Result<R> {
+        self.send(request)?;
+        self.receive(Some(ANSWER))?
+            .ok_or_else(|| self.lost(io::Error::other("it does not answer")))
+    }
+
+    /// Gives a command whose answer [`Self::receive`] will read.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Call`] where the machine does not take it.
+    pub fn send(&mut self, request: &Request) -> Result<()> {
+        let line = serde_json::to_string(request).map_err(failed("writing a command"))? + "\n";
+        let mut connection = self.stream.get_ref();
+        connection
+            .set_write_timeout(Some(ANSWER))
+            .and_then(|()| connection.write_all(line.as_bytes()))
+            .map_err(|error| self.lost(error))
+    }
+
+    /// Waits for an answer; `None` where it takes longer than `patience`, if that is bounded.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::call`].
+    pub fn receive<R: DeserializeOwned>(
+        &mut self,
+        patience: Option<Duration>,
+    ) -> Result<Option<R>> {
+        let value = match self.read(patience) {
+            Ok(Some(value)) => value,
+            Ok(None) => return Err(self.lost(io::Error::other("it has gone"))),
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => return Ok(None),
+            Err(error) => return Err(self.lost(error)),
+        };
+        match self.parse(value)? {
+            Reply::Ok(value) => self.parse(value).map(Some),
+            error => Err(self.said(error)),
+        }
+    }
+
+    /// The next object of a stream of such; `None` at its end.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::call`].
+    pub fn next_object<T: DeserializeOwned>(&mut self) -> Result<Option<T>> {
+        let Some(value) = self.read(None).map_err(|error| self.lost(error))? else {
+            return Ok(None);
+        };
+        match Reply::deserialize(&value) {
+            Ok(error @ Reply::Error { .. }) => Err(self.said(error)),
+            _ => self.parse(value).map(Some),
+        }
+    }
+
+    /// The next line; `None` where the machine has gone.
+    fn read(&mut self, patience: Option<Duration>) -> io::Result<Option<Value>> {
+        if !read_line(&mut self.stream, &mut self.line, LONGEST, patience)? {
+            return Ok(None);
+        }
+        let line = std::mem::take(&mut self.line);
+        Ok(serde_json::from_slice(&line)?)
+    }
+
+    fn parse<T: DeserializeOwned>(&self, value: Value) -> Result<T> {
+        serde_json::from_value(value)
+            .map_err(|error| self.lost(io::Error::other(format!("its answer: {error}"))))
+    }
+
+    fn said(&self, reply: Reply) -> Error {
+        match reply {
+            Reply::Error {
+                cause,
+                next,
+                status: STATUS_INPUT,
+            } => Error::input(cause, next),
+            Reply::Error { cause, .. } => self.lost(io::Error::other(cause)),
+            Reply::Ok(_) => self.lost(io::ErrorKind::InvalidData.into()),
+        }
+    }
+
+    fn lost(&self, error: io::Error) -> Error {
+        Error::call(format!("machine {}", self.name), error)
+    }
+
+    /// The process that runs the machine.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Call`] where the kernel does not tell.
+    pub fn process(&self) -> Result<Pid> {
+        socket_peercred(self.stream.get_ref())
+            .map(|credentials| credentials.pid)
+            .map_err(|error| self.lost(error.into()))
+    }
+
+    /// What the machine sends, while a stream lasts that it began.
+    pub fn stream(&mut self) -> &mut impl Read {
+        &mut self.stream
+    }
+
+    /// The connection, for a stream.
+    #[must_use]
+    pub fn into_stream(self) -> BufReader<UnixStream> {
+        self.stream
+    }
+}
