@@ -52,8 +52,8 @@ fn table(machines: &[Status], now: u64) -> String {
     for machine in machines {
         let up = now.saturating_sub(machine.started);
         let up = format!("{}:{:02}:{:02}", up / 3600, up / 60 % 60, up % 60);
-        table += &format!(
-            "{:<16} {:>7} {:<8} {:>4} {:>8} {up:>9}  {}{}\n",
+        let line = format!(
+            "{:<16} {:>7} {:<8} {:>4} {:>8} {up:>9}  {}{}",
             machine.name,
             machine.pid,
             machine.state,
@@ -65,6 +65,8 @@ fn table(machines: &[Status], now: u64) -> String {
                 .as_ref()
                 .map_or(String::new(), |reason| format!(" ({reason})")),
         );
+        // A machine has one line, whatever it says of itself.
+        table += &(line.replace('\n', " ") + "\n");
     }
     table
 }
@@ -158,7 +160,7 @@ mod tests {
             name: "web".parse().expect("a name"),
             pid: 4711,
             state: "paused".to_owned(),
-            reason: Some("by a test".to_owned()),
+            reason: Some("by\na test".to_owned()),
             cpus: 2,
             memory: 512 << 20,
             device: "/dev/rvisor".into(),

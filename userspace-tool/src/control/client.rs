@@ -2,7 +2,8 @@
 
 //! The client's side of a machine's socket.
 //!
-//! Who writes there is the machine's process, which may be its guest's by then: what comes from there is bounded.
+//! Who writes there is the machine's process, which may be its guest's by then: what comes from there is bounded, and
+//! its texts have no characters that a terminal obeys.
 
 use std::io::{self, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -20,7 +21,7 @@ use crate::registry::{self, Name};
 /// How long a machine may take for an answer, unless the command is one that lasts.
 const ANSWER: Duration = Duration::from_secs(10);
 /// The length that no line from a machine has, in bytes. That of one with 255 CPUs about its counters has 1 MiB.
-const LONGEST: usize = 16 << 20;
+pub(super) const LONGEST: usize = 4 << 20;
 
 /// A connection to a machine.
 pub struct Client {
@@ -123,7 +124,7 @@ impl Client {
             return Ok(None);
         }
         let line = std::mem::take(&mut self.line);
-        Ok(serde_json::from_slice(&line)?)
+        Ok(Some(plain(serde_json::from_slice(&line)?)))
     }
 
     fn parse<T: DeserializeOwned>(&self, value: Value) -> Result<T> {
@@ -167,5 +168,19 @@ impl Client {
     #[must_use]
     pub fn into_stream(self) -> BufReader<UnixStream> {
         self.stream
+    }
+}
+
+/// The same without control characters but the ends of lines, in names of fields too.
+fn plain(value: Value) -> Value {
+    let text = |text: String| text.replace(|c: char| c.is_control() && c != '\n', "\u{fffd}");
+    match value {
+        Value::String(it) => Value::String(text(it)),
+        Value::Array(values) => values.into_iter().map(plain).collect(),
+        Value::Object(fields) => fields
+            .into_iter()
+            .map(|(name, value)| (text(name), plain(value)))
+            .collect(),
+        other => other,
     }
 }

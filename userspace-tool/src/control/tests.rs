@@ -182,3 +182,43 @@ fn a_client_that_waits_and_goes_leaves_its_place() {
     }
     server.finish(ended());
 }
+
+/// A machine that answers what `line` says, and then goes.
+fn hostile(line: impl AsRef<[u8]>) -> Client {
+    let (ours, mut theirs) = UnixStream::pair().expect("sockets");
+    let line = [line.as_ref(), b"\n"].concat();
+    // The client may have heard enough before all is sent.
+    thread::spawn(move || theirs.write_all(&line));
+    client(ours)
+}
+
+#[test]
+fn what_a_machine_says_commands_no_terminal() {
+    let harmless = |text: &str| !text.chars().any(|c| c.is_control() && c != '\n');
+    let line = r#"{"ok":{"outcome":"a\u001b[2Jb\n\u009b1m\u007f\r","status":0}}"#;
+    let ended: Option<Ended> = hostile(line).receive(None).expect("an answer");
+    let outcome = ended.expect("an answer").outcome;
+    assert_eq!(outcome, "a\u{fffd}[2Jb\n\u{fffd}1m\u{fffd}\u{fffd}");
+    for line in [
+        r#"{"error":{"cause":"a\u001b[2J","next":"b\u0007","status":2}}"#,
+        r#"{"error":{"cause":"a\u001b[2J","next":"b\u0007","status":1}}"#,
+        r#"{"\u001b[2J":1}"#,
+        r#"{"ok":{"outcome":"a","status":"\u001b[2J"}}"#,
+        "{\"ok\":{\"\u{9b}2J\":7}}",
+        "\x1b[2J",
+    ] {
+        let told = hostile(line).receive::<Ended>(None);
+        let told = told.expect_err(line).to_string();
+        assert!(harmless(&told), "{told:?}");
+    }
+    let line = r#"{"cause\u001b[2J":"a\u001b[2J"}"#;
+    let next: Option<Value> = hostile(line).next_object().expect("an object");
+    assert_eq!(next, Some(json!({"cause\u{fffd}[2J": "a\u{fffd}[2J"})));
+}
+
+#[test]
+fn a_machines_line_is_bounded() {
+    let told = hostile(vec![b' '; client::LONGEST]).receive::<Ended>(None);
+    let told = told.expect_err("it is too long").to_string();
+    assert!(told.contains("a line of 4194304 bytes"), "{told}");
+}
