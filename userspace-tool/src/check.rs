@@ -9,6 +9,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::arguments::DEFAULT_DEVICE;
+use crate::error::{print, Result};
 
 /// Exit status where something that guests need is missing.
 const STATUS_MISSING: u8 = 1;
@@ -67,21 +68,25 @@ impl std::fmt::Display for Finding {
 }
 
 /// Prints the report for `device` and returns the exit status: 0 where guests can run there, else 1.
-#[must_use]
-pub fn run(device: &Path) -> u8 {
+///
+/// # Errors
+///
+/// Where standard output fails.
+pub fn run(device: &Path) -> Result<u8> {
     let findings = findings(Path::new("/"), device);
     for finding in &findings {
-        println!("{finding}");
+        print(&format!("{finding}\n"))?;
     }
     let missing = findings
         .iter()
         .any(|finding| matches!(finding.verdict, Verdict::Missing(_)));
+    let device = device.display();
     if missing {
-        println!("Guests can't run on {} yet.", device.display());
-        return STATUS_MISSING;
+        print(&format!("Guests can't run on {device} yet.\n"))?;
+        return Ok(STATUS_MISSING);
     }
-    println!("Guests can run on {}.", device.display());
-    0
+    print(&format!("Guests can run on {device}.\n"))?;
+    Ok(0)
 }
 
 /// All findings; the host's /proc, /sys and /dev/cpu are looked for below `root`.

@@ -2,14 +2,14 @@
 
 //! The commands that are about machines which run already: `ps`, `stop`, `kill`, `pause` and `resume`.
 
-use std::io::{self, Write};
+use std::io;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::process::{kill_process, Signal};
 use serde::Serialize;
 
 use crate::control::{Client, Ended, Nothing, Request};
-use crate::error::{failed, say, Error, Result};
+use crate::error::{failed, print, say, Error, Result};
 use crate::machine::Status;
 use crate::outcome::STATUS_KILLED;
 use crate::registry::{self, Name};
@@ -77,17 +77,8 @@ fn table(machines: &[Status], now: u64) -> String {
 ///
 /// [`Error::Call`] where standard output fails.
 pub fn print_json(value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string(value);
-    let text = text.map_err(|e| Error::call("writing JSON", io::Error::other(e)))?;
+    let text = serde_json::to_string(value).map_err(failed("writing JSON"))?;
     print(&(text + "\n"))
-}
-
-fn print(text: &str) -> Result<()> {
-    let mut stdout = io::stdout();
-    stdout
-        .write_all(text.as_bytes())
-        .and_then(|()| stdout.flush())
-        .map_err(failed("writing standard output"))
 }
 
 /// Presses the machine's power button and waits for its end; after `timeout` ends it, at once where that is 0.

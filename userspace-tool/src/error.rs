@@ -66,6 +66,20 @@ pub fn say(text: impl Display) {
     }
 }
 
+/// Prints what was asked for on standard output.
+///
+/// # Errors
+///
+/// [`Error::Call`] where it can't be written. Where nobody reads any more, nobody misses it.
+pub fn print(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout();
+    let printed = stdout.write_all(text.as_bytes());
+    match printed.and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => result.map_err(failed("writing standard output")),
+    }
+}
+
 /// The result of everything here.
 pub type Result<T> = std::result::Result<T, Error>;
 

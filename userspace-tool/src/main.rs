@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rvisor::arguments::{self, Command, RunOptions};
 use rvisor::control::Request;
-use rvisor::error::{say, Error, Result};
+use rvisor::error::{print, say, Error, Result};
 use rvisor::registry::Name;
 use rvisor::{
     check, client, console, detach, generate, machine, snapshot, stat, supervisor, top, trace, up,
@@ -40,7 +40,7 @@ fn command_status(command: Command) -> Result<u8> {
     let seconds = |count: u32| Duration::from_secs(count.into());
     match command {
         Command::Run(options) => run(&options),
-        Command::Check(options) => Ok(check::run(&options.device)),
+        Command::Check(options) => check::run(&options.device),
         Command::Ps { json } => client::ps(json).map(|()| 0),
         Command::Console { name, raw_console } => console::attach(&name, raw_console),
         Command::Stop { name, timeout } => {
@@ -79,7 +79,7 @@ fn command_status(command: Command) -> Result<u8> {
 fn detach() -> Result<u8> {
     Ok(match detach::start(&detach::words(), None)? {
         Ok(name) => {
-            println!("{name}");
+            print(&format!("{name}\n"))?;
             0
         }
         Err(status) => status,

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::cgroup;
 use crate::client;
 use crate::control::{Client, Request};
-use crate::error::{failed, say, Error, Result};
+use crate::error::{say, Error, Result};
 use crate::layout;
 use crate::machine::{Control, Machine, Status};
 use crate::registry::Name;
@@ -191,9 +191,7 @@ pub fn print(name: &Name, json: bool) -> Result<()> {
     if json {
         return client::print_json(&sample);
     }
-    std::io::stdout()
-        .write_all(text(&sample).as_bytes())
-        .map_err(failed("writing standard output"))
+    crate::error::print(&text(&sample))
 }
 
 /// Seconds of nanoseconds, as `12.34 s`.

@@ -511,3 +511,24 @@ fn standard_error_may_be_full() {
     }
     drop(reader);
 }
+
+#[test]
+fn standard_output_may_be_closed() {
+    for words in [
+        &["check"][..],
+        &["check", "--device", "/dev/null"],
+        &["ps"],
+        &["ps", "--json"],
+    ] {
+        let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
+        drop(reader);
+        let output = Command::new(env!("CARGO_BIN_EXE_rvisor"))
+            .args(words)
+            .stdout(writer)
+            .output()
+            .expect("the program was built");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(said, "", "{words:?}");
+        assert!(matches!(output.status.code(), Some(0 | 1)), "{words:?}");
+    }
+}
