@@ -2,10 +2,9 @@
 
 //! The commands that are about machines which run already: `ps`, `stop`, `kill`, `pause` and `resume`.
 
-use std::io;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::process::{kill_process, Signal};
+use rustix::process::{pidfd_send_signal, Signal};
 use serde::Serialize;
 
 use crate::control::{Client, Ended, Nothing, Request};
@@ -120,9 +119,10 @@ pub fn kill(name: &Name) -> Result<Ended> {
     if let Some(ended) = end.receive(Some(INSIST))? {
         return Ok(ended);
     }
-    let process = end.process()?;
-    kill_process(process, Signal::KILL)
-        .map_err(|error| Error::call(format!("killing {name}"), io::Error::from(error)))?;
+    if let Some(process) = end.process()? {
+        pidfd_send_signal(process, Signal::KILL)
+            .map_err(|error| Error::call(format!("killing {name}"), error))?;
+    }
     // Its end is that of the connection.
     let _ = end.receive::<Ended>(Some(INSIST));
     Ok(Ended {

@@ -6,15 +6,17 @@
 //! its texts have no characters that a terminal obeys.
 
 use std::io::{self, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
-use rustix::process::Pid;
+use rustix::process::{pidfd_open, PidfdFlags};
 use serde::de::{Deserialize, DeserializeOwned};
 use serde_json::Value;
 
-use super::{read_line, Reply, Request};
+use super::{gone, read_line, Reply, Request};
 use crate::error::{failed, Error, Result, STATUS_INPUT};
 use crate::registry::{self, Name};
 
@@ -148,15 +150,21 @@ impl Client {
         Error::call(format!("machine {}", self.name), error)
     }
 
-    /// The process that runs the machine.
+    /// The process that runs the machine; none where it has gone.
     ///
     /// # Errors
     ///
     /// [`Error::Call`] where the kernel does not tell.
-    pub fn process(&self) -> Result<Pid> {
-        socket_peercred(self.stream.get_ref())
-            .map(|credentials| credentials.pid)
-            .map_err(|error| self.lost(error.into()))
+    pub fn process(&self) -> Result<Option<OwnedFd>> {
+        let lost = |error: Errno| self.lost(error.into());
+        let stream = self.stream.get_ref();
+        let number = socket_peercred(stream).map_err(lost)?.pid;
+        match pidfd_open(number, PidfdFlags::empty()) {
+            // While the connection has its other end, the number can't have become another process's.
+            Ok(process) => Ok((!gone(stream)).then_some(process)),
+            Err(Errno::SRCH) => Ok(None),
+            Err(error) => Err(lost(error)),
+        }
     }
 
     /// What the machine sends, while a stream lasts that it began.

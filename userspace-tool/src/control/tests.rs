@@ -222,3 +222,12 @@ fn a_machines_line_is_bounded() {
     let told = told.expect_err("it is too long").to_string();
     assert!(told.contains("a line of 4194304 bytes"), "{told}");
 }
+
+#[test]
+fn a_process_is_told_while_it_has_its_end_of_the_connection() {
+    let (ours, theirs) = UnixStream::pair().expect("sockets");
+    let client = client(ours);
+    assert!(client.process().expect("it is told").is_some());
+    drop(theirs);
+    assert!(client.process().expect("it is told").is_none());
+}

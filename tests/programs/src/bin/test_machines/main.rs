@@ -309,6 +309,25 @@ fn pause_and_resume(device: &Device) -> Outcome {
     machines.gives(0, &["kill", "one"]).map(drop)
 }
 
+/// A machine whose process does not answer is ended by its number, with all it has.
+fn kill_insists(device: &Device) -> Outcome {
+    let machines = Machines::new(device)?;
+    machines.start("one", "wait")?;
+    let pids = pids(&machines.list()?);
+    for pid in &pids {
+        kill(*pid, libc::SIGSTOP);
+    }
+    machines.gives(0, &["kill", "one"])?;
+    for pid in pids {
+        check!(
+            !PathBuf::from(format!("/proc/{pid}/fd/0")).exists(),
+            "{pid} is there"
+        );
+    }
+    check_eq!(machines.list()?.trim(), "[]", "after kill");
+    Ok(())
+}
+
 /// Clients that hang, send nonsense or are many do no harm.
 fn bad_clients(device: &Device) -> Outcome {
     let machines = Machines::new(device)?;
@@ -336,6 +355,7 @@ fn main() -> std::process::ExitCode {
         sigterm,
         no_start,
         pause_and_resume,
+        kill_insists,
         bad_clients,
         console::console,
         console::two_at_once,
