@@ -184,7 +184,8 @@ out and counted. It needs /dev/rvisor; a machine that nobody traces pays nothing
 
 const UP_LONG_ABOUT: &str = "\
 Starts the machines that a file describes, each in a process of its own, and shows what they print, with their \
-names before each line, until all have ended. With --detach it returns when all run.
+names before each line, until all have ended. A terminal gets text and colours of it, and with --raw-console, as a \
+file or a pipe, all. With --detach it returns when all run.
 
 Where one can't be started, those that were are ended. A mistake in the file is told with its line and column, \
 and nothing starts. SIGINT or SIGTERM stops all machines as 'rvisor stop' does, a second signal ends them at \
@@ -323,6 +324,9 @@ pub enum Command {
         /// With --detach: one JSON array of the machines that were started
         #[arg(long, requires = "detach")]
         json: bool,
+        /// Let all of the guests' output through to a terminal
+        #[arg(long, conflicts_with = "detach")]
+        raw_console: bool,
         /// How long each guest may take to switch off after a signal, in seconds
         #[arg(long, value_name = "SECONDS", default_value_t = 30)]
         timeout: u32,

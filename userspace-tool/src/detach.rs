@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use rustix::io::Errno;
 use rustix::process::setsid;
@@ -26,7 +26,7 @@ pub const DETACHED: &str = "--detached";
 const LETTING_GO: &str = "letting go of the terminal";
 
 /// Starts a machine with those words behind `rvisor`, in the folder `directory` where there is one. Returns when
-/// its guest runs, with its name, or with the exit status after it said why there is none.
+/// its guest runs, with its name and itself, or with the exit status after it said why there is none.
 ///
 /// # Errors
 ///
@@ -34,7 +34,7 @@ const LETTING_GO: &str = "letting go of the terminal";
 pub fn start(
     words: &[OsString],
     directory: Option<&Path>,
-) -> Result<std::result::Result<Name, u8>> {
+) -> Result<std::result::Result<(Name, Child), u8>> {
     let what = "starting the machine's process";
     let mut command = Command::new("/proc/self/exe");
     command
@@ -55,7 +55,7 @@ pub fn start(
             .map_err(failed(what))?;
     }
     if let Ok(name) = said.trim_end().parse() {
-        return Ok(Ok(name));
+        return Ok(Ok((name, child)));
     }
     let status = child.wait().map_err(failed(what))?;
     match status.code().and_then(|code| u8::try_from(code).ok()) {

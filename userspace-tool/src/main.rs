@@ -70,15 +70,24 @@ fn command_status(command: Command) -> Result<u8> {
             file,
             detach,
             json,
+            raw_console: raw,
             timeout,
-        } => up::up(&file, detach, json, seconds(timeout)),
+        } => {
+            let how = up::How {
+                detached: detach,
+                json,
+                raw,
+                timeout: seconds(timeout),
+            };
+            up::up(&file, how)
+        }
     }
 }
 
 /// Starts this command's machine in another process. Returns the exit status.
 fn detach() -> Result<u8> {
     Ok(match detach::start(&detach::words(), None)? {
-        Ok(name) => {
+        Ok((name, _)) => {
             print(&format!("{name}\n"))?;
             0
         }

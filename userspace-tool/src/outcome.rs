@@ -3,6 +3,8 @@
 //! How a guest ended, and the exit status that says so.
 
 use std::fmt;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 
 use crate::error::{Error, STATUS_HOST};
 
@@ -41,6 +43,15 @@ pub const STATUS_KILLED: u8 = 8;
 pub const STATUS_MEMORY: u8 = 7;
 /// Exit status of [`Outcome::Signal`], less the signal's number: the shell's own convention.
 pub const STATUS_SIGNAL: u8 = 128;
+
+/// The exit status of a machine's process, by the shell's convention where a signal ended it.
+#[must_use]
+pub fn status_of(ended: ExitStatus) -> u8 {
+    let signal = ended
+        .signal()
+        .map(|signal| STATUS_SIGNAL.saturating_add(signal as u8));
+    signal.unwrap_or(ended.code().unwrap_or(0) as u8)
+}
 
 impl Outcome {
     /// The exit status; `rvisor run --help` lists them.

@@ -5,25 +5,45 @@
 mod file;
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::{mpsc, Arc, Mutex};
+use std::process::Child;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
 use rustix::event::{poll, PollFd, PollFlags};
+use rustix::process::{pidfd_open, Pid, PidfdFlags};
 use serde::Serialize;
 
-use crate::console::{Signals, Wake};
+use crate::console::{Filter, Signals};
 use crate::control::{Client, Ended, Nothing, Request};
-use crate::devices::lock;
 use crate::error::{failed, say, Error, Result};
-use crate::outcome::{STATUS_KILLED, STATUS_SIGNAL};
+use crate::outcome::{status_of, STATUS_SIGNAL};
 use crate::registry::{self, Name};
 use crate::{client, detach};
 
 /// The longest piece of a line that is shown at once.
 const LINE: u64 = 4096;
+/// The escape character.
+const ESC: u8 = 0x1b;
+/// How long a machine whose console has ended may take to say how.
+const GOODBYE: Duration = Duration::from_secs(5);
+/// How long standard output may take for the rest when all machines have ended.
+const REST: Duration = Duration::from_secs(2);
+
+/// What `rvisor up` is to do.
+#[derive(Clone, Copy)]
+pub struct How {
+    /// Return when all run.
+    pub detached: bool,
+    /// Print the names as JSON.
+    pub json: bool,
+    /// Let all that the guests print through to a terminal.
+    pub raw: bool,
+    /// How long each guest may take to switch itself off.
+    pub timeout: Duration,
+}
 
 /// A machine that was started, for `--json`.
 #[derive(Serialize)]
@@ -31,57 +51,70 @@ struct Started<'a> {
     name: &'a Name,
 }
 
-/// Starts the machines that `path` describes, all or none. Unless `detached`, shows what they say until all have
-/// ended; the first signal stops them with `timeout` for each, a second one kills them. Returns the exit status:
-/// that of the first machine that ended otherwise than by switching itself off, else 0.
+/// Starts the machines that `path` describes, all or none. Unless detached, shows what they say until all have
+/// ended; the first signal stops them, a second one kills them. Returns the exit status: that of the first machine
+/// that ended otherwise than by switching itself off, else 0.
 ///
 /// # Errors
 ///
 /// [`Error::Input`] where the file is wrong or a name is taken; what a machine's start gives.
-pub fn up(path: &Path, detached: bool, json: bool, timeout: Duration) -> Result<u8> {
+pub fn up(path: &Path, how: How) -> Result<u8> {
     let machines = file::read(path)?;
-    for machine in &machines {
-        if registry::connect(&machine.name)?.is_some() {
+    for file::Machine { name, .. } in &machines {
+        if registry::connect(name)?.is_some() {
             return Err(Error::input(
-                format!("a machine named {} runs already", machine.name),
-                format!(
-                    "end it by 'rvisor stop {}', or rename one of the two",
-                    machine.name
-                ),
+                format!("a machine named {name} runs already"),
+                format!("end it by 'rvisor stop {name}', or rename one of the two"),
             ));
         }
     }
+    let width = machines.iter().map(|it| it.name.to_string().len()).max();
     let signals = Signals::catch()?;
-    let mut started: Vec<Name> = Vec::new();
+    // Dropped by each thread that has shown all of its machine.
+    let (shows, shown) = mpsc::channel();
+    let (mut names, mut processes) = (Vec::new(), Vec::new());
     for machine in &machines {
         let result = detach::start(&machine.words, path.parent());
-        let status = match (result, signals.take()) {
-            (Ok(Ok(name)), None) => {
-                say(format_args!("{name} runs"));
-                started.push(name);
-                continue;
+        let status = match result {
+            Ok(Ok((name, process))) => {
+                names.push(name.clone());
+                processes.push(process);
+                if let Some(signal) = signals.take() {
+                    Ok(STATUS_SIGNAL.saturating_add(signal))
+                } else {
+                    say(format_args!("{name} runs"));
+                    if !how.detached {
+                        let screen = Screen::new(&name, width.unwrap_or(0), how.raw);
+                        let shows = shows.clone();
+                        thread::spawn(move || {
+                            show(&name, screen).unwrap_or_else(say);
+                            drop::<mpsc::Sender<()>>(shows);
+                        });
+                    }
+                    continue;
+                }
             }
-            (Ok(Ok(name)), Some(signal)) => {
-                started.push(name);
-                Ok(STATUS_SIGNAL.saturating_add(signal))
-            }
-            (Ok(Err(status)), _) => {
+            Ok(Err(status)) => {
                 say(format_args!("{} did not start", machine.name));
                 Ok(status)
             }
-            (Err(error), _) => Err(error),
+            Err(error) => Err(error),
         };
-        end_all(&started, client::kill);
+        end_all(&names, client::kill);
         return status;
     }
-    if detached {
-        if json {
-            let started: Vec<_> = started.iter().map(|name| Started { name }).collect();
+    if how.detached {
+        if how.json {
+            let started: Vec<_> = names.iter().map(|name| Started { name }).collect();
             client::print_json(&started)?;
         }
         return Ok(0);
     }
-    watch(&started, &signals, timeout)
+    let status = watch(&names, processes, &signals, how.timeout)?;
+    drop(shows);
+    // Where standard output takes nothing, the rest of it is lost.
+    let _ = shown.recv_timeout(REST);
+    Ok(status)
 }
 
 /// Ends all these machines at the same time, by `end`, and waits for that.
@@ -98,41 +131,32 @@ fn end_all(names: &[Name], end: impl Fn(&Name) -> Result<Ended> + Sync) {
     });
 }
 
-/// Shows what the machines say until the last has ended.
-fn watch(names: &[Name], signals: &Signals, timeout: Duration) -> Result<u8> {
-    let (tell, told) = mpsc::channel();
-    let wake = Wake::new().map_err(failed("making an eventfd"))?;
-    let width = names.iter().map(|name| name.to_string().len()).max();
-    let width = width.unwrap_or_default();
-    let output = Arc::new(Mutex::new(io::stdout()));
-    for name in names {
-        let (name, tell, wake, output) = (
-            name.clone(),
-            tell.clone(),
-            wake.clone(),
-            Arc::clone(&output),
-        );
-        thread::spawn(move || {
-            let status = follow(&name, width, &output).unwrap_or_else(|error| {
-                say(error);
-                STATUS_KILLED
-            });
-            // The receiver lives until all have told.
-            let _ = tell.send(status);
-            wake.wake();
-        });
-    }
-    let mut statuses = Vec::new();
-    let mut signalled: Option<u8> = None;
-    while statuses.len() < names.len() {
-        let mut fds = [
-            PollFd::from_borrowed_fd(wake.as_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN),
-        ];
+/// Waits for the ends of all machines, whatever becomes of what they print.
+fn watch(
+    names: &[Name],
+    processes: Vec<Child>,
+    signals: &Signals,
+    timeout: Duration,
+) -> Result<u8> {
+    let watched = processes.into_iter().map(|process| {
+        let fd = pidfd_open(Pid::from_child(&process), PidfdFlags::empty());
+        Ok((process, fd.map_err(failed("watching a machine"))?))
+    });
+    let mut running: Vec<(Child, OwnedFd)> = watched.collect::<Result<_>>()?;
+    let (mut bad, mut signalled) = (None, None);
+    while !running.is_empty() {
+        let mut fds = vec![PollFd::new(signals, PollFlags::IN)];
+        fds.extend(running.iter().map(|(_, fd)| PollFd::new(fd, PollFlags::IN)));
         // A signal interrupts it, and is found below.
         let _ = poll(&mut fds, None);
-        wake.clear();
-        statuses.extend(told.try_iter());
+        running.retain_mut(|(process, _)| match process.try_wait() {
+            Ok(Some(ended)) => {
+                bad = bad.or(Some(status_of(ended)).filter(|status| *status != 0));
+                false
+            }
+            // It is this process's child.
+            Ok(None) | Err(_) => true,
+        });
         if let Some(signal) = signals.take() {
             let names = names.to_vec();
             let first = signalled.replace(signal).is_none();
@@ -142,44 +166,110 @@ fn watch(names: &[Name], signals: &Signals, timeout: Duration) -> Result<u8> {
             });
         }
     }
-    let bad = statuses.into_iter().find(|status| *status != 0);
-    Ok(bad.unwrap_or_else(|| signalled.map_or(0, |signal| STATUS_SIGNAL.saturating_add(signal))))
+    let by_signal = signalled.map(|signal| STATUS_SIGNAL.saturating_add(signal));
+    Ok(bad.or(by_signal).unwrap_or(0))
 }
 
-/// Shows the lines of a machine's console until it has ended; returns its exit status.
-fn follow(name: &Name, width: usize, output: &Mutex<io::Stdout>) -> Result<u8> {
-    let mut end = Client::connect(name)?;
-    end.send(&Request::Wait {})?;
-    let mut console = Client::connect(name)?;
-    let Nothing {} = console.call(&Request::Console {})?;
-    let mut lines = console.into_stream();
-    lines
-        .get_ref()
-        .set_read_timeout(None)
-        .map_err(failed("setting a socket"))?;
-    while let Some(line) = read_line(&mut lines) {
-        let mut output = lock(output);
-        // Nobody reads any more: the machines run on all the same.
-        let _ = writeln!(output, "{name:width$} | {line}");
+/// Shows what a machine prints until it has ended, and how it did.
+fn show(name: &Name, mut screen: Screen) -> Result<()> {
+    let lost = || {
+        let log = registry::folder(name).map(|folder| folder.join(registry::LOG));
+        let log = log.map_or_else(|error| error.to_string(), |log| log.display().to_string());
+        format!("it has ended; what it said then is in {log}")
+    };
+    let mut follow = || -> Result<Option<Ended>> {
+        let mut end = Client::connect(name)?;
+        end.send(&Request::Wait {})?;
+        let mut console = Client::connect(name)?;
+        let Nothing {} = console.call(&Request::Console {})?;
+        let mut lines = console.into_stream();
+        lines
+            .get_ref()
+            .set_read_timeout(None)
+            .map_err(failed("setting a socket"))?;
+        while let Some(line) = read_line(&mut lines) {
+            screen.show(&line);
+        }
+        end.receive(Some(GOODBYE))
+    };
+    // A machine can end before anybody listens, and without a word.
+    let outcome = follow()
+        .ok()
+        .flatten()
+        .map_or_else(lost, |ended| ended.outcome);
+    for line in outcome.lines() {
+        screen.show(format!("rvisor: {line}").as_bytes());
     }
-    let ended: Option<Ended> = end.receive(None)?;
-    let ended = ended.ok_or_else(|| Error::call("waiting", io::Error::other("no answer")))?;
-    let _ = writeln!(lock(output), "{name:width$} | rvisor: {}", ended.outcome);
-    Ok(ended.status)
+    Ok(())
 }
 
-/// A line without its end, or a piece of a long one, free of control characters; `None` at the end of all.
-fn read_line(lines: &mut BufReader<impl Read>) -> Option<String> {
+/// A line without its end, or a piece of a long one; `None` at the end of all.
+fn read_line(lines: &mut BufReader<impl Read>) -> Option<Vec<u8>> {
     let mut line = Vec::new();
     let count = lines.take(LINE).read_until(b'\n', &mut line).ok()?;
-    let text = String::from_utf8_lossy(&line);
-    (count > 0).then(|| {
-        let plain = |c: &char| *c == '\t' || !c.is_control();
-        text.trim_end_matches(['\r', '\n'])
-            .chars()
-            .filter(plain)
-            .collect()
-    })
+    let end = line.iter().rposition(|byte| !b"\r\n".contains(byte));
+    line.truncate(end.map_or(0, |last| last + 1));
+    (count > 0).then_some(line)
+}
+
+/// Standard output, for the lines of one machine.
+struct Screen {
+    prefix: String,
+    /// Where that is a terminal.
+    filter: Option<Filter>,
+}
+
+impl Screen {
+    fn new(name: &Name, width: usize, raw: bool) -> Self {
+        Self {
+            prefix: format!("{name:width$} | "),
+            filter: Filter::for_output(&io::stdout(), raw),
+        }
+    }
+
+    fn show(&mut self, line: &[u8]) {
+        // Where nobody reads any more, the machines run on all the same.
+        let _ = io::stdout().lock().write_all(&self.text(line));
+    }
+
+    fn text(&mut self, line: &[u8]) -> Vec<u8> {
+        let mut text = self.prefix.clone().into_bytes();
+        match &mut self.filter {
+            Some(filter) => {
+                let mut passed = Vec::new();
+                filter.pass(line, &mut passed);
+                text.extend(within_line(&passed));
+            }
+            None => text.extend_from_slice(line),
+        }
+        text.push(b'\n');
+        text
+    }
+}
+
+/// Of what the filter has let through, that which stays in its line, text and colours: nothing that moves the cursor
+/// to the lines of others.
+fn within_line(passed: &[u8]) -> Vec<u8> {
+    let mut pieces = passed.split(|byte| *byte == ESC);
+    let mut kept = pieces.next().unwrap_or_default().to_vec();
+    for piece in pieces {
+        // Whole sequences: ESC [, numbers and a last byte from 0x40 on; else the last byte is one from 0x30 on.
+        let (start, least) = match piece.starts_with(b"[") {
+            true => (1, 0x40),
+            false => (0, 0x30),
+        };
+        let last = piece.iter().skip(start).position(|byte| *byte >= least);
+        let (sequence, text) = piece.split_at(last.map_or(piece.len(), |at| start + at + 1));
+        if start == 1 && sequence.ends_with(b"m") {
+            kept.extend([&[ESC], sequence].concat());
+        }
+        kept.extend_from_slice(text);
+    }
+    kept.retain(|byte| matches!(*byte, ESC | b'\t' | 0x20..));
+    if kept.contains(&ESC) {
+        kept.extend_from_slice(b"\x1b[m");
+    }
+    kept
 }
 
 #[cfg(test)]
@@ -187,11 +277,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_bounded_and_plain() {
+    fn lines_are_bounded_pieces() {
         let long = "x".repeat(LINE as usize + 1);
         let text = format!("one\r\n\x1b[31mred\n\n{long}\nend");
         let mut lines = BufReader::new(text.as_bytes());
-        let read: Vec<String> = std::iter::from_fn(|| read_line(&mut lines)).collect();
-        assert_eq!(read, ["one", "[31mred", "", &long[1..], "x", "end"]);
+        let read: Vec<Vec<u8>> = std::iter::from_fn(|| read_line(&mut lines)).collect();
+        let expected = ["one", "\x1b[31mred", "", &long[1..], "x", "end"];
+        assert_eq!(read, expected.map(|line| line.as_bytes().to_vec()));
+    }
+
+    #[test]
+    fn a_machine_keeps_to_its_own_lines_of_a_terminal() {
+        let prefix = "web | ".to_owned();
+        let filter = Some(Filter::new(true));
+        let mut screen = Screen { prefix, filter };
+        for (line, shown) in [
+            ("plain\tüx", "web | plain\tüx\n"),
+            ("\x1b[31mred", "web | \x1b[31mred\x1b[m\n"),
+            (
+                "a\rdb | \x08\x1b[2K\x1b[9D\x1bMb\x1b]0;t\x07\x1b(0c",
+                "web | adb | bc\n",
+            ),
+        ] {
+            let text = String::from_utf8(screen.text(line.as_bytes()));
+            assert_eq!(text.as_deref(), Ok(shown));
+        }
+        screen.filter = None;
+        assert_eq!(screen.text(b"a\r\xff"), b"web | a\r\xff\n");
     }
 }

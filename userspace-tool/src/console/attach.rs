@@ -52,9 +52,7 @@ pub fn attach(name: &Name, unfiltered: bool) -> Result<u8> {
         Left::Closed => {
             let ended: Option<Ended> = end.receive(Some(GOODBYE))?;
             let ended = ended.ok_or_else(|| {
-                let why = io::Error::other(
-                    "it has closed this console, which took its output too slowly",
-                );
+                let why = io::Error::other("it has closed this console and does not say why");
                 Error::call(format!("machine {name}"), why)
             })?;
             say(format_args!("{name}: {}", ended.outcome));

@@ -80,8 +80,10 @@ impl Hub {
     ///
     /// [`crate::error::Error::Call`] where its socket can't be set up.
     pub fn attach(&self, client: &UnixStream) -> Result<()> {
+        // One that takes nothing for long goes on where it then is.
         client
             .set_read_timeout(None)
+            .and_then(|()| client.set_write_timeout(None))
             .map_err(failed("setting a socket"))?;
         let gone = AtomicBool::new(false);
         thread::scope(|scope| {
@@ -105,7 +107,13 @@ impl Hub {
             }
             let new = state.written - shown;
             let old = state.recent.len().saturating_sub(new as usize);
-            let bytes: Vec<u8> = state.recent.iter().skip(old).copied().collect();
+            let missed = new - (state.recent.len() - old) as u64;
+            let mut bytes = Vec::new();
+            if shown > 0 && missed > 0 {
+                bytes =
+                    format!("\r\nrvisor: {missed} bytes were too fast for this console\r\n").into();
+            }
+            bytes.extend(state.recent.iter().skip(old));
             shown = state.written;
             drop(state);
             if client.write_all(&bytes).is_err() {
@@ -202,6 +210,35 @@ mod tests {
         }
         let (mut client, _) = attached(&hub);
         assert_eq!(read(&mut client, SCROLLBACK), [b'x'; SCROLLBACK]);
+    }
+
+    #[test]
+    fn a_client_that_stalls_goes_on_and_is_told_what_it_missed() {
+        let hub = hub();
+        let (mut client, theirs) = UnixStream::pair().expect("sockets");
+        // As the server does for answers.
+        let patience = Some(Duration::from_millis(20));
+        theirs.set_write_timeout(patience).expect("a timeout");
+        thread::spawn({
+            let hub = hub.clone();
+            move || hub.attach(&theirs)
+        });
+        hub.write(b"first");
+        assert_eq!(read(&mut client, 5), b"first");
+        for _ in 0..64 {
+            hub.write(&[b'x'; SCROLLBACK]);
+            thread::sleep(Duration::from_millis(5));
+        }
+        hub.write(b"last");
+        let mut seen = Vec::new();
+        while !seen.ends_with(b"last") {
+            seen.extend(read(&mut client, 1));
+        }
+        let seen = String::from_utf8_lossy(&seen);
+        let (_, note) = seen.split_once("rvisor: ").expect("a note");
+        let (missed, _) = note.split_once(" bytes were too fast").expect("a number");
+        let missed: usize = missed.parse().expect("a number");
+        assert_eq!(missed + seen.matches('x').count(), 64 * SCROLLBACK);
     }
 
     #[test]

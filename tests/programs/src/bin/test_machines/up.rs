@@ -4,6 +4,7 @@
 use super::{check_line, kill, Machines, QUIET};
 use rvisor_tests::{check, check_eq, Device, Fail, Outcome};
 use std::fs;
+use std::io::Write;
 use std::process::Stdio;
 
 /// A file with a machine for each name and end.
@@ -116,13 +117,17 @@ pub(super) fn mistakes(device: &Device) -> Outcome {
     Ok(())
 }
 
-/// SIGTERM stops all machines, and insists.
+/// SIGTERM stops all machines, and insists, also where nobody reads what they print.
 pub(super) fn stopped_by_signal(device: &Device) -> Outcome {
     let machines = Machines::new(device)?;
     file(&machines, &[("one", "wait"), ("two", "wait")])?;
+    let (_reader, mut full) = std::os::unix::net::UnixStream::pair()?;
+    full.set_nonblocking(true)?;
+    while full.write(&[b'x'; 4096]).is_ok() {}
+    full.set_nonblocking(false)?;
     let child = machines
         .tool(&["up", "--timeout", "1"])
-        .stdout(Stdio::null())
+        .stdout(std::os::fd::OwnedFd::from(full))
         .stderr(Stdio::piped())
         .spawn()?;
     for name in ["one", "two"] {

@@ -7,7 +7,7 @@ use std::ffi::CString;
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// The tool.
@@ -106,6 +106,21 @@ pub(crate) fn tool(device: &Device, software: &Software) -> Result<Command, Fail
         });
     }
     Ok(command)
+}
+
+/// `rvisor up` with a machine, `eater`, that reaches its `memory-max`.
+pub(crate) fn up_eater(device: &Device) -> Result<Output, Fail> {
+    let firmware = "/tmp/up-eats.rom";
+    std::fs::write(firmware, eater()).during(firmware)?;
+    let file = "/tmp/eater.toml";
+    let text = format!(
+        "[machine.eater]\nfirmware = {firmware:?}\nmemory = '128M'\nmemory-max = '32M'\ndevice = {:?}\n",
+        device.path()
+    );
+    std::fs::write(file, text).during(file)?;
+    let mut command = Command::new(TOOL);
+    command.args(["up", file]).stdin(Stdio::null());
+    command.output().during(TOOL)
 }
 
 /// A machine that runs.

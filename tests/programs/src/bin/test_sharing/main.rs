@@ -96,6 +96,20 @@ fn memory(device: &Device) -> Outcome {
     Ok(())
 }
 
+/// `rvisor up` tells of such a machine as `run` does.
+fn memory_of_up(device: &Device) -> Outcome {
+    let _cgroups = Hierarchy::mounted()?;
+    let _quiet = QuietLog::new()?;
+    let output = machine::up_eater(device)?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    check_eq!(output.status.code(), Some(7), "the exit status: {said}");
+    check!(
+        said.contains("eater | rvisor: it has ended; what it said then is in"),
+        "its words: {said}"
+    );
+    Ok(())
+}
+
 /// A guest that forks and spins on two CPUs, and one that spins on one, with the same share.
 fn fork_and_spin(device: &Device) -> Outcome {
     let _cgroups = Hierarchy::mounted()?;
@@ -280,6 +294,7 @@ fn main() -> std::process::ExitCode {
         shares,
         half,
         memory,
+        memory_of_up,
         fork_and_spin,
         signal,
         killed,
