@@ -125,7 +125,8 @@ $XDG_RUNTIME_DIR; where that is no folder of root's or this user's own, in /run/
 /tmp/rvisor-UID/NAME for others. \
 The socket takes JSON, one object a line: {\"command\":\"status\"} is answered by {\"ok\":{...}}, or by \
 {\"error\":{\"cause\":\"...\",\"next\":\"...\",\"status\":2}}. Other commands: pause, resume, power-button, kill, \
-wait (answers when the machine has ended) and console (its bytes follow the answer).";
+balloon (with \"bytes\"), stats, wait (answers when the machine has ended), and console, snapshot and trace, whose bytes \
+follow the answer.";
 
 const CONSOLE_LONG_ABOUT: &str = "\
 Joins this terminal to the console of a machine, which shows the last 64 KiB of its output first. Several \
@@ -146,6 +147,11 @@ The exit status is that of the machine: 0 where its guest switched itself off, 8
 const KILL_LONG_ABOUT: &str = "\
 Ends a machine at once, as if its plug were pulled. What its guest has not written to a disk is lost. A machine \
 whose process does not answer within 5 seconds is ended by SIGKILL.";
+
+const BALLOON_LONG_ABOUT: &str = "\
+Asks a machine's guest to leave so much of its memory to the host, in place of what --balloon or an earlier call \
+asked for. A guest with a driver for the balloon does so as far as it can, in its own time; 'rvisor ps --json' \
+tells as balloon how many bytes it has left by now. Before it has to kill a process it takes memory back.";
 
 const SNAPSHOT_LONG_ABOUT: &str = "\
 Writes a machine as it is to a file: its memory without pages of zeros, its CPUs and its devices. The machine \
@@ -256,6 +262,15 @@ pub enum Command {
     Pause(Named),
     /// Have a paused machine go on
     Resume(Named),
+    /// Ask a machine's guest to leave memory to the host, by its balloon
+    #[command(long_about = BALLOON_LONG_ABOUT)]
+    Balloon {
+        /// The machine
+        name: Name,
+        /// How much of its memory, in all; 0 gives it all back. K, M, G and T are powers of 1024
+        #[arg(value_parser = size::parse)]
+        size: u64,
+    },
     /// Write a machine as it is to a file; it stands still meanwhile
     #[command(long_about = SNAPSHOT_LONG_ABOUT)]
     Snapshot {

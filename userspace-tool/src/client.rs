@@ -131,7 +131,7 @@ pub fn kill(name: &Name) -> Result<Ended> {
     })
 }
 
-/// Gives the machine a command without answer: `pause`, `resume`.
+/// Gives the machine a command without answer: `pause`, `resume`, `balloon`.
 ///
 /// # Errors
 ///
@@ -154,6 +154,7 @@ mod tests {
             reason: Some("by\na test".to_owned()),
             cpus: 2,
             memory: 512 << 20,
+            balloon: 0,
             device: "/dev/rvisor".into(),
             started: 1000,
         };

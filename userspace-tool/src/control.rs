@@ -70,6 +70,12 @@ pub enum Request {
     PowerButton {},
     /// Ends the machine at once.
     Kill {},
+    /// Asks the guest to leave so many bytes of its memory to the host, in place of what it was asked for before; what
+    /// it has left by then is `balloon` in [`crate::machine::Status`].
+    Balloon {
+        /// At most the machine's memory, in bytes.
+        bytes: u64,
+    },
     /// Goes over into the machine's snapshot ([`crate::snapshot`]); it stands still meanwhile.
     Snapshot {},
     /// Goes over into the console's bytes in both directions, the last 64 KiB of output first.

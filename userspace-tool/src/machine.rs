@@ -25,6 +25,7 @@ use crate::error::{failed, say, Error, Result};
 use crate::memory::Memory;
 use crate::outcome::Outcome;
 use crate::registry::Name;
+use crate::size;
 use crate::snapshot::{self, State};
 use crate::stat::{Sample, Sampler};
 use crate::trace;
@@ -93,6 +94,9 @@ pub struct Status {
     pub cpus: u32,
     /// Its memory in bytes.
     pub memory: u64,
+    /// How much of it its guest has left to the host, in bytes.
+    #[serde(default)]
+    pub balloon: u64,
     /// The hypervisor's device.
     pub device: PathBuf,
     /// When it started, in seconds since the beginning of 1970.
@@ -116,6 +120,7 @@ impl Machine {
             reason,
             cpus: self.options.cpus,
             memory: self.options.memory,
+            balloon: self.balloon().and_then(|it| it.balloon()).unwrap_or(0),
             device: self.options.device.clone(),
             started: self.started,
         }
@@ -257,6 +262,26 @@ impl Machine {
         devices.try_for_each(|(device, saved)| device.restore(saved))
     }
 
+    /// Its memory balloon. No lock of another device's is taken, which may wait for a disk.
+    fn balloon(&self) -> Option<&Arc<virtio::Transport>> {
+        let mut devices = self.parts.bus.devices();
+        devices.find(|device| device.name() == "balloon")
+    }
+
+    fn set_balloon(&self, bytes: u64) -> Result<()> {
+        if bytes > self.options.memory {
+            let has = size::text(self.options.memory);
+            return Err(Error::input(
+                format!("machine {} has {has} of memory in all", self.name),
+                "ask for less",
+            ));
+        }
+        if let Some(balloon) = self.balloon() {
+            balloon.set_balloon(bytes);
+        }
+        Ok(())
+    }
+
     fn press_power_button(&self) -> Result<()> {
         if self.control.paused() {
             return Err(Error::input(
@@ -276,6 +301,7 @@ impl Machine {
             Request::Resume {} => self.resume(),
             Request::Kill {} => self.control.end(Outcome::Killed),
             Request::PowerButton {} => self.press_power_button()?,
+            Request::Balloon { bytes } => self.set_balloon(bytes)?,
             Request::Wait {} => {}
             // The client sees that it is not whole.
             Request::Snapshot {} => {

@@ -49,6 +49,9 @@ fn command_status(command: Command) -> Result<u8> {
         Command::Kill(machine) => client::kill(&machine.name).map(|_| 0),
         Command::Pause(machine) => client::tell(&machine.name, &Request::Pause {}).map(|()| 0),
         Command::Resume(machine) => client::tell(&machine.name, &Request::Resume {}).map(|()| 0),
+        Command::Balloon { name, size: bytes } => {
+            client::tell(&name, &Request::Balloon { bytes }).map(|()| 0)
+        }
         Command::Snapshot { name, file } => snapshot::take(&name, &file).map(|()| 0),
         Command::Restore { detach: true, .. } => detach(),
         Command::Restore {

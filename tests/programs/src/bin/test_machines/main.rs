@@ -309,6 +309,21 @@ fn pause_and_resume(device: &Device) -> Outcome {
     machines.gives(0, &["kill", "one"]).map(drop)
 }
 
+/// A guest leaves memory to the host when it is asked to, and gets it back.
+fn balloon(device: &Device) -> Outcome {
+    let machines = Machines::new(device)?;
+    machines.start("one", "wait")?;
+    machines.await_console("one", "guest: end by wait")?;
+    for (size, bytes) in [("16M", 16 << 20), ("0", 0)] {
+        machines.gives(0, &["balloon", "one", size])?;
+        let told = format!("\"balloon\":{bytes},");
+        machines.wait(&told, || Ok(machines.list()?.contains(&told)))?;
+    }
+    let (_, said) = machines.gives(2, &["balloon", "one", "65M"])?;
+    check_line(&said, &["has 64 MiB", "less"])?;
+    machines.gives(0, &["kill", "one"]).map(drop)
+}
+
 /// A machine whose process does not answer is ended by its number, with all it has.
 fn kill_insists(device: &Device) -> Outcome {
     let machines = Machines::new(device)?;
@@ -355,6 +370,7 @@ fn main() -> std::process::ExitCode {
         sigterm,
         no_start,
         pause_and_resume,
+        balloon,
         kill_insists,
         bad_clients,
         console::console,
