@@ -91,10 +91,10 @@ pub fn stop(name: &Name, timeout: Duration) -> Result<Ended> {
     if timeout.is_zero() {
         return kill(name);
     }
-    let mut client = Client::connect(name)?;
-    let Nothing {} = client.call(&Request::PowerButton {})?;
-    client.send(&Request::Wait {})?;
-    match client.receive(Some(timeout))? {
+    // The guest may be quick.
+    let mut end = Client::waiting(name)?;
+    tell(name, &Request::PowerButton {})?;
+    match end.receive(Some(timeout))? {
         Some(ended) => Ok(ended),
         None => {
             say(format_args!(
@@ -112,10 +112,8 @@ pub fn stop(name: &Name, timeout: Duration) -> Result<Ended> {
 ///
 /// [`Error::Input`] where no such machine runs, [`Error::Call`] where its process can't be killed.
 pub fn kill(name: &Name) -> Result<Ended> {
-    let mut end = Client::connect(name)?;
-    end.send(&Request::Wait {})?;
-    let mut client = Client::connect(name)?;
-    client.send(&Request::Kill {})?;
+    let mut end = Client::waiting(name)?;
+    Client::connect(name)?.send(&Request::Kill {})?;
     if let Some(ended) = end.receive(Some(INSIST))? {
         return Ok(ended);
     }

@@ -178,8 +178,7 @@ fn show(name: &Name, mut screen: Screen) -> Result<()> {
         format!("it has ended; what it said then is in {log}")
     };
     let mut follow = || -> Result<Option<Ended>> {
-        let mut end = Client::connect(name)?;
-        end.send(&Request::Wait {})?;
+        let mut end = Client::waiting(name)?;
         let mut console = Client::connect(name)?;
         let Nothing {} = console.call(&Request::Console {})?;
         let mut lines = console.into_stream();

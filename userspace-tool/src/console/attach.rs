@@ -32,8 +32,7 @@ const GOODBYE: Duration = Duration::from_secs(5);
 /// [`Error::Input`] where no such machine runs, [`Error::Call`] where it or the terminal can't be reached.
 pub fn attach(name: &Name, unfiltered: bool) -> Result<u8> {
     let mut screen = Screen(Filter::for_output(&io::stdout(), unfiltered));
-    let mut end = Client::connect(name)?;
-    end.send(&Request::Wait {})?;
+    let mut end = Client::waiting(name)?;
     let mut console = Client::connect(name)?;
     let Nothing {} = console.call(&Request::Console {})?;
     let stream = console.into_stream();

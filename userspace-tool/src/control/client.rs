@@ -49,6 +49,16 @@ impl Client {
         Ok(Self::new(name, stream))
     }
 
+    /// Connects to the machine of that name, to receive how it ends.
+    ///
+    /// # Errors
+    ///
+    /// As with [`Self::connect`].
+    pub fn waiting(name: &Name) -> Result<Self> {
+        let mut client = Self::connect(name)?;
+        client.send(&Request::Wait {}).map(|()| client)
+    }
+
     /// The client's side of that connection.
     #[must_use]
     pub fn new(name: &Name, stream: UnixStream) -> Self {
