@@ -2,81 +2,24 @@
 
 //! The command line of `rvisor`.
 
+mod run;
+
 use std::env;
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind;
-use clap::{Args, FromArgMatches, Parser, Subcommand, ValueEnum};
-use serde::{Deserialize, Serialize};
+use clap::{Args, FromArgMatches, Parser, Subcommand};
 
-use crate::devices::virtio::block::Format;
 use crate::error::{say, Error, STATUS_INPUT};
-use crate::net::NetOptions;
 use crate::registry::Name;
-use crate::sharing::Sharing;
 use crate::size;
+pub use run::{ConsoleKind, Disk, Origin, RunOptions};
 
 /// The device that rvisor's module offers.
 pub const DEFAULT_DEVICE: &str = "/dev/rvisor";
 
 /// What stands before the user's words in the guest's command line, behind its console.
 pub const DEFAULT_COMMAND_LINE: &str = "reboot=k panic=-1";
-
-const ABOUT: &str = "Runs virtual machines on rvisor, a hypervisor in the Linux kernel.";
-
-const LONG_ABOUT: &str = "\
-Runs virtual machines on rvisor, a hypervisor in the Linux kernel.
-
-'rvisor run' starts a kernel or firmware as a guest and joins this terminal to the guest's console. \
-'rvisor check' tells whether this host can run guests, and what to do where it can't.";
-
-const RUN_LONG_ABOUT: &str = "\
-Starts a Linux kernel, or firmware, as a guest and stays until the guest ends.
-
-The guest is a PC with the CPUs and the memory that were asked for, a serial port (ttyS0), a clock, \
-ACPI for switching off, the disks that --disk names, the network cards of --net, a source of random bytes and a \
-memory balloon, by which the host gets back what the guest has free. There is no screen. The console, a serial \
-port or with --console virtio a virtio device, is joined to standard input and standard output; a terminal is put \
-into raw mode meanwhile, so that every key goes to the guest. Of what the guest prints, a terminal gets text, \
-colours and what moves the cursor and erases; what else a terminal obeys is dropped, for it could make the \
-terminal type back. --raw-console lets all through; a file or a pipe gets all in any case.
-
-Firmware starts where a PC's does, at the reset vector in real mode, and finds the sizes of memory and the \
-number of CPUs in the clock's memory and in QEMU's fw_cfg, which tells it of the disks too. With --disk the \
-serial port is its screen, and the boot loader's; else what it prints on the debug port, 0x402, comes out \
-here.";
-
-const NET_LONG_HELP: &str = "\
-A network card for the guest; can be given several times. It is joined to:
-  tap=NAME       the TAP interface NAME of this host. Root makes one for a user, and joins it to a bridge:
-                   ip tuntap add NAME mode tap user USER; ip link set NAME up
-                   ip link add BRIDGE type bridge; ip link set NAME master BRIDGE
-                 Where there is none, root gets one for as long as the guest runs.
-  user           without root: what this user reaches, through a passt of the machine's own. Addresses come
-                 by DHCP. What listens on this host's loopback addresses alone is not reached.
-  socket=PATH    without root: a cable to another machine of this user or root that is given the same PATH. The
-                 one that starts first waits there for another, also when the other has ended. PATH is
-                 best in a folder of this user's alone; PATH.lock is used at the start.
-Behind it, each after a comma:
-  forward=HOSTPORT:GUESTPORT
-                 with user: TCP connections to the port HOSTPORT of this host, on all its addresses, go to the
-                 guest's; can be given several times
-  mac=ADDRESS    the card's address. Without it the card has one that is made of this host, the machine's
-                 name, the network and the card's number, and is the same each time.";
-
-const DISK_LONG_HELP: &str = "\
-A disk for the guest, from a file or a block device; can be given several times. The first is /dev/vda in \
-a Linux guest, the next /dev/vdb, and so on. Behind the name, each after a comma:
-  format=raw     the file holds the disk byte for byte
-  format=qcow2   it is a qcow2 image, without a backing file
-  readonly       the guest can't write; several guests can share the disk
-  serial=TEXT    what the disk calls itself, at most 20 characters
-Without a format the file's first bytes tell. As a guest can write these, one whose disk was taken for raw \
-can't make a qcow2 image of it; format=raw lets it. A name can't have a comma.
-
-What the guest has flushed has reached the host's disk. Where the host's file system is full, the machine \
-is paused and nothing of what it wrote is lost; 'rvisor resume NAME' has it go on once there is room.";
 
 const RUN_AFTER_HELP: &str = "\
 Keys, on the guest's console:
@@ -110,93 +53,6 @@ Examples:
   rvisor run --kernel bzImage --initrd initramfs.cpio.gz --net user,forward=2222:22
   rvisor run --firmware /usr/share/seabios/bios-microvm.bin --disk debian.qcow2";
 
-const CHECK_LONG_ABOUT: &str = "\
-Tells, line by line, what this host has of what guests need: the CPU, its firmware's settings, the \
-kernel, the module, the device and the rights to it, and whether KVM is there beside it.
-
-Each line begins with 'ok', 'FAIL' or 'note'. A line that fails is followed by the next step. The exit \
-status is 0 where guests can run and 1 where they can't.";
-
-const PS_LONG_ABOUT: &str = "\
-Lists the machines that run: those that this user has started, on any device.
-
-A machine is known by the files lock, sock and, where it runs detached, log in the folder rvisor/NAME of \
-$XDG_RUNTIME_DIR; where that is no folder of root's or this user's own, in /run/rvisor/NAME for root and \
-/tmp/rvisor-UID/NAME for others. \
-The socket takes JSON, one object a line: {\"command\":\"status\"} is answered by {\"ok\":{...}}, or by \
-{\"error\":{\"cause\":\"...\",\"next\":\"...\",\"status\":2}}. Other commands: pause, resume, power-button, kill, \
-balloon (with \"bytes\"), stats, wait (answers when the machine has ended), and console, snapshot and trace, whose bytes \
-follow the answer.";
-
-const CONSOLE_LONG_ABOUT: &str = "\
-Joins this terminal to the console of a machine, which shows the last 64 KiB of its output first. Several \
-terminals may be joined at a time: all see the same, and each may type.
-
-A terminal gets text, colours and what moves the cursor and erases, as with 'rvisor run'; --raw-console lets all \
-through.
-
-Ctrl-A d leaves the console and lets the machine run, Ctrl-A x ends the machine, Ctrl-A h shows the keys. The \
-exit status is 0 after Ctrl-A d, and that of the machine where it ends.";
-
-const STOP_LONG_ABOUT: &str = "\
-Presses the machine's power button, to which most systems answer by shutting down, and waits for its end. A \
-guest that has not switched itself off after some time is ended.
-
-The exit status is that of the machine: 0 where its guest switched itself off, 8 where it was ended.";
-
-const KILL_LONG_ABOUT: &str = "\
-Ends a machine at once, as if its plug were pulled. What its guest has not written to a disk is lost. A machine \
-whose process does not answer within 5 seconds is ended by SIGKILL.";
-
-const BALLOON_LONG_ABOUT: &str = "\
-Asks a machine's guest to leave so much of its memory to the host, in place of what --balloon or an earlier call \
-asked for. A guest with a driver for the balloon does so as far as it can, in its own time; 'rvisor ps --json' \
-tells as balloon how many bytes it has left by now. Before it has to kill a process it takes memory back.";
-
-const SNAPSHOT_LONG_ABOUT: &str = "\
-Writes a machine as it is to a file: its memory without pages of zeros, its CPUs and its devices. The machine \
-stands still meanwhile and goes on then. The file is there when it is whole and on the disk; where that fails, \
-nothing is left of it.
-
-What is on the machine's disks is not in the file: copy them while the machine is paused.";
-
-const RESTORE_LONG_ABOUT: &str = "\
-Starts a machine as a snapshot has it, in place of its boot. Its options are those that it was made with; their \
-paths count from the folder in which it was made, and its disks must be as they were.
-
-A snapshot is restored on the kind of CPU and the hypervisor that it was made on, by the same version of \
-rvisor. What is damaged is found before the guest runs. A snapshot holds a command line that is run with your rights, as a \
-script does: restore only those that you or someone you trust has made. Exit status, keys and --detach are as with 'rvisor run'.";
-
-const STAT_LONG_ABOUT: &str = "\
-Tells what a machine has done since its start: for each CPU the time that it ran on the host's CPUs, the part of \
-that in the guest, the time that it waited for a CPU, and its exits to the hypervisor by their reason; the time of \
-the tool and the devices; and the memory that it has.
-
-Exits are counted by the hypervisor (KVM_GET_STATS_FD): on rvisor by the CPU's own reasons, on KVM by those that it \
-counts. Times in the guest are the host kernel's, in steps of 10 ms. With --json all counters are there, by KVM's \
-names; those of times are in nanoseconds.";
-
-const TOP_LONG_ABOUT: &str = "\
-Shows the machines that run, and of the chosen one each CPU and the exits a second by their reason. %CPU is of one \
-CPU of the host's, %GUEST the part in the guest, %WAIT the time that CPUs were ready and had to wait for others. The \
-screen is made anew each second. The arrows choose a machine, q or Ctrl-C ends it.";
-
-const TRACE_LONG_ABOUT: &str = "\
-Shows the exits of a machine to the hypervisor as they happen, each with the host's time stamp counter, its reason, \
-the guest's RIP, the exit qualification, a detail (the guest-physical address of an EPT violation, ECX of RDMSR and \
-WRMSR, else RAX) and the cycles until the guest was entered again. Exits that are too many to be read are left \
-out and counted. It needs /dev/rvisor; a machine that nobody traces pays nothing.";
-
-const UP_LONG_ABOUT: &str = "\
-Starts the machines that a file describes, each in a process of its own, and shows what they print, with their \
-names before each line, until all have ended. A terminal gets text and colours of it, and with --raw-console, as a \
-file or a pipe, all. With --detach it returns when all run.
-
-Where one can't be started, those that were are ended. A mistake in the file is told with its line and column, \
-and nothing starts. SIGINT or SIGTERM stops all machines as 'rvisor stop' does, a second signal ends them at \
-once. The exit status is that of the first machine that ended otherwise than by switching itself off, else 0.";
-
 const UP_AFTER_HELP: &str = "\
 The file:
   Each machine is a table [machine.NAME]; its keys are the options of 'rvisor run' without the dashes.
@@ -213,9 +69,12 @@ The file:
     firmware = \"/usr/share/seabios/bios-256k.bin\"
     memory = \"64M\"";
 
-/// The whole command line.
+/// Runs virtual machines on rvisor, a hypervisor in the Linux kernel
+///
+/// 'rvisor run' starts a kernel or firmware as a guest and joins this terminal to the guest's console. 'rvisor check'
+/// tells whether this host can run guests, and what to do where it can't.
 #[derive(Debug, Parser)]
-#[command(name = "rvisor", version, about = ABOUT, long_about = LONG_ABOUT)]
+#[command(name = "rvisor", version)]
 pub(crate) struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -225,20 +84,56 @@ pub(crate) struct Arguments {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start a kernel or firmware as a guest
-    #[command(long_about = RUN_LONG_ABOUT, after_long_help = RUN_AFTER_HELP)]
+    ///
+    /// The command stays until the guest ends.
+    ///
+    /// The guest is a PC with the CPUs and the memory that were asked for, a serial port (ttyS0), a clock, ACPI for
+    /// switching off, the disks that --disk names, the network cards of --net, a source of random bytes and a memory
+    /// balloon, by which the host gets back what the guest has free. There is no screen. The console, a serial port
+    /// or with --console virtio a virtio device, is joined to standard input and standard output; a terminal is put
+    /// into raw mode meanwhile, so that every key goes to the guest. Of what the guest prints, a terminal gets text,
+    /// colours and what moves the cursor and erases; what else a terminal obeys is dropped, for it could make the
+    /// terminal type back. --raw-console lets all through; a file or a pipe gets all in any case.
+    ///
+    /// Firmware starts where a PC's does, at the reset vector in real mode, and finds the sizes of memory and the
+    /// number of CPUs in the clock's memory and in QEMU's fw_cfg, which tells it of the disks too. With --disk the
+    /// serial port is its screen, and the boot loader's; else what it prints on the debug port, 0x402, comes out
+    /// here.
+    #[command(after_long_help = RUN_AFTER_HELP)]
     Run(Box<RunOptions>),
     /// Tell whether this host can run guests
-    #[command(long_about = CHECK_LONG_ABOUT)]
+    ///
+    /// Tells, line by line, what this host has of what guests need: the CPU, its firmware's settings, the kernel, the
+    /// module, the device and the rights to it, and whether KVM is there beside it.
+    ///
+    /// Each line begins with 'ok', 'FAIL' or 'note'. A line that fails is followed by the next step. The exit status
+    /// is 0 where guests can run and 1 where they can't.
     Check(CheckOptions),
     /// List the machines that run
-    #[command(long_about = PS_LONG_ABOUT)]
+    ///
+    /// They are those that this user has started, on any device.
+    ///
+    /// A machine is known by the files lock, sock and, where it runs detached, log in the folder rvisor/NAME of
+    /// $XDG_RUNTIME_DIR; where that is no folder of root's or this user's own, in /run/rvisor/NAME for root and
+    /// /tmp/rvisor-UID/NAME for others. The socket takes JSON, one object a line: {"command":"status"} is answered by
+    /// {"ok":{...}}, or by {"error":{"cause":"...","next":"...","status":2}}. Other commands: pause, resume,
+    /// power-button, kill, balloon (with "bytes"), stats, wait (answers when the machine has ended), and console,
+    /// snapshot and trace, whose bytes follow the answer.
     Ps {
         /// One JSON array instead of a table
         #[arg(long)]
         json: bool,
     },
     /// Join this terminal to the console of a machine
-    #[command(long_about = CONSOLE_LONG_ABOUT)]
+    ///
+    /// It shows the last 64 KiB of its output first. Several terminals may be joined at a time: all see the same, and
+    /// each may type.
+    ///
+    /// A terminal gets text, colours and what moves the cursor and erases, as with 'rvisor run'; --raw-console lets
+    /// all through.
+    ///
+    /// Ctrl-A d leaves the console and lets the machine run, Ctrl-A x ends the machine, Ctrl-A h shows the keys. The
+    /// exit status is 0 after Ctrl-A d, and that of the machine where it ends.
     Console {
         /// The machine
         name: Name,
@@ -247,7 +142,11 @@ pub enum Command {
         raw_console: bool,
     },
     /// Ask a machine's guest to switch off, then insist
-    #[command(long_about = STOP_LONG_ABOUT)]
+    ///
+    /// Presses the machine's power button, to which most systems answer by shutting down, and waits for its end. A
+    /// guest that has not switched itself off after some time is ended.
+    ///
+    /// The exit status is that of the machine: 0 where its guest switched itself off, 8 where it was ended.
     Stop {
         /// The machine
         name: Name,
@@ -256,14 +155,20 @@ pub enum Command {
         timeout: u32,
     },
     /// End a machine at once, as if its plug were pulled
-    #[command(long_about = KILL_LONG_ABOUT)]
+    ///
+    /// What its guest has not written to a disk is lost. A machine whose process does not answer within 5 seconds is
+    /// ended by SIGKILL.
     Kill(Named),
     /// Have a machine stand still; its memory stays as it is
     Pause(Named),
     /// Have a paused machine go on
     Resume(Named),
     /// Ask a machine's guest to leave memory to the host, by its balloon
-    #[command(long_about = BALLOON_LONG_ABOUT)]
+    ///
+    /// Asks a machine's guest to leave so much of its memory to the host, in place of what --balloon or an earlier
+    /// call asked for. A guest with a driver for the balloon does so as far as it can, in its own time; 'rvisor ps
+    /// --json' tells as balloon how many bytes it has left by now. Before it has to kill a process it takes memory
+    /// back.
     Balloon {
         /// The machine
         name: Name,
@@ -272,7 +177,11 @@ pub enum Command {
         size: u64,
     },
     /// Write a machine as it is to a file; it stands still meanwhile
-    #[command(long_about = SNAPSHOT_LONG_ABOUT)]
+    ///
+    /// That is its memory without pages of zeros, its CPUs and its devices. The file is there when it is whole and on
+    /// the disk; where that fails, nothing is left of it.
+    ///
+    /// What is on the machine's disks is not in the file: copy them while the machine is paused.
     Snapshot {
         /// The machine
         name: Name,
@@ -280,7 +189,14 @@ pub enum Command {
         file: PathBuf,
     },
     /// Start a machine as a snapshot has it
-    #[command(long_about = RESTORE_LONG_ABOUT)]
+    ///
+    /// It does not boot again. Its options are those that it was made with; their paths count from the folder in which
+    /// it was made, and its disks must be as they were.
+    ///
+    /// A snapshot is restored on the kind of CPU and the hypervisor that it was made on, by the same version of
+    /// rvisor. What is damaged is found before the guest runs. A snapshot holds a command line that is run with your
+    /// rights, as a script does: restore only those that you or someone you trust has made. Exit status, keys and
+    /// --detach are as with 'rvisor run'.
     Restore {
         /// The file
         file: PathBuf,
@@ -301,7 +217,14 @@ pub enum Command {
         directory: PathBuf,
     },
     /// Tell what a machine has done so far: times, exits, memory
-    #[command(long_about = STAT_LONG_ABOUT)]
+    ///
+    /// Tells what a machine has done since its start: for each CPU the time that it ran on the host's CPUs, the part
+    /// of that in the guest, the time that it waited for a CPU, and its exits to the hypervisor by their reason; the
+    /// time of the tool and the devices; and the memory that it has.
+    ///
+    /// Exits are counted by the hypervisor (KVM_GET_STATS_FD): on rvisor by the CPU's own reasons, on KVM by those
+    /// that it counts. Times in the guest are the host kernel's, in steps of 10 ms. With --json all counters are
+    /// there, by KVM's names; those of times are in nanoseconds.
     Stat {
         /// The machine
         name: Name,
@@ -310,10 +233,17 @@ pub enum Command {
         json: bool,
     },
     /// Show the machines on a screen that is made anew each second
-    #[command(long_about = TOP_LONG_ABOUT)]
+    ///
+    /// Shows the machines that run, and of the chosen one each CPU and the exits a second by their reason. %CPU is of
+    /// one CPU of the host's, %GUEST the part in the guest, %WAIT the time that CPUs were ready and had to wait for
+    /// others. The screen is made anew each second. The arrows choose a machine, q or Ctrl-C ends it.
     Top,
     /// Show a machine's exits as they happen
-    #[command(long_about = TRACE_LONG_ABOUT)]
+    ///
+    /// Shows the exits of a machine to the hypervisor as they happen, each with the host's time stamp counter, its
+    /// reason, the guest's RIP, the exit qualification, a detail (the guest-physical address of an EPT violation, ECX
+    /// of RDMSR and WRMSR, else RAX) and the cycles until the guest was entered again. Exits that are too many to be
+    /// read are left out and counted. It needs /dev/rvisor; a machine that nobody traces pays nothing.
     Trace {
         /// The machine
         name: Name,
@@ -328,7 +258,15 @@ pub enum Command {
         json: bool,
     },
     /// Start the machines that a file describes
-    #[command(long_about = UP_LONG_ABOUT, after_long_help = UP_AFTER_HELP)]
+    ///
+    /// Starts the machines that a file describes, each in a process of its own, and shows what they print, with their
+    /// names before each line, until all have ended. A terminal gets text and colours of it, and with --raw-console,
+    /// as a file or a pipe, all. With --detach it returns when all run.
+    ///
+    /// Where one can't be started, those that were are ended. A mistake in the file is told with its line and column,
+    /// and nothing starts. SIGINT or SIGTERM stops all machines as 'rvisor stop' does, a second signal ends them at
+    /// once. The exit status is that of the first machine that ended otherwise than by switching itself off, else 0.
+    #[command(after_long_help = UP_AFTER_HELP)]
     Up {
         /// The file, in TOML
         #[arg(value_name = "FILE", default_value = "machines.toml")]
@@ -353,186 +291,6 @@ pub enum Command {
 pub struct Named {
     /// The machine
     pub name: Name,
-}
-
-/// The options of `rvisor run`.
-#[derive(Args, Clone, Debug)]
-pub struct RunOptions {
-    /// The machine's name, for 'rvisor console' and the like; 'machine-' and a number where none is given
-    #[arg(long, value_name = "NAME")]
-    pub name: Option<Name>,
-
-    /// The guest's kernel: a bzImage of 64 or 32 bits, or an ELF vmlinux for x86-64
-    #[arg(long, value_name = "FILE", required_unless_present = "firmware")]
-    pub kernel: Option<PathBuf>,
-
-    /// Firmware for the guest instead of a kernel: a PC's, such as SeaBIOS
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline"])]
-    pub firmware: Option<PathBuf>,
-
-    /// The guest's initial RAM disk
-    #[arg(long, value_name = "FILE")]
-    pub initrd: Option<PathBuf>,
-
-    /// Words for the guest's command line, behind the default ones
-    #[arg(
-        long,
-        value_name = "WORDS",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub cmdline: String,
-
-    /// A disk for the guest, from a file or a block device; can be given several times
-    #[arg(long = "disk", value_name = "FILE[,OPTION...]", value_parser = Disk::parse, long_help = DISK_LONG_HELP)]
-    pub disks: Vec<Disk>,
-
-    /// The guest's memory; K, M, G and T are powers of 1024
-    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size::parse)]
-    pub memory: u64,
-
-    /// Of that memory, how much the guest is asked to leave to the host by its balloon
-    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]
-    pub balloon: u64,
-
-    /// The number of the guest's CPUs
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub cpus: u32,
-
-    /// A network card, joined to a TAP interface, the user's networks or another machine; can be given several times
-    #[arg(long, value_name = "NETWORK[,OPTION...]", value_parser = NetOptions::parse, long_help = NET_LONG_HELP)]
-    pub net: Vec<NetOptions>,
-
-    /// What the guest's console is: its serial port (ttyS0), or a virtio console (hvc0)
-    #[arg(long, value_name = "KIND", default_value = "serial")]
-    pub console: ConsoleKind,
-
-    /// Let all of the guest's output through to a terminal, escape sequences that make it answer too
-    #[arg(long)]
-    pub raw_console: bool,
-
-    /// The hypervisor's device; /dev/kvm runs the guest on KVM
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_DEVICE)]
-    pub device: PathBuf,
-
-    /// Return when the guest runs, and print the machine's name
-    #[arg(long)]
-    pub detach: bool,
-
-    /// This is the process that --detach made.
-    #[arg(long, hide = true, conflicts_with = "detach")]
-    pub detached: bool,
-
-    /// Write what the machine does to FILE, one JSON object a second and line: what 'rvisor stat --json' prints
-    #[arg(long, value_name = "FILE")]
-    pub metrics: Option<PathBuf>,
-
-    /// What it may take of the host.
-    #[command(flatten)]
-    pub sharing: Sharing,
-
-    /// Where these options come from.
-    #[arg(skip)]
-    pub origin: Origin,
-}
-
-/// The words behind `rvisor run`, without the name, and the folder in which they were given.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Origin {
-    /// The words.
-    pub words: Vec<String>,
-    /// The folder.
-    pub folder: PathBuf,
-}
-
-/// What the guest's console is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ConsoleKind {
-    /// The serial port.
-    Serial,
-    /// The virtio console.
-    Virtio,
-}
-
-impl RunOptions {
-    /// The guest's whole command line.
-    #[must_use]
-    pub fn guest_command_line(&self) -> String {
-        let console = match self.console {
-            ConsoleKind::Serial => "ttyS0",
-            ConsoleKind::Virtio => "hvc0",
-        };
-        format!("console={console} {DEFAULT_COMMAND_LINE} {}", self.cmdline)
-            .trim_end()
-            .to_owned()
-    }
-}
-
-/// A disk of the guest's.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Disk {
-    /// Its file.
-    pub path: PathBuf,
-    /// How the file holds it; none where the file is to tell.
-    pub format: Option<Format>,
-    /// The guest can't write to it.
-    pub readonly: bool,
-    /// What it calls itself, at most 20 bytes.
-    pub serial: Option<String>,
-}
-
-impl Disk {
-    /// Reads `FILE[,format=raw|qcow2][,readonly][,serial=TEXT]`.
-    ///
-    /// # Errors
-    ///
-    /// The word that is wrong, and those that there are.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        let mut words = text.split(',');
-        let mut disk = Self {
-            path: words.next().unwrap_or_default().into(),
-            format: None,
-            readonly: false,
-            serial: None,
-        };
-        for word in words {
-            match word.split_once('=').unwrap_or((word, "")) {
-                ("format", "raw") => disk.format = Some(Format::Raw),
-                ("format", "qcow2") => disk.format = Some(Format::Qcow2),
-                ("readonly", "") => disk.readonly = true,
-                ("serial", serial) if (1..=20).contains(&serial.len()) && serial.is_ascii() => {
-                    disk.serial = Some(serial.to_owned());
-                }
-                _ => {
-                    return Err(format!(
-                        "{word:?} is none of format=raw, format=qcow2, readonly and serial=TEXT \
-                         (at most 20 characters)"
-                    ))
-                }
-            }
-        }
-        Ok(disk)
-    }
-}
-
-impl Origin {
-    /// Takes out what is about this process and not about the machine. Words that are no text become such.
-    fn of(words: impl Iterator<Item = OsString>, folder: PathBuf) -> Self {
-        let mut words = words.map(|word| word.to_string_lossy().into_owned());
-        let mut kept = Vec::new();
-        while let Some(word) = words.next() {
-            match word.as_str() {
-                "--name" => drop(words.next()),
-                "--detach" | "--detached" => {}
-                word if word.starts_with("--name=") => {}
-                _ => kept.push(word),
-            }
-        }
-        Self {
-            words: kept,
-            folder,
-        }
-    }
 }
 
 /// The options of a machine that was made by those words of [`Origin`].
