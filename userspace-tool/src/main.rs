@@ -13,7 +13,6 @@ use rvisor::registry::Name;
 use rvisor::{
     check, client, console, detach, generate, machine, snapshot, stat, supervisor, top, trace, up,
 };
-use vm_memory::{Bytes, GuestAddress};
 
 fn main() -> ExitCode {
     let command = match arguments::parse() {
@@ -110,7 +109,7 @@ fn run(options: &RunOptions) -> Result<u8> {
 
 /// Runs the machine of a snapshot. Returns the exit status.
 fn restore(file: &Path, name: Option<Name>, detached: bool) -> Result<u8> {
-    let (snapshot, state) = snapshot::open(file)?;
+    let (mut input, state) = snapshot::open(file)?;
     // All that goes by the machine's name has the same one: its cgroup, its socket and its log.
     let name = name.unwrap_or_else(|| state.name.clone());
     let options = arguments::run_options(&state.words, &state.folder, Some(name), detached)?;
@@ -120,10 +119,7 @@ fn restore(file: &Path, name: Option<Name>, detached: bool) -> Result<u8> {
     // Its paths are relative to where it was started; one that is gone fails where it is needed.
     let _ = std::env::set_current_dir(&state.folder);
     let outcome = machine::restore(&options, &state, |memory| {
-        let place =
-            |address, bytes: &[u8]| memory.write_slice(bytes, GuestAddress(address)).is_ok();
-        let read = snapshot.read_memory(place);
-        read.map_err(|wrong| wrong.of(&file.display().to_string()))
+        snapshot::fill(&mut input, memory).map_err(|wrong| wrong.of(file))
     })?;
     Ok(outcome.status())
 }

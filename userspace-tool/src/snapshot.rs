@@ -88,11 +88,9 @@ pub fn write(out: impl Write, state: &State, memory: &Memory) -> io::Result<()> 
 fn write_head(out: &mut impl Write, state: &State) -> io::Result<()> {
     let json = serde_json::to_vec(state)?;
     let length = u32::try_from(json.len()).map_err(io::Error::other)?;
-    out.write_all(&MAGIC)?;
-    out.write_all(&VERSION.to_le_bytes())?;
-    out.write_all(&length.to_le_bytes())?;
     let sum = checksum([VERSION.into(), length.into()], &json);
-    out.write_all(&sum.to_le_bytes())?;
+    out.write_all(&MAGIC)?;
+    write_words(out, [(u64::from(length) << 32) | u64::from(VERSION), sum])?;
     out.write_all(&json)
 }
 
@@ -120,10 +118,18 @@ fn write_memory(out: &mut impl Write, memory: &Memory) -> io::Result<()> {
 
 fn write_record(out: &mut impl Write, address: u64, bytes: &[u8]) -> io::Result<()> {
     let length = bytes.len() as u64;
-    out.write_all(&address.to_le_bytes())?;
-    out.write_all(&length.to_le_bytes())?;
-    out.write_all(&checksum([address, length], bytes).to_le_bytes())?;
+    write_words(out, [address, length, checksum([address, length], bytes)])?;
     out.write_all(bytes)
+}
+
+fn write_words<const N: usize>(out: &mut impl Write, words: [u64; N]) -> io::Result<()> {
+    out.write_all(words.map(u64::to_le_bytes).as_flattened())
+}
+
+fn read_words<const N: usize>(input: &mut impl Read) -> io::Result<[u64; N]> {
+    let mut words = [[0; 8]; N];
+    input.read_exact(words.as_flattened_mut())?;
+    Ok(words.map(u64::from_le_bytes))
 }
 
 /// The runs of pages that are not all zeros, with their offsets.
@@ -143,26 +149,25 @@ fn runs(bytes: &[u8]) -> Vec<(usize, &[u8])> {
     runs.into_iter().map(with_bytes).collect()
 }
 
-/// A snapshot that is read.
-pub struct Snapshot<R> {
-    input: R,
+/// What is wrong with a snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum Wrong {
+    /// It is none.
+    #[error("is no snapshot of a machine")]
+    Foreign,
+    /// Another version of the format.
+    #[error("has version {0} of the format, and this rvisor reads {VERSION}")]
+    Version(u32),
+    /// It is not as it was written; where.
+    #[error("is damaged: {0}")]
+    Damaged(String),
+    /// It can't be read, or what it is read into can't be written.
+    #[error(transparent)]
+    Host(io::Error),
 }
 
 /// Why a snapshot can't be read: wrong in itself, or by the host.
 type Read1<T> = std::result::Result<T, Wrong>;
-
-/// What is wrong with a snapshot.
-#[derive(Debug)]
-pub enum Wrong {
-    /// It is none.
-    Foreign,
-    /// Another version of the format.
-    Version(u32),
-    /// It is not as it was written; where.
-    Damaged(String),
-    /// It can't be read, or what it is read into can't be written.
-    Host(io::Error),
-}
 
 impl From<io::Error> for Wrong {
     fn from(error: io::Error) -> Self {
@@ -174,120 +179,81 @@ impl From<io::Error> for Wrong {
 }
 
 impl Wrong {
-    /// The error for people, about the file of that name.
+    /// The error for people, about that file.
     #[must_use]
-    pub fn of(self, name: &str) -> Error {
-        let next = "give a file that 'rvisor snapshot' has made";
-        match self {
-            Self::Foreign => Error::input(format!("{name} is no snapshot of a machine"), next),
-            Self::Version(version) => Error::input(
-                format!(
-                    "{name} has version {version} of the format, and this rvisor reads {VERSION}"
-                ),
-                "restore it with the rvisor that made it",
-            ),
-            Self::Damaged(what) => Error::input(format!("{name} is damaged: {what}"), next),
-            Self::Host(error) => Error::call(format!("reading {name}"), error),
-        }
+    pub fn of(self, file: &Path) -> Error {
+        let file = file.display();
+        let next = match self {
+            Self::Host(error) => return Error::call(format!("reading {file}"), error),
+            Self::Version(_) => "restore it with the rvisor that made it",
+            _ => "give a file that 'rvisor snapshot' has made",
+        };
+        Error::input(format!("{file} {self}"), next)
     }
 }
 
-impl<R: Read> Snapshot<R> {
-    /// Reads the state.
-    ///
-    /// # Errors
-    ///
-    /// What is wrong with it.
-    pub fn open(mut input: R) -> Read1<(Self, State)> {
-        let mut magic = [0; 8];
-        match input.read_exact(&mut magic) {
-            Ok(()) if magic == MAGIC => {}
-            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => return Err(error.into()),
-            _ => return Err(Wrong::Foreign),
-        }
-        let version = read_u32(&mut input)?;
-        if version != VERSION {
-            return Err(Wrong::Version(version));
-        }
-        let length = read_u32(&mut input)?;
-        if length > LARGEST {
-            return Err(Wrong::Damaged(format!("its state has {length} bytes")));
-        }
-        let sum = read_u64(&mut input)?;
-        let mut json = Vec::new();
-        (&mut input).take(length.into()).read_to_end(&mut json)?;
-        if checksum([version.into(), length.into()], &json) != sum {
-            return Err(Wrong::Damaged("the checksum of its state".to_owned()));
-        }
-        let state = serde_json::from_slice(&json)
-            .map_err(|error| Wrong::Damaged(format!("its state: {error}")))?;
-        Ok((Self { input }, state))
+fn damaged<T>(what: impl Into<String>) -> Read1<T> {
+    Err(Wrong::Damaged(what.into()))
+}
+
+/// Reads the state.
+fn read_head(input: &mut impl Read) -> Read1<State> {
+    let mut magic = [0; 8];
+    match input.read_exact(&mut magic) {
+        Ok(()) if magic == MAGIC => {}
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => return Err(error.into()),
+        _ => return Err(Wrong::Foreign),
     }
-
-    /// Reads the memory, and gives each piece with its guest-physical address to `take`.
-    ///
-    /// # Errors
-    ///
-    /// What is wrong with it; where `take` says no, that the piece has no place.
-    pub fn read_memory(mut self, mut take: impl FnMut(u64, &[u8]) -> bool) -> Read1<()> {
-        let mut buffer = vec![0; RECORD];
-        for records in 0_u64.. {
-            let address = read_u64(&mut self.input)?;
-            let length = read_u64(&mut self.input)?;
-            let sum = read_u64(&mut self.input)?;
-            let bytes = usize::try_from(length)
-                .ok()
-                .and_then(|length| buffer.get_mut(..length));
-            let bytes =
-                bytes.ok_or_else(|| Wrong::Damaged(format!("a record of {length} bytes")))?;
-            self.input.read_exact(bytes)?;
-            if checksum([address, length], bytes) != sum {
-                return Err(Wrong::Damaged(format!(
-                    "the checksum of memory at {address:#x}"
-                )));
-            }
-            if length == 0 {
-                let all = address == records;
-                return all
-                    .then_some(())
-                    .ok_or_else(|| Wrong::Damaged("memory is missing".to_owned()));
-            }
-            if !take(address, bytes) {
-                return Err(Wrong::Damaged(format!("it has memory at {address:#x}")));
-            }
-        }
-        Ok(())
+    let [head, sum] = read_words(input)?;
+    let (version, length) = (head as u32, (head >> 32) as u32);
+    if version != VERSION {
+        return Err(Wrong::Version(version));
     }
-}
-
-fn read_u32(input: &mut impl Read) -> io::Result<u32> {
-    let mut bytes = [0; 4];
-    input.read_exact(&mut bytes)?;
-    Ok(u32::from_le_bytes(bytes))
-}
-
-fn read_u64(input: &mut impl Read) -> io::Result<u64> {
-    let mut bytes = [0; 8];
-    input.read_exact(&mut bytes)?;
-    Ok(u64::from_le_bytes(bytes))
-}
-
-/// Reads, and writes what it has read to a file.
-struct Copy<R> {
-    from: R,
-    to: BufWriter<File>,
-    failed: Option<io::Error>,
-}
-
-impl<R: Read> Read for Copy<R> {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        let count = self.from.read(bytes)?;
-        if let Err(error) = self.to.write_all(&bytes[..count]) {
-            self.failed = Some(error);
-            return Err(io::ErrorKind::Other.into());
-        }
-        Ok(count)
+    if length > LARGEST {
+        return damaged(format!("its state has {length} bytes"));
     }
+    let mut json = Vec::new();
+    input.take(length.into()).read_to_end(&mut json)?;
+    if checksum([version.into(), length.into()], &json) != sum {
+        return damaged("the checksum of its state");
+    }
+    serde_json::from_slice(&json).or_else(|error| damaged(format!("its state: {error}")))
+}
+
+/// Reads the memory, and gives each piece with its guest-physical address to `take`.
+fn read_memory(input: &mut impl Read, mut take: impl FnMut(u64, &[u8]) -> Read1<()>) -> Read1<()> {
+    let mut buffer = vec![0; RECORD];
+    for records in 0_u64.. {
+        let [address, length, sum] = read_words(input)?;
+        let size = usize::try_from(length).ok();
+        let Some(bytes) = size.and_then(|size| buffer.get_mut(..size)) else {
+            return damaged(format!("a record of {length} bytes"));
+        };
+        input.read_exact(bytes)?;
+        if checksum([address, length], bytes) != sum {
+            return damaged(format!("the checksum of memory at {address:#x}"));
+        }
+        if length == 0 {
+            return match address == records {
+                true => Ok(()),
+                false => damaged("memory is missing"),
+            };
+        }
+        take(address, bytes)?;
+    }
+    Ok(())
+}
+
+/// Reads the memory behind the state into that of a machine.
+///
+/// # Errors
+///
+/// What is wrong with it.
+pub fn fill(input: &mut impl Read, memory: &Memory) -> Read1<()> {
+    read_memory(input, |address, bytes| {
+        let written = memory.write_slice(bytes, GuestAddress(address));
+        written.or_else(|_| damaged(format!("it has memory at {address:#x}")))
+    })
 }
 
 /// Has the machine write its snapshot, and stores it as `path`: whole, or not at all.
@@ -299,21 +265,14 @@ impl<R: Read> Read for Copy<R> {
 pub fn take(name: &Name, path: &Path) -> Result<()> {
     let mut client = Client::connect(name)?;
     let origin = registry::origin(name)?;
-    let new = path.with_file_name(format!(
-        ".{}.{}",
-        path.file_name().unwrap_or_default().to_string_lossy(),
-        std::process::id()
-    ));
-    let file = File::options()
-        .write(true)
-        .create_new(true)
-        .open(&new)
-        .map_err(|error| {
-            Error::input(
-                format!("{} can't be made: {error}", new.display()),
-                "give a file in a folder that this user may write to",
-            )
-        })?;
+    let file_name = path.file_name().unwrap_or_default().to_string_lossy();
+    let new = path.with_file_name(format!(".{file_name}.{}", std::process::id()));
+    let file = File::create_new(&new).map_err(|error| {
+        Error::input(
+            format!("{} can't be made: {error}", new.display()),
+            "give a file in a folder that this user may write to",
+        )
+    })?;
     let stored = client.call(&Request::Snapshot {}).and_then(|Nothing {}| {
         store(client.stream(), (name, origin), file, path)?;
         fs::rename(&new, path)
@@ -339,46 +298,45 @@ fn store(
     path: &Path,
 ) -> Result<()> {
     let mut to = BufWriter::with_capacity(RECORD, file);
-    let head = Snapshot::open(&mut from).and_then(|(_, state)| {
+    let mut records = 0;
+    let copy = || -> Read1<()> {
         let state = State {
             words: origin.words,
             folder: origin.folder,
             name: name.clone(),
-            ..state
+            ..read_head(&mut from)?
         };
-        Ok(write_head(&mut to, &state)?)
-    });
-    let mut copy = Copy {
-        from,
-        to,
-        failed: None,
+        write_head(&mut to, &state)?;
+        read_memory(&mut from, |address, bytes| {
+            records += 1;
+            Ok(write_record(&mut to, address, bytes)?)
+        })?;
+        write_record(&mut to, records, &[])?;
+        to.flush()?;
+        Ok(to.get_ref().sync_all()?)
     };
-    let read = head.and_then(|()| Snapshot { input: &mut copy }.read_memory(|_, _| true));
-    let written = match (read, copy.failed.take()) {
-        (_, Some(error)) => Err(error),
-        (Err(Wrong::Host(error)), None) => Err(error),
-        (Err(wrong), None) => {
-            return Err(Error::call(
-                "the machine did not write all of it; what it said on standard error tells why",
-                io::Error::other(format!("{wrong:?}")),
-            ))
-        }
-        (Ok(()), None) => copy.to.flush().and_then(|()| copy.to.get_ref().sync_all()),
-    };
-    written.map_err(|error| Error::call(format!("writing {}", path.display()), error))
+    copy().map_err(|wrong| match wrong {
+        Wrong::Host(error) => Error::call(format!("writing {}", path.display()), error),
+        wrong => Error::call(
+            "the machine did not write all of it; what it said on standard error tells why",
+            io::Error::other(format!("{wrong:?}")),
+        ),
+    })
 }
 
-/// Opens a snapshot.
+/// Opens a snapshot, whose memory [`fill`] reads then.
 ///
 /// # Errors
 ///
 /// [`Error::Input`] where it can't be read or is none.
-pub fn open(path: &Path) -> Result<(Snapshot<BufReader<File>>, State)> {
-    let name = path.display().to_string();
+pub fn open(path: &Path) -> Result<(BufReader<File>, State)> {
     let file = File::open(path).map_err(|error| {
-        Error::input(format!("{name} can't be read: {error}"), "check the file")
+        let cause = format!("{} can't be read: {error}", path.display());
+        Error::input(cause, "check the file")
     })?;
-    Snapshot::open(BufReader::with_capacity(RECORD, file)).map_err(|wrong| wrong.of(&name))
+    let mut input = BufReader::with_capacity(RECORD, file);
+    let state = read_head(&mut input).map_err(|wrong| wrong.of(path))?;
+    Ok((input, state))
 }
 
 #[cfg(test)]

@@ -42,9 +42,9 @@ fn written() -> Vec<u8> {
 /// Reads all of it into new memory.
 fn read(bytes: &[u8]) -> Read1<(State, Memory)> {
     let memory = allocate(4 * MIB, 0).expect("memory");
-    let (snapshot, state) = Snapshot::open(bytes)?;
-    snapshot
-        .read_memory(|address, bytes| memory.write_slice(bytes, GuestAddress(address)).is_ok())?;
+    let mut input = bytes;
+    let state = read_head(&mut input)?;
+    fill(&mut input, &memory)?;
     Ok((state, memory))
 }
 
