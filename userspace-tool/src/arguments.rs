@@ -357,29 +357,14 @@ pub fn parse() -> Result<Command, u8> {
                 Err(0)
             }
             _ => {
-                say(one_line(&error.to_string()));
+                let wrong = paragraph(&error);
+                say(format_args!(
+                    "{wrong}; 'rvisor --help' and 'rvisor run --help' list what there is"
+                ));
                 Err(STATUS_INPUT)
             }
         },
     }
-}
-
-/// Makes one line of clap's message: its first paragraph, and where to read on.
-fn one_line(message: &str) -> String {
-    format!(
-        "{}; 'rvisor --help' and 'rvisor run --help' list what there is",
-        first_paragraph(message)
-    )
-}
-
-fn first_paragraph(message: &str) -> String {
-    let message = message.strip_prefix("error: ").unwrap_or(message);
-    let paragraph: Vec<&str> = message
-        .lines()
-        .map(str::trim)
-        .take_while(|line| !line.is_empty())
-        .collect();
-    paragraph.join(" ")
 }
 
 /// The options of `rvisor run` as clap knows them, for words that do not come from the command line.
@@ -388,10 +373,14 @@ pub fn run_command() -> clap::Command {
     RunOptions::augment_args(clap::Command::new("run"))
 }
 
-/// What is wrong with such words, on one line.
+/// What is wrong with such words, on one line: the first paragraph of what clap says.
 #[must_use]
 pub fn paragraph(error: &clap::Error) -> String {
-    first_paragraph(&error.to_string())
+    let message = error.to_string();
+    let message = message.strip_prefix("error: ").unwrap_or(&message);
+    let lines = message.lines().map(str::trim);
+    let lines: Vec<&str> = lines.take_while(|line| !line.is_empty()).collect();
+    lines.join(" ")
 }
 
 #[cfg(test)]
@@ -429,10 +418,10 @@ mod tests {
 
     #[test]
     fn messages_become_one_line() {
-        let message = "error: the following were not provided:\n  --kernel <FILE>\n\nUsage: x\n";
-        let line = one_line(message);
+        let error = Arguments::try_parse_from(["rvisor", "run"]).expect_err("it has no kernel");
+        let line = paragraph(&error);
         assert!(
-            line.starts_with("the following were not provided: --kernel <FILE>;"),
+            line.starts_with("the following required arguments were not provided: --kernel <FILE>"),
             "{line}"
         );
         assert!(!line.contains('\n'));

@@ -151,10 +151,8 @@ impl Place {
             ));
         }
         let own = own(&fs::read_to_string("/proc/self/cgroup").unwrap_or_default());
-        if let Some(own) = own
-            .map(|own| root.join(own))
-            .filter(|own| is_delegated(own, is_root))
-        {
+        let own = own.map(|own| root.join(own));
+        if let Some(own) = own.filter(|own| is_delegated(own, is_root)) {
             return Ok(Self {
                 chain: vec![own.clone()],
                 parent: own,
@@ -180,10 +178,8 @@ impl Place {
         if self.delegated {
             self.clear()
                 .map_err(|e| refused("moving the processes of", &self.parent, &e))?;
-        } else if let Err(error) = fs::create_dir(&self.parent) {
-            if error.kind() != io::ErrorKind::AlreadyExists {
-                return Err(refused("making", &self.parent, &error));
-            }
+        } else {
+            make(&self.parent).map_err(|e| refused("making", &self.parent, &e))?;
         }
         for group in &self.chain {
             let offered = fs::read_to_string(group.join("cgroup.controllers")).unwrap_or_default();
@@ -210,11 +206,7 @@ impl Place {
             if processes.is_empty() {
                 break;
             }
-            if let Err(error) = fs::create_dir(&others) {
-                if error.kind() != io::ErrorKind::AlreadyExists {
-                    return Err(error);
-                }
-            }
+            make(&others)?;
             for process in processes.lines() {
                 match fs::write(others.join("cgroup.procs"), process) {
                     // It has ended meanwhile.
@@ -224,6 +216,14 @@ impl Place {
             }
         }
         Ok(())
+    }
+}
+
+/// Makes a cgroup where it is not there.
+fn make(group: &Path) -> io::Result<()> {
+    match fs::create_dir(group) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        result => result,
     }
 }
 

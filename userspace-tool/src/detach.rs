@@ -91,11 +91,10 @@ impl Ready {
     ///
     /// [`Error::Call`] where the log can't be made.
     pub fn new(claim: &Claim) -> Result<Self> {
-        rustix::process::chdir("/").map_err(failed(LETTING_GO))?;
-        let null = File::options().write(true).open("/dev/null");
+        let null = leave()?;
         Ok(Self {
             log: claim.log()?,
-            null: null.map_err(failed(LETTING_GO))?,
+            null,
         })
     }
 
@@ -116,6 +115,13 @@ impl Ready {
     }
 }
 
+/// Leaves the command's folder. Returns what takes the place of its terminal.
+fn leave() -> Result<File> {
+    rustix::process::chdir("/").map_err(failed(LETTING_GO))?;
+    let null = File::options().write(true).open("/dev/null");
+    null.map_err(failed(LETTING_GO))
+}
+
 /// Lets go of what came from the command, in a process that only waits for the machine's.
 ///
 /// # Errors
@@ -123,11 +129,7 @@ impl Ready {
 /// [`Error::Call`] where the kernel refuses.
 pub fn let_go() -> Result<()> {
     begin()?;
-    rustix::process::chdir("/").map_err(failed(LETTING_GO))?;
-    let null = File::options()
-        .write(true)
-        .open("/dev/null")
-        .map_err(failed(LETTING_GO))?;
+    let null = leave()?;
     dup2_stderr(&null)
         .and_then(|()| dup2_stdout(&null))
         .map_err(failed(LETTING_GO))

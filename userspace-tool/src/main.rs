@@ -38,52 +38,52 @@ fn main() -> ExitCode {
 fn command_status(command: Command) -> Result<u8> {
     let seconds = |count: u32| Duration::from_secs(count.into());
     match command {
-        Command::Run(options) => run(&options),
-        Command::Check(options) => check::run(&options.device),
-        Command::Ps { json } => client::ps(json).map(|()| 0),
-        Command::Console { name, raw_console } => console::attach(&name, raw_console),
-        Command::Stop { name, timeout } => {
-            client::stop(&name, seconds(timeout)).map(|ended| ended.status)
-        }
-        Command::Kill(machine) => client::kill(&machine.name).map(|_| 0),
-        Command::Pause(machine) => client::tell(&machine.name, &Request::Pause {}).map(|()| 0),
-        Command::Resume(machine) => client::tell(&machine.name, &Request::Resume {}).map(|()| 0),
-        Command::Balloon { name, size: bytes } => {
-            client::tell(&name, &Request::Balloon { bytes }).map(|()| 0)
-        }
-        Command::Snapshot { name, file } => snapshot::take(&name, &file).map(|()| 0),
-        Command::Restore { detach: true, .. } => detach(),
+        Command::Run(options) => return run(&options),
+        Command::Check(options) => return check::run(&options.device),
+        Command::Console { name, raw_console } => return console::attach(&name, raw_console),
+        Command::Stop { name, timeout } => return Ok(client::stop(&name, seconds(timeout))?.status),
+        Command::Restore { detach: true, .. } => return detach(),
         Command::Restore {
             file,
             name,
             detached,
             ..
-        } => restore(&file, name, detached),
-        Command::Generate { directory } => generate::run(&directory).map(|()| 0),
-        Command::Stat { name, json } => stat::print(&name, json).map(|()| 0),
-        Command::Top => top::run().map(|()| 0),
+        } => return restore(&file, name, detached),
+        Command::Up {
+            file,
+            detach: detached,
+            json,
+            raw_console: raw,
+            timeout,
+        } => {
+            let timeout = seconds(timeout);
+            let how = up::How {
+                detached,
+                json,
+                raw,
+                timeout,
+            };
+            return up::up(&file, how);
+        }
+        Command::Ps { json } => client::ps(json)?,
+        Command::Kill(machine) => drop(client::kill(&machine.name)?),
+        Command::Pause(machine) => client::tell(&machine.name, &Request::Pause {})?,
+        Command::Resume(machine) => client::tell(&machine.name, &Request::Resume {})?,
+        Command::Balloon { name, size: bytes } => {
+            client::tell(&name, &Request::Balloon { bytes })?;
+        }
+        Command::Snapshot { name, file } => snapshot::take(&name, &file)?,
+        Command::Generate { directory } => generate::run(&directory)?,
+        Command::Stat { name, json } => stat::print(&name, json)?,
+        Command::Top => top::run()?,
         Command::Trace {
             name,
             reason: reasons,
             cpu,
             json,
-        } => trace::run(&name, trace::Wanted { reasons, cpu }, json).map(|()| 0),
-        Command::Up {
-            file,
-            detach,
-            json,
-            raw_console: raw,
-            timeout,
-        } => {
-            let how = up::How {
-                detached: detach,
-                json,
-                raw,
-                timeout: seconds(timeout),
-            };
-            up::up(&file, how)
-        }
+        } => trace::run(&name, trace::Wanted { reasons, cpu }, json)?,
     }
+    Ok(0)
 }
 
 /// Starts this command's machine in another process. Returns the exit status.

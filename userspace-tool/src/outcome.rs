@@ -2,30 +2,37 @@
 
 //! How a guest ended, and the exit status that says so.
 
-use std::fmt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 
 use crate::error::{Error, STATUS_HOST};
 
 /// How a guest ended.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum Outcome {
     /// The guest switched itself off.
+    #[error("the guest powered off")]
     PoweredOff,
     /// The guest asked for a reset. `rvisor run` ends there.
+    #[error("the guest asked for a reboot, which ends this run")]
     Rebooted,
     /// A triple fault, with the registers of the virtual CPU that had it.
+    #[error("the guest crashed: triple fault\n{0}")]
     Crashed(String),
     /// The hypervisor can't go on with the guest: what it said, with the registers.
+    #[error("the hypervisor can't go on with the guest: {0}")]
     Stuck(String),
     /// The user typed Ctrl-A x.
+    #[error("ended by Ctrl-A x")]
     Quit,
     /// A client of its socket ended it.
+    #[error("ended by 'rvisor kill'")]
     Killed,
     /// A signal told `rvisor` to end.
+    #[error("ended by signal {0}")]
     Signal(u8),
     /// A call into the host failed while the guest ran.
+    #[error("{0}")]
     Host(Error),
 }
 
@@ -66,21 +73,6 @@ impl Outcome {
             Self::Killed => STATUS_KILLED,
             Self::Signal(number) => STATUS_SIGNAL.saturating_add(*number),
             Self::Host(_) => STATUS_HOST,
-        }
-    }
-}
-
-impl fmt::Display for Outcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::PoweredOff => write!(f, "the guest powered off"),
-            Self::Rebooted => write!(f, "the guest asked for a reboot, which ends this run"),
-            Self::Crashed(registers) => write!(f, "the guest crashed: triple fault\n{registers}"),
-            Self::Stuck(report) => write!(f, "the hypervisor can't go on with the guest: {report}"),
-            Self::Quit => write!(f, "ended by Ctrl-A x"),
-            Self::Killed => write!(f, "ended by 'rvisor kill'"),
-            Self::Signal(number) => write!(f, "ended by signal {number}"),
-            Self::Host(error) => write!(f, "{error}"),
         }
     }
 }

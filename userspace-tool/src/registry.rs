@@ -121,11 +121,8 @@ pub fn directory() -> Result<PathBuf> {
             "have XDG_RUNTIME_DIR name a folder of this user's own",
         )
     };
-    match DirBuilder::new().recursive(true).mode(0o700).create(&path) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(refused(error.to_string())),
-    }
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
+    made.map_err(|error| refused(error.to_string()))?;
     let found = fs::symlink_metadata(&path).map_err(|e| refused(e.to_string()))?;
     if !found.is_dir() || found.uid() != uid.as_raw() || found.mode() & 0o077 != 0 {
         return Err(refused("it is no folder of this user's alone".to_owned()));
@@ -229,15 +226,10 @@ impl Claim {
     ///
     /// [`Error::Call`] where it can't be written.
     pub fn record(&self, origin: &Origin) -> Result<()> {
-        let path = record_of(&self.folder);
-        let _ = fs::remove_file(&path);
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path);
-        file.and_then(|mut file| file.write_all(&serde_json::to_vec(origin)?))
-            .map_err(|error| Error::call(format!("writing {}", path.display()), error))
+        let (path, mut file) = create_new(record_of(&self.folder))?;
+        let text = serde_json::to_vec(origin).map_err(io::Error::from);
+        let written = text.and_then(|text| file.write_all(&text));
+        written.map_err(|error| Error::call(format!("writing {}", path.display()), error))
     }
 
     /// The socket on which the machine takes commands.
@@ -265,14 +257,7 @@ impl Claim {
     ///
     /// [`Error::Call`] where it can't be made.
     pub fn log(&self) -> Result<File> {
-        let path = self.folder.join(LOG);
-        let _ = fs::remove_file(&path);
-        OpenOptions::new()
-            .append(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(|error| Error::call(format!("making {}", path.display()), error))
+        create_new(self.folder.join(LOG)).map(|(_, file)| file)
     }
 }
 
@@ -288,27 +273,28 @@ impl Drop for Claim {
     }
 }
 
+/// A new file there, for this user, which is written behind its end.
+fn create_new(path: PathBuf) -> Result<(PathBuf, File)> {
+    let _ = fs::remove_file(&path);
+    let mut new = OpenOptions::new();
+    let made = new.append(true).create_new(true).mode(0o600).open(&path);
+    let file = made.map_err(|error| Error::call(format!("making {}", path.display()), error))?;
+    Ok((path, file))
+}
+
 /// The folder and the file to lock in it, both made where they are not there; `None` where they go away meanwhile.
 fn open_lock(folder: &Path) -> io::Result<Option<(File, File)>> {
-    let gone = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound => Ok(None),
-        _ => Err(error),
-    };
     match DirBuilder::new().mode(0o700).create(folder) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
+    let mut lock = OpenOptions::new();
     // What lies in the folder is the machine's user's doing.
-    let lock = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(folder.join(LOCK));
+    lock.write(true).create(true).truncate(false).mode(0o600);
+    let lock = lock.custom_flags(libc::O_NOFOLLOW).open(folder.join(LOCK));
     match File::open(folder).and_then(|opened| Ok((opened, lock?))) {
-        Ok(files) => Ok(Some(files)),
-        Err(error) => gone(error),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        files => files.map(Some),
     }
 }
 
@@ -361,12 +347,11 @@ pub fn sweep(name: &Name) {
 ///
 /// [`Error::Call`] where its socket can't be reached for another reason.
 pub fn connect(name: &Name) -> Result<Option<UnixStream>> {
+    use io::ErrorKind::{ConnectionRefused, NotFound};
     match UnixStream::connect(folder(name)?.join(SOCKET)) {
         Ok(stream) => Ok(Some(stream)),
-        Err(error) => match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Ok(None),
-            _ => Err(Error::call(format!("reaching machine {name}"), error)),
-        },
+        Err(error) if matches!(error.kind(), NotFound | ConnectionRefused) => Ok(None),
+        Err(error) => Err(Error::call(format!("reaching machine {name}"), error)),
     }
 }
 

@@ -7,7 +7,7 @@
 use std::env;
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -15,7 +15,7 @@ use std::path::Path;
 use std::process::{Child, Command};
 
 use rustix::event::{poll, PollFd, PollFlags};
-use rustix::io::Errno;
+use rustix::io::{retry_on_intr, Errno};
 use rustix::process::{
     getpid, getppid, pidfd_open, pidfd_send_signal, set_parent_process_death_signal, Pid,
     PidfdFlags, Signal,
@@ -24,8 +24,8 @@ use rustix::process::{
 use crate::arguments::RunOptions;
 use crate::cgroup::{self, Cgroup};
 use crate::console::{Raw, Signals};
-use crate::error::{failed, Error, Result};
-use crate::outcome::{STATUS_MEMORY, STATUS_SIGNAL};
+use crate::error::{failed, say, Error, Result};
+use crate::outcome::{status_of, STATUS_MEMORY};
 use crate::registry::{self, Name};
 use crate::{detach, size};
 
@@ -62,20 +62,16 @@ pub fn share(options: &RunOptions) -> Result<Option<u8>> {
         .env(INSIDE, inside)
         .spawn()
         .map_err(failed("starting the machine's process"))?;
-    let let_go = if options.detached {
-        detach::let_go()
-    } else {
-        Ok(())
-    };
+    let let_go = options.detached.then(detach::let_go).transpose();
     // A child that is not watched must not run on.
-    let status = let_go
-        .and_then(|()| watch(&mut child, &signals))
+    let ended = let_go
+        .and_then(|_| watch(&mut child, &signals))
         .inspect_err(|_| {
             let _ = child.kill();
             let _ = child.wait();
         })?;
-    let (Some(signal), None) = (status.signal(), status.code()) else {
-        return Ok(status.code().map(|code| code as u8));
+    let Some(signal) = ended.signal() else {
+        return Ok(Some(status_of(ended)));
     };
     let (text, status) = if signal == libc::SIGKILL && group.out_of_memory() > 0 {
         let most = size::text(sharing.memory_max.unwrap_or(0));
@@ -85,31 +81,28 @@ pub fn share(options: &RunOptions) -> Result<Option<u8>> {
         (text, STATUS_MEMORY)
     } else {
         let text = format!("the machine's process was killed by signal {signal}");
-        (text, STATUS_SIGNAL.saturating_add(signal as u8))
+        (text, status_of(ended))
     };
-    say(options, child.id(), &text);
+    tell(options, child.id(), &text);
     Ok(Some(status))
 }
 
 /// Says why there is no machine any more: here, or where a detached machine says such things.
-fn say(options: &RunOptions, process: u32, text: &str) {
-    let mut log = None;
-    if options.detached {
-        let name = options.name.clone();
-        log = registry::folder(&name.unwrap_or_else(|| Name::of_process(process)))
-            .and_then(|folder| {
-                File::options()
-                    .append(true)
-                    .open(folder.join(registry::LOG))
-                    .map_err(failed("opening the log"))
-            })
-            .ok();
+fn tell(options: &RunOptions, process: u32, text: &str) {
+    if !options.detached {
+        return say(text);
     }
-    // Nobody may be left to tell.
-    let _ = match log {
-        Some(mut file) => writeln!(file, "rvisor: {text}"),
-        None => writeln!(io::stderr(), "rvisor: {text}"),
-    };
+    let name = options.name.clone();
+    let folder = registry::folder(&name.unwrap_or_else(|| Name::of_process(process)));
+    let log = folder.map(|folder| {
+        File::options()
+            .append(true)
+            .open(folder.join(registry::LOG))
+    });
+    if let Ok(Ok(mut log)) = log {
+        // Nobody may be left to tell.
+        let _ = writeln!(log, "rvisor: {text}");
+    }
 }
 
 /// In the machine's process: goes into its cgroup, to end there with its parent.
@@ -146,23 +139,16 @@ fn watch(child: &mut Child, signals: &Signals) -> Result<std::process::ExitStatu
             PollFd::new(&process, PollFlags::IN),
             PollFd::new(signals, PollFlags::IN),
         ];
-        match poll(&mut fds, None) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(failed("watching the machine's process")(error)),
-        }
+        retry_on_intr(|| poll(&mut fds, None)).map_err(failed("watching the machine's process"))?;
         if !fds[0].revents().is_empty() {
             return child
                 .wait()
                 .map_err(failed("waiting for the machine's process"));
         }
-        if !fds[1].revents().is_empty() {
-            if let Some(signal) = signals
-                .take()
-                .and_then(|number| Signal::from_named_raw(number.into()))
-            {
-                // Fails only where it has just ended.
-                let _ = pidfd_send_signal(&process, signal);
-            }
+        let signal = signals.take().map(i32::from);
+        if let Some(signal) = signal.and_then(Signal::from_named_raw) {
+            // Fails only where it has just ended.
+            let _ = pidfd_send_signal(&process, signal);
         }
     }
 }

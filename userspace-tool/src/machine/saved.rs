@@ -80,9 +80,6 @@ impl Cpu {
     ///
     /// [`Error::Input`] where this hypervisor takes it not: another one, or another CPU, gave it.
     pub fn load(&self, fd: &VcpuFd) -> Result<()> {
-        let set = |what: &str, result: std::result::Result<(), kvm_ioctls::Error>| {
-            result.map_err(|error| foreign(&format!("{what} ({error})")))
-        };
         set("a CPU's state", fd.set_mp_state(self.mp_state))?;
         set("registers", fd.set_regs(&self.regs))?;
         set("special registers", fd.set_sregs(&self.sregs))?;
@@ -116,6 +113,11 @@ fn foreign(what: &str) -> Error {
         format!("this hypervisor does not take the snapshot's {what}"),
         "restore it on the kind of CPU and the hypervisor that it was made on",
     )
+}
+
+/// What the hypervisor says to a part of the state.
+fn set(what: &str, result: std::result::Result<(), kvm_ioctls::Error>) -> Result<()> {
+    result.map_err(|error| foreign(&format!("{what} ({error})")))
 }
 
 /// Those of the MSRs that the CPU has.
@@ -197,19 +199,16 @@ impl Vm {
     /// [`Error::Input`] where the hypervisor does not take it.
     pub fn load(&self, vm: &VmFd) -> Result<()> {
         for chip in &self.irqchips {
-            vm.set_irqchip(chip)
-                .map_err(|error| foreign(&format!("interrupt controllers ({error})")))?;
+            set("interrupt controllers", vm.set_irqchip(chip))?;
         }
-        vm.set_pit2(&self.pit)
-            .map_err(|error| foreign(&format!("timer ({error})")))?;
+        set("timer", vm.set_pit2(&self.pit))?;
         if let Some(clock) = self.clock.filter(|_| vm.check_extension(Cap::AdjustClock)) {
             // What the flags say is about the moment of reading.
             let clock = kvm_clock_data {
                 clock: clock.clock,
                 ..Default::default()
             };
-            vm.set_clock(&clock)
-                .map_err(|error| foreign(&format!("clock ({error})")))?;
+            set("clock", vm.set_clock(&clock))?;
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 //! Whether the guest runs, is paused or has ended: what all threads of the machine go by.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{mpsc, Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{mpsc, Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::devices::lock;
@@ -91,8 +91,9 @@ impl Control {
         let mut pause = lock(&self.0.pause);
         pause.parked += 1;
         self.0.changed.notify_all();
-        let mut pause = self.wait(pause, |_| self.paused() && !self.ended());
-        pause.parked -= 1;
+        let parked = |_: &mut Pause| self.paused() && !self.ended();
+        let waited = self.0.changed.wait_while(pause, parked);
+        waited.unwrap_or_else(PoisonError::into_inner).parked -= 1;
     }
 
     /// Waits until `count` threads are parked, for no longer than `timeout`. Says whether they are.
@@ -109,17 +110,6 @@ impl Control {
     fn change(&self, change: impl FnOnce(&mut Pause)) {
         change(&mut lock(&self.0.pause));
         self.0.changed.notify_all();
-    }
-
-    fn wait<'a>(
-        &self,
-        pause: MutexGuard<'a, Pause>,
-        while_so: impl FnMut(&mut Pause) -> bool,
-    ) -> MutexGuard<'a, Pause> {
-        self.0
-            .changed
-            .wait_while(pause, while_so)
-            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
