@@ -267,23 +267,27 @@ pub enum Command {
     /// and nothing starts. SIGINT or SIGTERM stops all machines as 'rvisor stop' does, a second signal ends them at
     /// once. The exit status is that of the first machine that ended otherwise than by switching itself off, else 0.
     #[command(after_long_help = UP_AFTER_HELP)]
-    Up {
-        /// The file, in TOML
-        #[arg(value_name = "FILE", default_value = "machines.toml")]
-        file: PathBuf,
-        /// Return when all guests run
-        #[arg(long)]
-        detach: bool,
-        /// With --detach: one JSON array of the machines that were started
-        #[arg(long, requires = "detach")]
-        json: bool,
-        /// Let all of the guests' output through to a terminal
-        #[arg(long, conflicts_with = "detach")]
-        raw_console: bool,
-        /// How long each guest may take to switch off after a signal, in seconds
-        #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-        timeout: u32,
-    },
+    Up(UpOptions),
+}
+
+/// The options of `rvisor up`.
+#[derive(Args, Debug)]
+pub struct UpOptions {
+    /// The file, in TOML
+    #[arg(value_name = "FILE", default_value = "machines.toml")]
+    pub file: PathBuf,
+    /// Return when all guests run
+    #[arg(long)]
+    pub detach: bool,
+    /// With --detach: one JSON array of the machines that were started
+    #[arg(long, requires = "detach")]
+    pub json: bool,
+    /// Let all of the guests' output through to a terminal
+    #[arg(long, conflicts_with = "detach")]
+    pub raw_console: bool,
+    /// How long each guest may take to switch off after a signal, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub timeout: u32,
 }
 
 /// A command about one machine.

@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     };
     let starts = matches!(
         command,
-        Command::Run(_) | Command::Restore { .. } | Command::Up { .. }
+        Command::Run(_) | Command::Restore { .. } | Command::Up(_)
     );
     let status = command_status(command).unwrap_or_else(|error| {
         let next = match error {
@@ -36,12 +36,14 @@ fn main() -> ExitCode {
 
 /// Does what the user wants. Returns the exit status.
 fn command_status(command: Command) -> Result<u8> {
-    let seconds = |count: u32| Duration::from_secs(count.into());
     match command {
         Command::Run(options) => return run(&options),
         Command::Check(options) => return check::run(&options.device),
         Command::Console { name, raw_console } => return console::attach(&name, raw_console),
-        Command::Stop { name, timeout } => return Ok(client::stop(&name, seconds(timeout))?.status),
+        Command::Stop { name, timeout } => {
+            let timeout = Duration::from_secs(timeout.into());
+            return Ok(client::stop(&name, timeout)?.status);
+        }
         Command::Restore { detach: true, .. } => return detach(),
         Command::Restore {
             file,
@@ -49,22 +51,7 @@ fn command_status(command: Command) -> Result<u8> {
             detached,
             ..
         } => return restore(&file, name, detached),
-        Command::Up {
-            file,
-            detach: detached,
-            json,
-            raw_console: raw,
-            timeout,
-        } => {
-            let timeout = seconds(timeout);
-            let how = up::How {
-                detached,
-                json,
-                raw,
-                timeout,
-            };
-            return up::up(&file, how);
-        }
+        Command::Up(options) => return up::up(&options),
         Command::Ps { json } => client::ps(json)?,
         Command::Kill(machine) => drop(client::kill(&machine.name)?),
         Command::Pause(machine) => client::tell(&machine.name, &Request::Pause {})?,

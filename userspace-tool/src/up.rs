@@ -6,7 +6,6 @@ mod file;
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::process::Child;
 use std::sync::mpsc;
 use std::thread;
@@ -14,11 +13,12 @@ use std::time::Duration;
 
 use rustix::event::{poll, PollFd, PollFlags};
 use rustix::process::{pidfd_open, Pid, PidfdFlags};
-use serde::Serialize;
+use serde_json::json;
 
+use crate::arguments::UpOptions;
 use crate::console::{Filter, Signals};
 use crate::control::{Client, Ended, Nothing, Request};
-use crate::error::{failed, say, Error, Result};
+use crate::error::{failed, say, Error, Result, STATUS_HOST};
 use crate::outcome::{status_of, STATUS_SIGNAL};
 use crate::registry::{self, Name};
 use crate::{client, detach};
@@ -32,34 +32,15 @@ const GOODBYE: Duration = Duration::from_secs(5);
 /// How long standard output may take for the rest when all machines have ended.
 const REST: Duration = Duration::from_secs(2);
 
-/// What `rvisor up` is to do.
-#[derive(Clone, Copy)]
-pub struct How {
-    /// Return when all run.
-    pub detached: bool,
-    /// Print the names as JSON.
-    pub json: bool,
-    /// Let all that the guests print through to a terminal.
-    pub raw: bool,
-    /// How long each guest may take to switch itself off.
-    pub timeout: Duration,
-}
-
-/// A machine that was started, for `--json`.
-#[derive(Serialize)]
-struct Started<'a> {
-    name: &'a Name,
-}
-
-/// Starts the machines that `path` describes, all or none. Unless detached, shows what they say until all have
-/// ended; the first signal stops them, a second one kills them. Returns the exit status: that of the first machine
-/// that ended otherwise than by switching itself off, else 0.
+/// Starts the machines of a file, all or none. Unless detached, shows what they say until all have ended; the first
+/// signal stops them, a second one kills them. Returns the exit status: that of the first machine that ended
+/// otherwise than by switching itself off, else 0.
 ///
 /// # Errors
 ///
 /// [`Error::Input`] where the file is wrong or a name is taken; what a machine's start gives.
-pub fn up(path: &Path, how: How) -> Result<u8> {
-    let machines = file::read(path)?;
+pub fn up(options: &UpOptions) -> Result<u8> {
+    let machines = file::read(&options.file)?;
     for file::Machine { name, .. } in &machines {
         if registry::connect(name)?.is_some() {
             return Err(Error::input(
@@ -71,11 +52,10 @@ pub fn up(path: &Path, how: How) -> Result<u8> {
     let width = machines.iter().map(|it| it.name.to_string().len()).max();
     let signals = Signals::catch()?;
     // Dropped by each thread that has shown all of its machine.
-    let (shows, shown) = mpsc::channel();
+    let (shows, shown) = mpsc::channel::<()>();
     let (mut names, mut processes) = (Vec::new(), Vec::new());
     for machine in &machines {
-        let result = detach::start(&machine.words, path.parent());
-        let status = match result {
+        let status = match detach::start(&machine.words, options.file.parent()) {
             Ok(Ok((name, process))) => {
                 names.push(name.clone());
                 processes.push(process);
@@ -83,12 +63,12 @@ pub fn up(path: &Path, how: How) -> Result<u8> {
                     Ok(STATUS_SIGNAL.saturating_add(signal))
                 } else {
                     say(format_args!("{name} runs"));
-                    if !how.detached {
-                        let screen = Screen::new(&name, width.unwrap_or(0), how.raw);
+                    if !options.detach {
+                        let screen = Screen::new(&name, width.unwrap_or(0), options.raw_console);
                         let shows = shows.clone();
                         thread::spawn(move || {
-                            show(&name, screen).unwrap_or_else(say);
-                            drop::<mpsc::Sender<()>>(shows);
+                            show(&name, screen);
+                            drop(shows);
                         });
                     }
                     continue;
@@ -103,14 +83,15 @@ pub fn up(path: &Path, how: How) -> Result<u8> {
         end_all(&names, client::kill);
         return status;
     }
-    if how.detached {
-        if how.json {
-            let started: Vec<_> = names.iter().map(|name| Started { name }).collect();
-            client::print_json(&started)?;
-        }
-        return Ok(0);
+    if options.detach {
+        let started: Vec<_> = names.iter().map(|name| json!({ "name": name })).collect();
+        return match options.json {
+            true => client::print_json(&started).map(|()| 0),
+            false => Ok(0),
+        };
     }
-    let status = watch(&names, processes, &signals, how.timeout)?;
+    let timeout = Duration::from_secs(options.timeout.into());
+    let status = watch(&names, processes, &signals, timeout)?;
     drop(shows);
     // Where standard output takes nothing, the rest of it is lost.
     let _ = shown.recv_timeout(REST);
@@ -150,12 +131,13 @@ fn watch(
         // A signal interrupts it, and is found below.
         let _ = poll(&mut fds, None);
         running.retain_mut(|(process, _)| match process.try_wait() {
-            Ok(Some(ended)) => {
-                bad = bad.or(Some(status_of(ended)).filter(|status| *status != 0));
+            Ok(None) => true,
+            ended => {
+                // That of a process that somebody else has waited for is not known.
+                let status = ended.ok().flatten().map_or(STATUS_HOST, status_of);
+                bad = bad.or((status != 0).then_some(status));
                 false
             }
-            // It is this process's child.
-            Ok(None) | Err(_) => true,
         });
         if let Some(signal) = signals.take() {
             let names = names.to_vec();
@@ -171,7 +153,7 @@ fn watch(
 }
 
 /// Shows what a machine prints until it has ended, and how it did.
-fn show(name: &Name, mut screen: Screen) -> Result<()> {
+fn show(name: &Name, mut screen: Screen) {
     let lost = || {
         let log = registry::folder(name).map(|folder| folder.join(registry::LOG));
         let log = log.map_or_else(|error| error.to_string(), |log| log.display().to_string());
@@ -199,7 +181,6 @@ fn show(name: &Name, mut screen: Screen) -> Result<()> {
     for line in outcome.lines() {
         screen.show(format!("rvisor: {line}").as_bytes());
     }
-    Ok(())
 }
 
 /// A line without its end, or a piece of a long one; `None` at the end of all.

@@ -102,17 +102,10 @@ fn parse(text: &str) -> std::result::Result<Vec<Machine>, Mistake> {
     })?;
     let mut machines = Vec::new();
     for (key, value) in document.get_ref() {
-        let DeValue::Table(table) = value.get_ref() else {
-            return Err(mistake(
-                key.span(),
-                format!("'{}' is no table", key.get_ref()),
-                next,
-            ));
-        };
-        if key.get_ref() != "machine" {
-            let cause = format!("there is no table '{}'", key.get_ref());
+        let (DeValue::Table(table), "machine") = (value.get_ref(), key.get_ref().as_ref()) else {
+            let cause = format!("'{}' is no table of machines", key.get_ref());
             return Err(mistake(key.span(), cause, next));
-        }
+        };
         // In the file's order.
         let mut table: Vec<_> = table.iter().collect();
         table.sort_by_key(|(name, _)| name.span().start);
@@ -260,7 +253,7 @@ mod tests {
             ("", (1, 1), "no machine"),
             ("[machine", (1, 9), "unclosed"),
             ("machine = 1", (1, 1), "no table"),
-            ("[machines.a]", (1, 2), "no table 'machines'"),
+            ("[machines.a]", (1, 2), "'machines' is no table"),
             ("[machine]\n 'a b' = {}", (2, 2), "a name has"),
             ("[machine]\na = 1", (2, 1), "no table"),
             ("[machine.a]\n", (1, 10), "--kernel"),
