@@ -260,8 +260,8 @@ pub enum Command {
     /// Start the machines that a file describes
     ///
     /// Starts the machines that a file describes, each in a process of its own, and shows what they print, with their
-    /// names before each line, until all have ended. A terminal gets text and colours of it, and with --raw-console,
-    /// as a file or a pipe, all. With --detach it returns when all run.
+    /// names before each line, until all have ended. A terminal gets text and colours of it, a file or a pipe text
+    /// alone; --raw-console lets all through. With --detach it returns when all run.
     ///
     /// Where one can't be started, those that were are ended. A mistake in the file is told with its line and column,
     /// and nothing starts. SIGINT or SIGTERM stops all machines as 'rvisor stop' does, a second signal ends them at
@@ -282,7 +282,7 @@ pub struct UpOptions {
     /// With --detach: one JSON array of the machines that were started
     #[arg(long, requires = "detach")]
     pub json: bool,
-    /// Let all of the guests' output through to a terminal
+    /// Let all of the guests' output through, not text and colours alone
     #[arg(long, conflicts_with = "detach")]
     pub raw_console: bool,
     /// How long each guest may take to switch off after a signal, in seconds

@@ -195,15 +195,19 @@ fn read_line(lines: &mut BufReader<impl Read>) -> Option<Vec<u8>> {
 /// Standard output, for the lines of one machine.
 struct Screen {
     prefix: String,
-    /// Where that is a terminal.
+    /// Unless all is let through.
     filter: Option<Filter>,
+    /// Where that is a terminal.
+    colours: bool,
 }
 
 impl Screen {
     fn new(name: &Name, width: usize, raw: bool) -> Self {
+        let terminal = Filter::for_output(&io::stdout(), raw);
         Self {
             prefix: format!("{name:width$} | "),
-            filter: Filter::for_output(&io::stdout(), raw),
+            colours: terminal.is_some(),
+            filter: terminal.or_else(|| (!raw).then(|| Filter::new(true))),
         }
     }
 
@@ -218,7 +222,7 @@ impl Screen {
             Some(filter) => {
                 let mut passed = Vec::new();
                 filter.pass(line, &mut passed);
-                text.extend(within_line(&passed));
+                text.extend(within_line(&passed, self.colours));
             }
             None => text.extend_from_slice(line),
         }
@@ -227,9 +231,9 @@ impl Screen {
     }
 }
 
-/// Of what the filter has let through, that which stays in its line, text and colours: nothing that moves the cursor
-/// to the lines of others.
-fn within_line(passed: &[u8]) -> Vec<u8> {
+/// Of what the filter has let through, that which stays in its line, text and perhaps colours: nothing that moves the
+/// cursor to the lines of others.
+fn within_line(passed: &[u8], colours: bool) -> Vec<u8> {
     let mut pieces = passed.split(|byte| *byte == ESC);
     let mut kept = pieces.next().unwrap_or_default().to_vec();
     for piece in pieces {
@@ -240,7 +244,7 @@ fn within_line(passed: &[u8]) -> Vec<u8> {
         };
         let last = piece.iter().skip(start).position(|byte| *byte >= least);
         let (sequence, text) = piece.split_at(last.map_or(piece.len(), |at| start + at + 1));
-        if start == 1 && sequence.ends_with(b"m") {
+        if colours && start == 1 && sequence.ends_with(b"m") {
             kept.extend([&[ESC], sequence].concat());
         }
         kept.extend_from_slice(text);
@@ -269,8 +273,11 @@ mod tests {
     #[test]
     fn a_machine_keeps_to_its_own_lines_of_a_terminal() {
         let prefix = "web | ".to_owned();
-        let filter = Some(Filter::new(true));
-        let mut screen = Screen { prefix, filter };
+        let mut screen = Screen {
+            prefix,
+            filter: Some(Filter::new(true)),
+            colours: true,
+        };
         for (line, shown) in [
             ("plain\tüx", "web | plain\tüx\n"),
             ("\x1b[31mred", "web | \x1b[31mred\x1b[m\n"),
@@ -282,6 +289,8 @@ mod tests {
             let text = String::from_utf8(screen.text(line.as_bytes()));
             assert_eq!(text.as_deref(), Ok(shown));
         }
+        screen.colours = false;
+        assert_eq!(screen.text(b"\x1b[31mred\x1b[0m\r"), b"web | red\n");
         screen.filter = None;
         assert_eq!(screen.text(b"a\r\xff"), b"web | a\r\xff\n");
     }
