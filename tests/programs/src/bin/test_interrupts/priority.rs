@@ -19,6 +19,8 @@ const TPR: u32 = 0x808;
 const LET_THROUGH: u64 = DATA;
 /// Guests end where they find this to be not 0.
 const STOP: u64 = DATA + 0x100;
+/// Where a guest says that its local APIC is on.
+const READY: u64 = DATA + 0x108;
 
 // Of each class from 2 up a vector sends itself to the CPU under the highest priority, which then falls by
 // one at a time.
@@ -206,6 +208,7 @@ guest_code!(
         "mov r13d, 3",
         "sti",
         "xor esi, esi",
+        "mov qword ptr [{ready}], 1",
         "2: mov cr8, r12",
         "mov rax, [{count}]",
         "mov ecx, 50",
@@ -225,16 +228,28 @@ guest_code!(
     ],
     lapic = LAPIC as i32,
     count = COUNTS + 8 * 0x61,
+    ready = READY,
     stop = STOP,
     done = DONE_PORT
 );
 
-/// Sends 0x61 to the guest again and again; each must have come before the next goes.
+/// Waits for a word of the guest's memory to be at least `least`.
+fn wait_for_word(machine: &Machine, place: u64, least: u64, what: &str) -> Outcome {
+    let end = std::time::Instant::now() + Duration::from_secs(2);
+    while machine.memory.read_u64(place) < least {
+        check!(std::time::Instant::now() < end, "{what}");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    Ok(())
+}
+
+/// Sends 0x61 to the guest again and again once its local APIC is on; each must have come before the next goes.
 fn send_and_wait(
     machine: &Machine,
     rounds: u64,
     mut between: impl FnMut(u64) -> Outcome,
 ) -> Outcome {
+    wait_for_word(machine, READY, 1, "the guest does not begin")?;
     for round in 1..=rounds {
         machine.vm.signal_msi(kb::kvm_msi {
             address_lo: LAPIC as u32,
@@ -242,14 +257,8 @@ fn send_and_wait(
             ..Default::default()
         })?;
         between(round)?;
-        let end = std::time::Instant::now() + Duration::from_secs(2);
-        while count(&machine.memory, 0x61) < round {
-            check!(
-                std::time::Instant::now() < end,
-                "interrupt {round} of {rounds} is lost"
-            );
-            std::thread::sleep(Duration::from_micros(200));
-        }
+        let lost = format!("interrupt {round} of {rounds} is lost");
+        wait_for_word(machine, COUNTS + 8 * 0x61, round, &lost)?;
     }
     Ok(())
 }
@@ -261,8 +270,6 @@ fn beside_up_and_down(
     let (machine, cpu) = start(device, Mode::Long, up_and_down(), Acknowledge::LocalApic)?;
     std::thread::scope(|scope| {
         let running = scope.spawn(|| cpu.run_until_done());
-        // Until its local APIC is on.
-        std::thread::sleep(Duration::from_millis(5));
         let changed = change(&machine);
         machine.memory.write_u64(STOP, 1);
         let ended = running
@@ -297,7 +304,6 @@ pub(crate) fn priority_moves(device: &Device) -> Outcome {
         let thread = receiver
             .recv()
             .map_err(|_| Fail::new("the vCPU's thread ended"))?;
-        std::thread::sleep(Duration::from_millis(5));
         let changed = send_and_wait(&machine, 100, |round| {
             bind_to_cpu(thread, (round & 1) as usize)
         });
