@@ -91,14 +91,17 @@ impl Software {
         match self {
             Self::Firmware(firmware) => {
                 firmware.load(memory)?;
+                let tables = layout::acpi_tables_of_firmware(options.memory);
+                acpi::write(memory, tables, options.cpus as u8, virtio_devices)?;
                 Ok(Start::Reset)
             }
             Self::Kernel(images) => {
                 let command_line = options.guest_command_line();
                 let size = options.memory;
-                let entry = load_kernel(images, memory, size, &command_line, layout::ACPI_TABLES)?;
+                let entry = load_kernel(images, memory, size, &command_line)?;
                 entry::write_tables(memory, entry.mode)?;
-                acpi::write(memory, options.cpus as u8, virtio_devices)?;
+                let tables = layout::ACPI_TABLES;
+                acpi::write(memory, tables, options.cpus as u8, virtio_devices)?;
                 Ok(Start::Kernel(entry))
             }
         }
@@ -116,7 +119,6 @@ fn load_kernel(
     memory: &Memory,
     memory_size: u64,
     command_line: &str,
-    rsdp: u64,
 ) -> Result<Entry> {
     let kernel = images.load_kernel(memory, memory_size)?;
     let mut parameters = boot_params {
@@ -151,7 +153,7 @@ fn load_kernel(
         header.ramdisk_size = low(length);
     }
 
-    parameters.acpi_rsdp_addr = rsdp;
+    parameters.acpi_rsdp_addr = layout::ACPI_TABLES;
     let map = layout::e820(memory_size);
     debug_assert!(map.len() <= E820_PLACES);
     for (place, (range, kind)) in parameters.e820_table.iter_mut().zip(&map) {

@@ -22,6 +22,8 @@ pub const COMMAND_LINE_SIZE: u64 = 0x1_0000;
 pub const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// The ACPI tables, in the range where an operating system looks for the RSDP (ACPI 6.5, 5.2.5.1).
 pub const ACPI_TABLES: u64 = 0xe_0000;
+/// Room for them.
+pub const ACPI_SIZE: u64 = 0x1_0000;
 /// End of the BIOS range and begin of extended memory.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 
@@ -60,6 +62,14 @@ pub const FIRMWARE_SIZE: std::ops::RangeInclusive<u64> = 64 * KIB..=16 * MIB;
 /// PC has 128 KiB of its ROM there, and firmware copies more into the RAM below once it has switched that on
 /// in its chipset. Here the RAM is always on, with the copy in it.
 pub const FIRMWARE_SHADOW: u64 = 256 * KIB;
+
+/// Where the ACPI tables of a guest with firmware lie, which takes their place below 1 MiB: at the end of the low
+/// part of its `memory` bytes.
+#[must_use]
+pub const fn acpi_tables_of_firmware(memory: u64) -> u64 {
+    let low = if memory < HOLE { memory } else { HOLE };
+    low - ACPI_SIZE
+}
 
 /// A range of guest-physical addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

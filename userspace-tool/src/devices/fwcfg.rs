@@ -16,6 +16,8 @@ pub const DATA: u16 = 0x511;
 const SIGNATURE: u16 = 0;
 const DIRECTORY: u16 = 0x19;
 const FIRST_FILE: u16 = 0x20;
+/// The file with the RSDP.
+const RSDP: &str = "etc/acpi/rsdp";
 /// The length of a file's name, with its closing NUL.
 const NAME: usize = 56;
 
@@ -30,25 +32,24 @@ pub struct FwCfg {
 }
 
 impl FwCfg {
-    /// What firmware is to know of a machine of `memory` bytes with so many CPUs and virtio devices, and
-    /// whether the serial port is its screen.
+    /// What firmware is to know of a machine of `memory` bytes, and whether the serial port is its screen.
     #[must_use]
-    pub fn new(memory: u64, cpus: u32, virtio_devices: usize, screen: bool) -> Self {
-        let ram = layout::ram(memory);
-        let map: Vec<u8> = ram
-            .iter()
-            .flat_map(|range| {
-                let kind = (layout::Kind::Ram as u32).to_le_bytes();
-                let numbers = [range.start.to_le_bytes(), range.size.to_le_bytes()];
-                [numbers.concat(), kind.to_vec()].concat()
-            })
-            .collect();
-        let acpi = acpi::for_firmware(cpus as u8, virtio_devices);
+    pub fn new(memory: u64, screen: bool) -> Self {
+        let acpi = layout::acpi_tables_of_firmware(memory);
+        let mut map = Vec::new();
+        for range in layout::ram(memory) {
+            let end = if range.start < acpi {
+                acpi
+            } else {
+                range.end()
+            };
+            map.extend(e820(range.start, end, layout::Kind::Ram));
+        }
+        map.extend(e820(acpi, acpi + layout::ACPI_SIZE, layout::Kind::Reserved));
         let mut files = vec![
             ("etc/e820", map),
-            ("etc/acpi/tables", acpi.tables),
-            ("etc/acpi/rsdp", acpi.rsdp),
-            ("etc/table-loader", acpi.loader),
+            (RSDP, acpi::rsdp(acpi).to_vec()),
+            ("etc/table-loader", place_rsdp()),
         ];
         if screen {
             files.push(("etc/sercon-port", serial::BASE.to_le_bytes().to_vec()));
@@ -112,6 +113,27 @@ impl FwCfg {
     }
 }
 
+/// An entry of the memory map.
+fn e820(start: u64, end: u64, kind: layout::Kind) -> Vec<u8> {
+    let numbers = [start, end - start].map(u64::to_le_bytes).concat();
+    [numbers.as_slice(), &(kind as u32).to_le_bytes()].concat()
+}
+
+/// Has firmware put the RSDP to where an operating system looks for it, at a multiple of 16 (struct
+/// `BiosLinkerLoaderEntry` in hw/acpi/bios-linker-loader.c of QEMU). The tables are in memory already.
+fn place_rsdp() -> Vec<u8> {
+    const ALLOCATE: u32 = 1;
+    const ALIGNMENT: u32 = 16;
+    const BELOW_1M: u8 = 2;
+    let mut command = ALLOCATE.to_le_bytes().to_vec();
+    command.extend_from_slice(RSDP.as_bytes());
+    command.resize(4 + NAME, 0);
+    command.extend_from_slice(&ALIGNMENT.to_le_bytes());
+    command.push(BELOW_1M);
+    command.resize(128, 0);
+    command
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,10 +158,14 @@ mod tests {
     }
 
     #[test]
-    fn the_memory_map_has_all_memory() {
-        let device = FwCfg::new(4 << 30, 2, 3, true);
+    fn the_memory_map_has_all_memory_but_the_tables() {
+        let device = FwCfg::new(4 << 30, true);
         let (name, map) = &device.files[0];
-        assert_eq!((*name, map.len()), ("etc/e820", 40));
-        assert_eq!(map[20..28], layout::ABOVE_4G.to_le_bytes());
+        assert_eq!((*name, map.len()), ("etc/e820", 60));
+        let field = |at: usize| u64::from_le_bytes(map[at..at + 8].try_into().unwrap());
+        let tables = layout::HOLE - layout::ACPI_SIZE;
+        assert_eq!((field(0), field(8), map[16]), (0, tables, 1));
+        assert_eq!((field(20), field(28)), (layout::ABOVE_4G, 1 << 30));
+        assert_eq!((field(40), field(48), map[56]), (tables, 0x1_0000, 2));
     }
 }

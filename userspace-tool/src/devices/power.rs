@@ -11,15 +11,15 @@ use crate::outcome::Outcome;
 /// PM1a event block: status, then enable, 2 bytes each. The power button is the only event that comes.
 pub const PM1A_EVENT: u16 = 0x600;
 /// Its size.
-pub const PM1A_EVENT_SIZE: u16 = 4;
+pub const PM1A_EVENT_SIZE: u8 = 4;
 /// PM1a control block.
 pub const PM1A_CONTROL: u16 = 0x604;
 /// Its size.
-pub const PM1A_CONTROL_SIZE: u16 = 2;
+pub const PM1A_CONTROL_SIZE: u8 = 2;
 /// The power management timer (4.8.3.3): 32 bits that count at [`PM_TIMER_HZ`].
 pub const PM_TIMER: u16 = 0x608;
 /// Its size.
-pub const PM_TIMER_SIZE: u16 = 4;
+pub const PM_TIMER_SIZE: u8 = 4;
 /// Its frequency in Hz, the same in every PC.
 pub const PM_TIMER_HZ: u64 = 3_579_545;
 /// The sleep type that means "off", as the DSDT's `_S5` says.

@@ -244,7 +244,7 @@ impl Base {
         // A boot loader's screen is on the serial port. Firmware shows itself there too, so its other words would
         // only be in the way.
         let screen = !options.disks.is_empty();
-        let config = || FwCfg::new(options.memory, options.cpus, self.devices.len(), screen);
+        let config = || FwCfg::new(options.memory, screen);
         let firmware = options.firmware.is_some().then(|| Firmware {
             debug: (!screen).then(|| Debug(self.output.clone())),
             config: Mutex::new(config()),
