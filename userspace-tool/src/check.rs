@@ -3,67 +3,34 @@
 //! `rvisor check`: what this host has of what guests need, line by line.
 
 mod cpu;
-mod device;
 
 use std::fs;
 use std::path::Path;
 
+use kvm_ioctls::Cap;
+
 use crate::arguments::DEFAULT_DEVICE;
-use crate::error::{print, Result};
+use crate::error::{print, Error, Result};
+use crate::hypervisor;
 
 /// Exit status where something that guests need is missing.
 const STATUS_MISSING: u8 = 1;
 /// The Linux that the module is made for.
 const KERNEL: (u32, u32) = (7, 3);
 
-/// What a line says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Verdict {
-    /// It is there.
-    Good,
-    /// It is missing and needed: the next step.
-    Missing(String),
-    /// Worth knowing.
-    Note,
+/// What is there; or what is missing, and the next step.
+type Finding = Result<String>;
+
+fn missing<T>(what: impl Into<String>, next: impl Into<String>) -> Result<T> {
+    Err(Error::input(what, next))
 }
 
-/// A line of the report.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Finding {
-    what: String,
-    verdict: Verdict,
-}
-
-impl Finding {
-    fn good(what: impl Into<String>) -> Self {
-        Self {
-            what: what.into(),
-            verdict: Verdict::Good,
-        }
-    }
-
-    fn missing(what: impl Into<String>, next: impl Into<String>) -> Self {
-        Self {
-            what: what.into(),
-            verdict: Verdict::Missing(next.into()),
-        }
-    }
-
-    fn note(what: impl Into<String>) -> Self {
-        Self {
-            what: what.into(),
-            verdict: Verdict::Note,
-        }
-    }
-}
-
-impl std::fmt::Display for Finding {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match &self.verdict {
-            Verdict::Good => write!(f, "ok    {}", self.what),
-            Verdict::Missing(next) => write!(f, "FAIL  {}\n      next: {next}", self.what),
-            Verdict::Note => write!(f, "note  {}", self.what),
-        }
+/// The line, or two, of the report.
+fn line(finding: &Finding) -> String {
+    match finding {
+        Ok(what) => format!("ok    {what}"),
+        Err(Error::Input { cause, next }) => format!("FAIL  {cause}\n      next: {next}"),
+        Err(error) => format!("FAIL  {error}"),
     }
 }
 
@@ -73,15 +40,14 @@ impl std::fmt::Display for Finding {
 ///
 /// Where standard output fails.
 pub fn run(device: &Path) -> Result<u8> {
-    let findings = findings(Path::new("/"), device);
+    let root = Path::new("/");
+    let findings = findings(root, device);
     for finding in &findings {
-        print(&format!("{finding}\n"))?;
+        print(&format!("{}\n", line(finding)))?;
     }
-    let missing = findings
-        .iter()
-        .any(|finding| matches!(finding.verdict, Verdict::Missing(_)));
+    print(&format!("note  {}\n", kvm(root, device)))?;
     let device = device.display();
-    if missing {
+    if findings.iter().any(Result::is_err) {
         print(&format!("Guests can't run on {device} yet.\n"))?;
         return Ok(STATUS_MISSING);
     }
@@ -89,15 +55,15 @@ pub fn run(device: &Path) -> Result<u8> {
     Ok(0)
 }
 
-/// All findings; the host's /proc, /sys and /dev/cpu are looked for below `root`.
+/// All findings; the host's /proc and /sys are looked for below `root`.
 fn findings(root: &Path, device: &Path) -> Vec<Finding> {
-    let mut findings = cpu::findings(root);
+    let cpuinfo = fs::read_to_string(root.join("proc/cpuinfo")).unwrap_or_default();
+    let mut findings = cpu::findings(&cpuinfo, cpu::has_vmx());
     if device == Path::new(DEFAULT_DEVICE) {
         findings.push(kernel(root));
         findings.push(module(root));
     }
-    findings.extend(device::findings(device));
-    findings.push(kvm(root, device));
+    findings.extend(api(device));
     findings
 }
 
@@ -108,12 +74,12 @@ fn kernel(root: &Path) -> Finding {
     let (major, minor) = KERNEL;
     let next = format!("boot Linux {major}.{minor} and build rvisor.ko for it");
     match version(release) {
-        None => Finding::missing("kernel: its version can't be told", next),
-        Some(version) if version < KERNEL => Finding::missing(
+        None => missing("kernel: its version can't be told", next),
+        Some(version) if version < KERNEL => missing(
             format!("kernel: Linux {release}, older than {major}.{minor}"),
             next,
         ),
-        Some(_) => Finding::good(format!("kernel: Linux {release}")),
+        Some(_) => Ok(format!("kernel: Linux {release}")),
     }
 }
 
@@ -126,40 +92,64 @@ fn version(release: &str) -> Option<(u32, u32)> {
 /// Whether rvisor's module is loaded.
 fn module(root: &Path) -> Finding {
     if is_loaded(root, "rvisor") {
-        Finding::good("module: rvisor is loaded")
-    } else {
-        Finding::missing(
-            "module: rvisor is not loaded",
-            "'insmod rvisor.ko' as root; where that fails, the kernel's log ('dmesg') has the reason",
-        )
+        return Ok("module: rvisor is loaded".to_owned());
     }
+    missing(
+        "module: rvisor is not loaded",
+        "'insmod rvisor.ko' as root; where that fails, the kernel's log ('dmesg') has the reason",
+    )
 }
 
-/// Whether KVM is there beside it.
-fn kvm(root: &Path, device: &Path) -> Finding {
-    let loaded: Vec<&str> = ["kvm_intel", "kvm_amd"]
-        .into_iter()
-        .filter(|name| is_loaded(root, name))
-        .collect();
-    let state = match loaded.first() {
-        Some(name) => format!("KVM: {name} is loaded"),
-        None => "KVM: not loaded".to_owned(),
+/// The device and what it offers.
+fn api(device: &Path) -> Vec<Finding> {
+    let kvm = match hypervisor::open(device) {
+        Ok(kvm) => kvm,
+        Err(error) => return vec![Err(error)],
     };
-    let beside = device == Path::new(DEFAULT_DEVICE) && !loaded.is_empty();
-    Finding::note(if beside {
-        state + "; it and rvisor run guests side by side"
-    } else {
-        state
-    })
+    let lacks: Vec<&str> = crate::machine::NEEDED
+        .iter()
+        .filter(|(cap, _)| !kvm.check_extension(*cap))
+        .map(|(_, name)| *name)
+        .collect();
+    let most = kvm.check_extension_int(Cap::MaxVcpus);
+    let capabilities = match lacks.as_slice() {
+        [] => Ok(format!("API: all that a PC needs, up to {most} CPUs")),
+        lacks => missing(
+            format!("API: no {}", lacks.join(", no ")),
+            "use a newer hypervisor; KVM has these where its kernel has CONFIG_KVM_IOAPIC",
+        ),
+    };
+    // It fails where KVM is loaded on a CPU that can't run it.
+    let machine = kvm.create_vm().map_err(|error| {
+        Error::input(
+            format!("virtual machine: none can be made: {error}"),
+            "see the kernel's log, 'dmesg', for the reason",
+        )
+    });
+    vec![
+        Ok(format!(
+            "device: {} can be opened by this user",
+            device.display()
+        )),
+        capabilities,
+        machine.map(|_| "virtual machine: one was made and closed".to_owned()),
+    ]
+}
+
+/// Whether KVM is there beside it: worth knowing.
+fn kvm(root: &Path, device: &Path) -> String {
+    let modules = ["kvm_intel", "kvm_amd"];
+    match modules.into_iter().find(|name| is_loaded(root, name)) {
+        None => "KVM: not loaded".to_owned(),
+        Some(name) if device == Path::new(DEFAULT_DEVICE) => {
+            format!("KVM: {name} is loaded; it and rvisor run guests side by side")
+        }
+        Some(name) => format!("KVM: {name} is loaded"),
+    }
 }
 
 fn is_loaded(root: &Path, module: &str) -> bool {
     root.join("sys/module").join(module).is_dir()
-        || fs::read_to_string(root.join("proc/modules")).is_ok_and(|modules| {
-            modules
-                .lines()
-                .any(|line| line.split_whitespace().next() == Some(module))
-        })
 }
 
 #[cfg(test)]
@@ -177,10 +167,6 @@ mod tests {
         root
     }
 
-    fn missing(finding: &Finding) -> bool {
-        matches!(finding.verdict, Verdict::Missing(_))
-    }
-
     #[test]
     fn kernels_from_7_3_on_will_do() {
         for (release, good) in [
@@ -194,32 +180,29 @@ mod tests {
             ("weird", false),
         ] {
             let host = host(&[("proc/sys/kernel/osrelease", release.as_bytes())]);
-            assert_eq!(!missing(&kernel(host.path())), good, "{release:?}");
+            assert_eq!(kernel(host.path()).is_ok(), good, "{release:?}");
         }
         let host = host(&[]);
-        assert!(missing(&kernel(host.path())));
+        assert!(kernel(host.path()).is_err());
     }
 
     #[test]
-    fn a_module_is_found_in_either_list() {
-        let listed = host(&[(
-            "proc/modules",
-            b"rvisor_not 1 0\nrvisor 16384 0 - Live 0x0\n",
-        )]);
-        assert!(!missing(&module(listed.path())));
-        let in_sysfs = host(&[("sys/module/rvisor/refcnt", b"0")]);
-        assert!(!missing(&module(in_sysfs.path())));
-        let other = host(&[("proc/modules", b"rvisor_not 1 0\nkvm 1 1 rvisor\n")]);
-        assert!(missing(&module(other.path())));
+    fn a_module_is_found_by_its_name() {
+        let loaded = host(&[("sys/module/rvisor/refcnt", b"0")]);
+        assert!(module(loaded.path()).is_ok());
+        assert!(kvm(loaded.path(), Path::new(DEFAULT_DEVICE)).ends_with("not loaded"));
+        let other = host(&[("sys/module/kvm_intel/refcnt", b"0")]);
+        assert!(module(other.path()).is_err());
+        assert!(kvm(other.path(), Path::new(DEFAULT_DEVICE)).contains("side by side"));
     }
 
     #[test]
     fn what_fails_names_the_next_step() {
         let host = host(&[]);
         let findings = findings(host.path(), &host.path().join("no-device"));
-        assert!(findings.iter().any(missing));
-        for finding in findings.iter().filter(|finding| missing(finding)) {
-            assert!(finding.to_string().contains("next: "), "{finding}");
+        assert!(findings.iter().any(Result::is_err));
+        for finding in findings.iter().filter(|finding| finding.is_err()) {
+            assert!(line(finding).contains("next: "), "{finding:?}");
         }
     }
 
@@ -230,7 +213,7 @@ mod tests {
             let findings = findings(host.path(), Path::new(device));
             findings
                 .iter()
-                .any(|finding| finding.what.starts_with("module"))
+                .any(|finding| line(finding).contains("module: "))
         };
         assert!(has_module("/dev/rvisor"));
         assert!(!has_module("/dev/no-such-device"));

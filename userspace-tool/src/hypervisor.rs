@@ -14,79 +14,57 @@ use crate::arguments::DEFAULT_DEVICE;
 use crate::error::{Error, Result};
 
 /// The only version that KVM's API ever had since it became stable (Documentation/virt/kvm/api.rst, 4.1).
-pub const API_VERSION: i32 = 12;
+const API_VERSION: i32 = 12;
 
 /// APIC IDs are 8 bits wide and 255 means all of them: more CPUs would need x2APIC IDs in ACPI's tables.
 const MAX_CPUS: u32 = 254;
 
-/// Why a device could not be opened, apart from the words for it.
-#[derive(Debug)]
-pub enum OpenError {
-    /// There is nothing at the path.
-    Missing,
-    /// This user may not open it.
-    Forbidden,
-    /// It is there, but speaks no KVM API of version 12. The text says what it is instead.
-    NotKvm(String),
-    /// The kernel gave another error.
-    Other(io::Error),
-}
-
 /// Opens `device` and checks that it speaks KVM's API.
-///
-/// # Errors
-///
-/// Which of the usual things is the matter.
-pub fn try_open(device: &Path) -> std::result::Result<Kvm, OpenError> {
-    let open_error = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound => OpenError::Missing,
-        io::ErrorKind::PermissionDenied => OpenError::Forbidden,
-        _ => OpenError::Other(error),
-    };
-    // Opening some other kind of file, a FIFO for one, could block or do harm.
-    let metadata = device.metadata().map_err(open_error)?;
-    if !metadata.file_type().is_char_device() {
-        return Err(OpenError::NotKvm("no character device".to_owned()));
-    }
-    let path = CString::new(device.as_os_str().as_bytes())
-        .map_err(|error| OpenError::Other(error.into()))?;
-    let kvm = Kvm::new_with_path(&path).map_err(|error| open_error(error.into()))?;
-    match kvm.get_api_version() {
-        API_VERSION => Ok(kvm),
-        version if version < 0 => Err(OpenError::NotKvm("no device with KVM's API".to_owned())),
-        version => Err(OpenError::NotKvm(format!(
-            "a device with version {version} of KVM's API, not 12"
-        ))),
-    }
-}
-
-/// Opens `device` for running a guest.
 ///
 /// # Errors
 ///
 /// [`Error::Input`] with the next step.
 pub fn open(device: &Path) -> Result<Kvm> {
     let name = device.display();
-    try_open(device).map_err(|error| match error {
-        OpenError::Missing => Error::input(format!("there is no {name}"), how_to_load(device)),
-        OpenError::Forbidden => Error::input(
+    let cannot = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => Error::input(format!("there is no {name}"), how_to_load(device)),
+        io::ErrorKind::PermissionDenied => Error::input(
             format!("{name} may not be opened by this user"),
             "run rvisor as root, or have root give this user read and write permission for it",
         ),
-        OpenError::NotKvm(what) => Error::input(
+        _ => Error::input(
+            format!("{name} can't be opened: {error}"),
+            "see the kernel's log, 'dmesg'",
+        ),
+    };
+    let no_kvm = |what: &str| {
+        Error::input(
             format!("{name} is {what}"),
             format!("give --device {DEFAULT_DEVICE} or /dev/kvm"),
-        ),
-        OpenError::Other(error) => Error::input(
-            format!("{name} can't be opened: {error}"),
-            "see 'rvisor check'",
-        ),
-    })
+        )
+    };
+    // Opening some other kind of file, a FIFO for one, could block or do harm.
+    if !device
+        .metadata()
+        .map_err(cannot)?
+        .file_type()
+        .is_char_device()
+    {
+        return Err(no_kvm("no character device"));
+    }
+    let path = CString::new(device.as_os_str().as_bytes()).map_err(|e| cannot(e.into()))?;
+    let kvm = Kvm::new_with_path(&path).map_err(|e| cannot(e.into()))?;
+    match kvm.get_api_version() {
+        API_VERSION => Ok(kvm),
+        version if version < 0 => Err(no_kvm("no device with KVM's API")),
+        version => Err(no_kvm(&format!(
+            "a device with version {version} of KVM's API, not {API_VERSION}"
+        ))),
+    }
 }
 
 /// What brings the device at this path into being.
-#[must_use]
-pub fn how_to_load(device: &Path) -> String {
+fn how_to_load(device: &Path) -> String {
     match device.to_str() {
         Some(DEFAULT_DEVICE) => {
             "load the module as root, 'insmod rvisor.ko'; 'rvisor check' tells what it needs"
