@@ -48,18 +48,14 @@ impl Mac {
     fn parse(text: &str) -> Result<Self, String> {
         let wrong =
             || format!("mac={text} is no MAC address; write six bytes such as 02:00:00:00:00:01");
-        let mut bytes = [0; 6];
-        let mut parts = text.split(':');
-        for byte in &mut bytes {
-            let part = parts
-                .next()
-                .filter(|part| part.len() == 2 && !part.starts_with('+'))
-                .ok_or_else(wrong)?;
-            *byte = u8::from_str_radix(part, 16).map_err(|_| wrong())?;
-        }
-        if parts.next().is_some() {
-            return Err(wrong());
-        }
+        let byte = |part: &str| {
+            let digits = part.len() == 2 && !part.starts_with('+');
+            u8::from_str_radix(part, 16).ok().filter(|_| digits)
+        };
+        let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
+        let bytes: [u8; 6] = bytes
+            .and_then(|bytes| bytes.try_into().ok())
+            .ok_or_else(wrong)?;
         if bytes[0] & 1 != 0 || bytes == [0; 6] {
             return Err(format!(
                 "mac={text} is not the address of one card; let the first byte be even, such as 02"

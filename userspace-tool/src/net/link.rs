@@ -3,7 +3,7 @@
 //! This host's end of a network card, whatever it is joined to.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -18,9 +18,9 @@ use rustix::net::sockopt::socket_peercred;
 use rustix::net::{accept_with, SocketFlags};
 use rustix::process::geteuid;
 
-use super::stream::{Gone, Stream};
-use super::{tap, user, Joined, Mac, NetOptions, HEADER, LONGEST_FRAME, SHORTEST_FRAME};
-use crate::error::{say, Error, Result};
+use super::stream::Stream;
+use super::{tap, user, Joined, Mac, NetOptions, HEADER};
+use crate::error::{failed, say, Error, Result};
 
 /// How long another machine may take to look who is at a path, and how often that is looked at.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -37,17 +37,42 @@ pub struct Offloads {
     pub segments6: bool,
 }
 
-/// What frames go to and come from.
-enum End {
-    Tap {
-        file: File,
-        /// The frame that was read, behind its header, and the length of both; 0 where there is none.
-        packet: Box<[u8]>,
-        length: usize,
-    },
-    Stream(Stream),
-    /// Nobody is there: frames are lost.
-    Nobody,
+/// The other side is gone, or what it sends is no frame.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Gone;
+
+/// What frames go to and come from. Nothing here blocks.
+pub(super) trait Wire: AsFd + Send {
+    /// Reads until there is a whole frame. Says whether there is one.
+    fn fill(&mut self) -> std::result::Result<bool, Gone>;
+
+    /// That frame, with its virtio header; it stays until [`Self::take`].
+    fn frame(&self) -> Option<([u8; HEADER], &[u8])>;
+
+    /// That frame is done with.
+    fn take(&mut self);
+
+    /// Sends the frame behind the virtio header that `packet` begins with, which may be overwritten. Says whether it
+    /// was taken: one that was not can be sent again when there is room.
+    fn send(&mut self, packet: &mut [u8]) -> std::result::Result<bool, Gone>;
+
+    /// Sends what is left of a frame that was sent in part. Says whether nothing is left.
+    fn flush(&mut self) -> std::result::Result<bool, Gone> {
+        Ok(true)
+    }
+
+    /// Whether something is left.
+    fn has_rest(&self) -> bool {
+        false
+    }
+
+    /// Whether the other side can do more with a frame than pass it on.
+    fn has_offloads(&self) -> bool {
+        false
+    }
+
+    /// Says which work is left to the guest in frames that come.
+    fn set_offloads(&self, _offloads: Offloads) {}
 }
 
 /// One end of a network.
@@ -55,10 +80,12 @@ enum End {
 /// It is a file descriptor to poll: readable when frames have come, or when there is room for one that had none.
 pub struct Link {
     epoll: OwnedFd,
-    end: End,
-    /// Where another machine may come, while none is there; and the path.
+    /// None while nobody is there: then frames are lost.
+    wire: Option<Box<dyn Wire>>,
+    /// Where another machine may come, and the path.
     listener: Option<(UnixListener, PathBuf)>,
-    watched: EventFlags,
+    /// Room is waited for.
+    awaits_room: bool,
     /// What messages call it.
     name: String,
 }
@@ -71,40 +98,33 @@ impl Link {
     ///
     /// [`Error::Input`] where that is not there or may not be used; then nothing is left behind.
     pub fn open(options: &NetOptions, machine: &str, number: usize) -> Result<(Self, Mac)> {
+        let mut link = Self {
+            epoll: epoll::create(CreateFlags::CLOEXEC)
+                .map_err(failed("making an epoll instance"))?,
+            wire: None,
+            listener: None,
+            awaits_room: false,
+            name: options.joined.to_string(),
+        };
         let mut role = "";
-        let mut listener = None;
-        let end = match &options.joined {
+        match &options.joined {
             Joined::Tap(name) => {
                 role = name;
-                End::Tap {
-                    file: tap::open(name)?,
-                    packet: vec![0; HEADER + LONGEST_FRAME].into_boxed_slice(),
-                    length: 0,
-                }
+                link.join(Box::new(tap::open(name)?));
             }
-            Joined::User(forward) => End::Stream(Stream::new(user::start(forward)?)),
+            Joined::User(forward) => link.join(Box::new(Stream::new(user::start(forward)?))),
             Joined::Socket(path) => match meet(path)? {
                 Met::Other(socket) => {
                     role = "second";
-                    End::Stream(Stream::new(socket.into()))
+                    link.join(Box::new(Stream::new(socket.into())));
                 }
                 Met::Nobody(socket) => {
                     role = "first";
-                    listener = Some((socket, path.clone()));
-                    End::Nobody
+                    link.watch(&socket);
+                    link.listener = Some((socket, path.clone()));
                 }
             },
-        };
-        let epoll = epoll::create(CreateFlags::CLOEXEC)
-            .map_err(|error| Error::call("making an epoll instance", io::Error::from(error)))?;
-        let mut link = Self {
-            epoll,
-            end,
-            listener,
-            watched: EventFlags::empty(),
-            name: options.joined.to_string(),
-        };
-        link.watch(EventFlags::IN);
+        }
         let mac = options.mac.unwrap_or_else(|| {
             let host = fs::read_to_string("/etc/machine-id").unwrap_or_default();
             Mac::derived(&[host.trim(), machine, role, &number.to_string()])
@@ -115,57 +135,33 @@ impl Link {
     /// Whether the other side can do more with a frame than pass it on.
     #[must_use]
     pub fn has_offloads(&self) -> bool {
-        matches!(self.end, End::Tap { .. })
+        self.wire.as_ref().is_some_and(|wire| wire.has_offloads())
     }
 
     /// Says which work is left to the guest in frames that come. Without offloads it does nothing.
     pub fn set_offloads(&mut self, offloads: Offloads) {
-        if let End::Tap { file, .. } = &self.end {
-            // A TAP that does not know one of them goes on doing the work itself.
-            let _ = tap::set_offloads(file, offloads);
+        if let Some(wire) = &self.wire {
+            wire.set_offloads(offloads);
         }
     }
 
     /// The next frame that has come, with its virtio header; it stays the next until [`Self::take`].
     pub fn front(&mut self) -> Option<([u8; HEADER], &[u8])> {
         self.accept();
-        let gone = match &mut self.end {
-            End::Tap {
-                file,
-                packet,
-                length,
-            } => {
-                *length == 0
-                    && match read_packet(file, packet) {
-                        Ok(count) => {
-                            *length = count;
-                            false
-                        }
-                        Err(error) => error.kind() != io::ErrorKind::WouldBlock,
-                    }
+        match self.wire.as_mut()?.fill() {
+            Ok(true) => self.wire.as_ref()?.frame(),
+            Ok(false) => None,
+            Err(Gone) => {
+                self.lose();
+                None
             }
-            End::Stream(stream) => stream.front() == Err(Gone),
-            End::Nobody => false,
-        };
-        if gone {
-            self.lose();
-        }
-        match &mut self.end {
-            End::Tap { packet, length, .. } => {
-                let (header, frame) = packet.get(..*length)?.split_first_chunk()?;
-                Some((*header, frame))
-            }
-            End::Stream(stream) => Some(([0; HEADER], stream.front().ok()??)),
-            End::Nobody => None,
         }
     }
 
     /// The next frame is done with.
     pub fn take(&mut self) {
-        match &mut self.end {
-            End::Tap { length, .. } => *length = 0,
-            End::Stream(stream) => stream.take(),
-            End::Nobody => {}
+        if let Some(wire) = &mut self.wire {
+            wire.take();
         }
     }
 
@@ -173,79 +169,65 @@ impl Link {
     /// when there is room. What can't be sent at all is lost, as on a wire. The header may be overwritten.
     pub fn send(&mut self, packet: &mut [u8]) -> bool {
         self.accept();
-        match &mut self.end {
-            End::Tap { file, .. } => {
-                // Refused is what the interface does not take while it is down, or what is no frame.
-                let _ = file.write(packet);
+        let Some(wire) = &mut self.wire else {
+            return true;
+        };
+        match wire.send(packet) {
+            Ok(taken) => {
+                let room = taken && !wire.has_rest();
+                self.await_room(!room);
+                taken
+            }
+            Err(Gone) => {
+                self.lose();
                 true
             }
-            End::Stream(stream) => match stream.send(packet) {
-                Ok(taken) => {
-                    let more = !taken || stream.has_rest();
-                    self.watch(EventFlags::IN | room(more));
-                    taken
-                }
-                Err(Gone) => {
-                    self.lose();
-                    true
-                }
-            },
-            End::Nobody => true,
         }
     }
 
     /// Sends what is left of a frame that was sent in part.
     pub fn flush(&mut self) {
-        if let End::Stream(stream) = &mut self.end {
-            match stream.flush() {
-                Ok(done) => self.watch(EventFlags::IN | room(!done)),
-                Err(Gone) => self.lose(),
-            }
+        match self.wire.as_mut().map(|wire| wire.flush()) {
+            Some(Ok(done)) => self.await_room(!done),
+            Some(Err(Gone)) => self.lose(),
+            None => {}
         }
     }
 
-    fn watch(&mut self, wanted: EventFlags) {
-        let file = match &self.end {
-            End::Tap { file, .. } => file.as_fd(),
-            End::Stream(stream) => stream.as_fd(),
-            End::Nobody => match &self.listener {
-                Some((listener, _)) => listener.as_fd(),
-                None => return,
-            },
-        };
-        if self.watched == wanted {
+    /// Has the link told of what comes. Closing `file` ends that.
+    fn watch(&self, file: &impl AsFd) {
+        // It fails only where the kernel has no memory for it.
+        let _ = epoll::add(&self.epoll, file, EventData::new_u64(0), EventFlags::IN);
+    }
+
+    fn join(&mut self, wire: Box<dyn Wire>) {
+        self.watch(&wire);
+        self.wire = Some(wire);
+        self.awaits_room = false;
+    }
+
+    /// Has the link told of room too, or no more.
+    fn await_room(&mut self, wanted: bool) {
+        let Some(wire) = self.wire.as_ref().filter(|_| self.awaits_room != wanted) else {
             return;
-        }
-        // It fails only where the kernel has no memory for it; then the next change is the next try.
-        let watched = if self.watched.is_empty() {
-            epoll::add(&self.epoll, file, EventData::new_u64(0), wanted)
-        } else if wanted.is_empty() {
-            // Not merely no events: the other side's end would still be one.
-            epoll::delete(&self.epoll, file)
-        } else {
-            epoll::modify(&self.epoll, file, EventData::new_u64(0), wanted)
         };
-        if watched.is_ok() {
-            self.watched = wanted;
+        let mut events = EventFlags::IN;
+        events.set(EventFlags::OUT, wanted);
+        // Where it fails, the next change is the next try.
+        if epoll::modify(&self.epoll, wire, EventData::new_u64(0), events).is_ok() {
+            self.awaits_room = wanted;
         }
     }
 
-    /// Lets another machine in where one has come.
+    /// Lets another machine in where nobody is there and one has come.
     fn accept(&mut self) {
-        if !matches!(self.end, End::Nobody) {
-            return;
-        }
-        let Some((listener, _)) = &self.listener else {
+        let Some((listener, _)) = self.listener.as_ref().filter(|_| self.wire.is_none()) else {
             return;
         };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        if let Some(socket) = accept_with(listener, flags)
-            .ok()
-            .filter(|socket| is_trusted(socket))
-        {
-            self.watch(EventFlags::empty());
-            self.end = End::Stream(Stream::new(socket));
-            self.watch(EventFlags::IN);
+        let mut comers = std::iter::from_fn(|| accept_with(listener, flags).ok());
+        if let Some(socket) = comers.find(|socket| is_trusted(socket)) {
+            self.join(Box::new(Stream::new(socket)));
         }
     }
 
@@ -257,10 +239,9 @@ impl Link {
                 self.name
             ));
         }
-        self.watch(EventFlags::empty());
-        self.end = End::Nobody;
-        self.watched = EventFlags::empty();
-        self.watch(EventFlags::IN);
+        self.wire = None;
+        // One that has come before is not told again.
+        self.accept();
     }
 }
 
@@ -275,25 +256,6 @@ impl Drop for Link {
         if let Some((_, path)) = &self.listener {
             // A path that stays is taken over by the next machine.
             let _ = fs::remove_file(path);
-        }
-    }
-}
-
-fn room(wanted: bool) -> EventFlags {
-    if wanted {
-        EventFlags::OUT
-    } else {
-        EventFlags::empty()
-    }
-}
-
-/// Reads a frame with its header.
-fn read_packet(file: &mut File, packet: &mut [u8]) -> io::Result<usize> {
-    loop {
-        match file.read(packet) {
-            Ok(count) if count < HEADER + SHORTEST_FRAME => {}
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result,
         }
     }
 }

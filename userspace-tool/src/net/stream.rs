@@ -8,16 +8,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::{read, Errno};
 use rustix::net::{send, SendFlags};
 
+use super::link::{Gone, Wire};
 use super::{HEADER, LONGEST_FRAME, SHORTEST_FRAME};
 
 /// The bytes of a length.
 const LENGTH: usize = 4;
 /// The bytes that are read ahead: one frame, whatever its length, and many short ones.
 const AHEAD: usize = 2 * (LENGTH + LONGEST_FRAME);
-
-/// The other end is gone, or what it sends is no frame.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Gone;
 
 /// One end of the stream. The socket does not block.
 pub(super) struct Stream {
@@ -41,87 +38,17 @@ impl Stream {
         }
     }
 
-    /// The next frame, or none where none has come whole. It stays the next until [`Self::take`].
-    pub(super) fn front(&mut self) -> Result<Option<&[u8]>, Gone> {
-        loop {
-            if let Some(length) = self.length()? {
-                let from = self.start + LENGTH;
-                if self.end - from >= length {
-                    return Ok(self.input.get(from..from + length));
-                }
-            }
-            if self.start > 0 {
-                self.input.copy_within(self.start..self.end, 0);
-                self.end -= self.start;
-                self.start = 0;
-            }
-            // There is room: the input has twice that of the longest frame, and none is whole.
-            match read(&self.socket, &mut self.input[self.end..]) {
-                Ok(0) => return Err(Gone),
-                Ok(count) => self.end += count,
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Ok(None),
-                Err(_) => return Err(Gone),
-            }
-        }
-    }
-
-    /// The next frame is done with, where there is one.
-    pub(super) fn take(&mut self) {
-        if let Ok(Some(length)) = self.length() {
-            let end = self.start + LENGTH + length;
-            if end <= self.end {
-                self.start = end;
-            }
-        }
-    }
-
-    /// The length of the next frame, where it has come.
-    fn length(&self) -> Result<Option<usize>, Gone> {
+    /// The frame at the start of what was read, where it is whole.
+    fn whole(&self) -> Result<Option<&[u8]>, Gone> {
         let waiting = self.input.get(self.start..self.end).unwrap_or_default();
-        let Some(bytes) = waiting.first_chunk::<LENGTH>() else {
+        let Some((length, frames)) = waiting.split_first_chunk::<LENGTH>() else {
             return Ok(None);
         };
-        let length = u32::from_be_bytes(*bytes) as usize;
-        let right = (SHORTEST_FRAME..=LONGEST_FRAME).contains(&length);
-        right.then_some(Some(length)).ok_or(Gone)
-    }
-
-    /// Sends the frame behind the virtio header that `packet` begins with; the header is overwritten. Says
-    /// whether the frame was taken: one that was not can be sent again when the socket can be written.
-    pub(super) fn send(&mut self, packet: &mut [u8]) -> Result<bool, Gone> {
-        if !self.flush()? {
-            return Ok(false);
+        let length = u32::from_be_bytes(*length) as usize;
+        if !(SHORTEST_FRAME..=LONGEST_FRAME).contains(&length) {
+            return Err(Gone);
         }
-        let Some(frame) = packet
-            .len()
-            .checked_sub(HEADER)
-            .filter(|frame| *frame >= SHORTEST_FRAME)
-        else {
-            return Ok(true);
-        };
-        // The length takes the place of the header's end.
-        let bytes = &mut packet[HEADER - LENGTH..];
-        bytes[..LENGTH].copy_from_slice(&(frame as u32).to_be_bytes());
-        let count = self.write(bytes)?;
-        if count > 0 {
-            self.rest.extend_from_slice(&bytes[count..]);
-        }
-        Ok(count > 0)
-    }
-
-    /// Sends what was left of the last frame. Says whether nothing is left.
-    pub(super) fn flush(&mut self) -> Result<bool, Gone> {
-        if !self.rest.is_empty() {
-            let count = self.write(&self.rest)?;
-            self.rest.drain(..count);
-        }
-        Ok(self.rest.is_empty())
-    }
-
-    /// Whether there is something to flush.
-    pub(super) fn has_rest(&self) -> bool {
-        !self.rest.is_empty()
+        Ok(frames.get(..length))
     }
 
     fn write(&self, bytes: &[u8]) -> Result<usize, Gone> {
@@ -133,6 +60,69 @@ impl Stream {
                 Err(_) => return Err(Gone),
             }
         }
+    }
+}
+
+impl Wire for Stream {
+    fn fill(&mut self) -> Result<bool, Gone> {
+        loop {
+            if self.whole()?.is_some() {
+                return Ok(true);
+            }
+            if self.start > 0 {
+                self.input.copy_within(self.start..self.end, 0);
+                self.end -= self.start;
+                self.start = 0;
+            }
+            // There is room: the input has twice that of the longest frame, and none is whole.
+            match read(&self.socket, &mut self.input[self.end..]) {
+                Ok(0) => return Err(Gone),
+                Ok(count) => self.end += count,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(_) => return Err(Gone),
+            }
+        }
+    }
+
+    fn frame(&self) -> Option<([u8; HEADER], &[u8])> {
+        Some(([0; HEADER], self.whole().ok()??))
+    }
+
+    fn take(&mut self) {
+        if let Ok(Some(frame)) = self.whole() {
+            self.start += LENGTH + frame.len();
+        }
+    }
+
+    fn send(&mut self, packet: &mut [u8]) -> Result<bool, Gone> {
+        if !self.flush()? {
+            return Ok(false);
+        }
+        if packet.len() < HEADER + SHORTEST_FRAME {
+            return Ok(true);
+        }
+        let length = (packet.len() - HEADER) as u32;
+        // The length takes the place of the header's end.
+        let bytes = &mut packet[HEADER - LENGTH..];
+        bytes[..LENGTH].copy_from_slice(&length.to_be_bytes());
+        let count = self.write(bytes)?;
+        if count > 0 {
+            self.rest.extend_from_slice(&bytes[count..]);
+        }
+        Ok(count > 0)
+    }
+
+    fn flush(&mut self) -> Result<bool, Gone> {
+        if !self.rest.is_empty() {
+            let count = self.write(&self.rest)?;
+            self.rest.drain(..count);
+        }
+        Ok(self.rest.is_empty())
+    }
+
+    fn has_rest(&self) -> bool {
+        !self.rest.is_empty()
     }
 }
 

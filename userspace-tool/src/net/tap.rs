@@ -3,14 +3,15 @@
 //! A TAP interface of this host (Documentation/networking/tuntap.rst), with a virtio header before each frame.
 
 use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::fd::AsRawFd;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use rustix::net::{socket, AddressFamily, SocketType};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_val};
 
-use super::{Offloads, HEADER};
+use super::link::{Gone, Wire};
+use super::{Offloads, HEADER, LONGEST_FRAME, SHORTEST_FRAME};
 use crate::error::{failed, say, Error, Result};
 
 const DEVICE: &str = "/dev/net/tun";
@@ -81,10 +82,9 @@ fn done(result: libc::c_int) -> io::Result<()> {
 /// # Errors
 ///
 /// [`Error::Input`] where it is no TAP, is busy, or may not be used or made; [`Error::Call`] for the rest.
-pub(super) fn open(name: &str) -> Result<File> {
-    let what = "asking for an interface";
+pub(super) fn open(name: &str) -> Result<Tap> {
     let any = socket(AddressFamily::UNIX, SocketType::DGRAM, None)
-        .map_err(|error| Error::call(what, io::Error::from(error)))?;
+        .map_err(failed("asking for an interface"))?;
     let mut interface = Interface::named(name);
     let exists = interface.request(&any, SIOCGIFFLAGS).is_ok();
     let is_up = i32::from(interface.flags) & libc::IFF_UP != 0;
@@ -110,22 +110,70 @@ pub(super) fn open(name: &str) -> Result<File> {
     } else if !is_up {
         say(format_args!("warning: {name} is down, so nothing comes through; 'ip link set {name} up' changes that"));
     }
-    Ok(file)
+    Ok(Tap {
+        file,
+        packet: vec![0; HEADER + LONGEST_FRAME].into_boxed_slice(),
+        length: 0,
+    })
 }
 
-/// Lets frames come that the guest sums up or cuts to size itself.
-pub(super) fn set_offloads(file: &File, offloads: Offloads) -> io::Result<()> {
-    let flags = [
-        (offloads.checksum, libc::TUN_F_CSUM),
-        (offloads.segments4, libc::TUN_F_TSO4),
-        (offloads.segments6, libc::TUN_F_TSO6),
-    ];
-    let wanted = flags.iter().filter(|(on, _)| *on);
-    set(
-        file,
-        libc::TUNSETOFFLOAD,
-        wanted.fold(0, |all, (_, flag)| all | *flag as libc::c_int),
-    )
+/// A TAP that is open.
+pub(super) struct Tap {
+    file: File,
+    /// The frame that was read, behind its header, and the length of both; 0 where there is none.
+    packet: Box<[u8]>,
+    length: usize,
+}
+
+impl Wire for Tap {
+    fn fill(&mut self) -> std::result::Result<bool, Gone> {
+        while self.length < HEADER + SHORTEST_FRAME {
+            match self.file.read(&mut self.packet) {
+                Ok(count) => self.length = count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(_) => return Err(Gone),
+            }
+        }
+        Ok(true)
+    }
+
+    fn frame(&self) -> Option<([u8; HEADER], &[u8])> {
+        let (header, frame) = self.packet.get(..self.length)?.split_first_chunk()?;
+        Some((*header, frame))
+    }
+
+    fn take(&mut self) {
+        self.length = 0;
+    }
+
+    fn send(&mut self, packet: &mut [u8]) -> std::result::Result<bool, Gone> {
+        // Refused is what the interface does not take while it is down, or what is no frame.
+        let _ = self.file.write(packet);
+        Ok(true)
+    }
+
+    fn has_offloads(&self) -> bool {
+        true
+    }
+
+    fn set_offloads(&self, offloads: Offloads) {
+        let flags = [
+            (offloads.checksum, libc::TUN_F_CSUM),
+            (offloads.segments4, libc::TUN_F_TSO4),
+            (offloads.segments6, libc::TUN_F_TSO6),
+        ];
+        let wanted = flags.iter().filter(|(on, _)| *on);
+        let wanted = wanted.fold(0, |all, (_, flag)| all | *flag as libc::c_int);
+        // A TAP that does not know one of them goes on doing the work itself.
+        let _ = set(&self.file, libc::TUNSETOFFLOAD, wanted);
+    }
+}
+
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
 }
 
 fn refused_device(error: &io::Error) -> Error {

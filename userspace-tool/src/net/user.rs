@@ -5,10 +5,10 @@
 use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 
 use rustix::io::{fcntl_setfd, FdFlags};
-use rustix::net::{socketpair, AddressFamily, SocketFlags, SocketType};
 
 use super::Forward;
 use crate::error::{Error, Result};
@@ -33,17 +33,11 @@ pub(super) fn start(forward: &[Forward]) -> Result<OwnedFd> {
             )
         })?;
     }
-    let what = "starting passt";
-    let host = |error: rustix::io::Errno| Error::call(what, io::Error::from(error));
-    let (ours, theirs) = socketpair(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .map_err(host)?;
+    let failed = |error: io::Error| Error::call("starting passt", error);
+    let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+    ours.set_nonblocking(true).map_err(failed)?;
     // It inherits this one.
-    fcntl_setfd(&theirs, FdFlags::empty()).map_err(host)?;
+    fcntl_setfd(&theirs, FdFlags::empty()).map_err(|error| failed(error.into()))?;
     let mut command = Command::new(PROGRAM);
     // Without the map, the guest does not reach what listens on the host's loopback addresses alone.
     command.args([
@@ -63,24 +57,18 @@ pub(super) fn start(forward: &[Forward]) -> Result<OwnedFd> {
                 "--net user needs passt, which is not installed",
                 "install the package passt, or use --net tap=NAME",
             ),
-            _ => Error::call(what, error),
+            _ => failed(error),
         })?;
     drop(theirs);
     if !ended.status.success() {
         let said = String::from_utf8_lossy(&ended.stderr);
         // Control characters could come out of a file name.
-        let line: String = said
-            .lines()
-            .last()
-            .unwrap_or_default()
-            .chars()
-            .filter(|c| !c.is_control())
-            .collect();
+        let mut line = said.lines().last().unwrap_or_default().to_owned();
+        line.retain(|c| !c.is_control());
         return Err(Error::input(
             format!("passt did not start ({}): {line}", ended.status),
             "change what it names, or use --net tap=NAME",
         ));
     }
-    rustix::io::ioctl_fionbio(&ours, true).map_err(host)?;
-    Ok(ours)
+    Ok(ours.into())
 }

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
+use std::io::{Read, Write};
 use std::os::unix::net::UnixDatagram;
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::process::Uid;
 
+use super::super::{LONGEST_FRAME, SHORTEST_FRAME};
 use super::*;
 
 fn options(text: &str) -> NetOptions {
