@@ -16,18 +16,19 @@ use crate::error::{failed, Error, Result};
 const TSC_DEADLINE: u32 = 1 << 24;
 /// Leaf 1, EDX: the package has room for more than one logical processor.
 const HTT: u32 = 1 << 28;
-/// Leaf 1, EDX: there are memory type range registers.
-const MTRR: u32 = 1 << 12;
 
 /// Leaf 0xb, ECX[15:8]: a level of threads, a level of cores.
 const LEVEL_SMT: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 
-/// What the hypervisor supports, and what all CPUs have in common.
+/// What the CPUs of a machine are made from.
 #[derive(Debug)]
 pub struct Template {
-    entries: Vec<kvm_cpuid_entry2>,
+    /// What the hypervisor supports.
+    supported: Vec<kvm_cpuid_entry2>,
     cpus: u32,
+    /// KVM tells the timer's mode with a TSC deadline by a capability: it takes the in-kernel local APIC.
+    deadline: bool,
 }
 
 impl Template {
@@ -40,47 +41,11 @@ impl Template {
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(failed("asking which CPU features guests can have"))?;
-        let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-        Ok(Self::from_entries(supported.as_slice(), cpus, deadline))
-    }
-
-    fn from_entries(supported: &[kvm_cpuid_entry2], cpus: u32, deadline: bool) -> Self {
-        let mut entries: Vec<_> = supported
-            .iter()
-            .copied()
-            .filter(|entry| !is_topology(entry.function))
-            .collect();
-        let leaves: Vec<u32> = [0xb, 0x1f]
-            .into_iter()
-            .filter(|leaf| *leaf <= most_leaf(supported))
-            .collect();
-        for leaf in leaves {
-            entries.extend(topology(leaf, cpus));
-        }
-        for entry in &mut entries {
-            match entry.function {
-                1 => {
-                    entry.ebx =
-                        entry.ebx & 0x0000_ffff | (cpus.next_power_of_two().min(0xff) << 16);
-                    entry.edx = if cpus > 1 {
-                        entry.edx | HTT
-                    } else {
-                        entry.edx & !HTT
-                    };
-                    // KVM tells this one by a capability: it takes the in-kernel local APIC.
-                    if deadline {
-                        entry.ecx |= TSC_DEADLINE;
-                    }
-                }
-                4 => cache_sharing(entry, cpus),
-                // AMD: the number of cores, less 1, and the width of the APIC ID's part for them.
-                0x8000_0008 if entry.ecx & 0xff != 0 || cpus > 1 => {
-                    entry.ecx = entry.ecx & !0xf0ff | (cpus - 1) & 0xff | (core_bits(cpus) << 12);
-                }
-                _ => {}
-            }
-        }
-        Self { entries, cpus }
+        Ok(Self {
+            supported: supported.as_slice().to_vec(),
+            cpus,
+            deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+        })
     }
 
     /// The leaves for the CPU with that APIC ID.
@@ -99,11 +64,33 @@ impl Template {
     }
 
     fn entries_for(&self, apic_id: u32) -> Vec<kvm_cpuid_entry2> {
-        let mut entries = self.entries.clone();
+        let cpus = self.cpus;
+        let leaf_0 = self.supported.iter().find(|entry| entry.function == 0);
+        let most_leaf = leaf_0.map_or(0, |entry| entry.eax);
+        let mut entries = self.supported.clone();
+        entries.retain(|entry| !is_topology(entry.function));
+        for leaf in [0xb, 0x1f].into_iter().filter(|leaf| *leaf <= most_leaf) {
+            entries.extend(topology(leaf, cpus));
+        }
         for entry in &mut entries {
             match entry.function {
-                1 => entry.ebx = entry.ebx & 0x00ff_ffff | (apic_id << 24),
+                1 => {
+                    let ids = cpus.next_power_of_two().min(0xff);
+                    entry.ebx = entry.ebx & 0xffff | (ids << 16) | (apic_id << 24);
+                    entry.edx &= !HTT;
+                    if cpus > 1 {
+                        entry.edx |= HTT;
+                    }
+                    if self.deadline {
+                        entry.ecx |= TSC_DEADLINE;
+                    }
+                }
+                4 => cache_sharing(entry, cpus),
                 leaf if is_topology(leaf) => entry.edx = apic_id,
+                // AMD: the number of cores, less 1, and the width of the APIC ID's part for them.
+                0x8000_0008 if entry.ecx & 0xff != 0 || cpus > 1 => {
+                    entry.ecx = entry.ecx & !0xf0ff | (cpus - 1) & 0xff | (core_bits(cpus) << 12);
+                }
                 // AMD: the extended APIC ID.
                 0x8000_001e => entry.eax = apic_id,
                 _ => {}
@@ -111,26 +98,11 @@ impl Template {
         }
         entries
     }
-
-    /// Whether the CPUs have memory type range registers.
-    #[must_use]
-    pub fn has_mtrr(&self) -> bool {
-        self.entries
-            .iter()
-            .any(|entry| entry.function == 1 && entry.edx & MTRR != 0)
-    }
 }
 
 /// Whether a leaf enumerates the topology by levels.
 fn is_topology(leaf: u32) -> bool {
     matches!(leaf, 0xb | 0x1f)
-}
-
-fn most_leaf(entries: &[kvm_cpuid_entry2]) -> u32 {
-    entries
-        .iter()
-        .find(|entry| entry.function == 0)
-        .map_or(0, |entry| entry.eax)
 }
 
 /// The number of bits of an APIC ID that tell `cpus` CPUs apart.
@@ -171,6 +143,8 @@ fn cache_sharing(entry: &mut kvm_cpuid_entry2, cpus: u32) {
 mod tests {
     use super::*;
 
+    const SSE2: u32 = 1 << 26;
+
     fn entry(function: u32, index: u32, eax: u32) -> kvm_cpuid_entry2 {
         kvm_cpuid_entry2 {
             function,
@@ -182,7 +156,7 @@ mod tests {
 
     fn template(cpus: u32) -> Template {
         let mut leaf_1 = entry(1, 0, 0x306d4);
-        (leaf_1.ebx, leaf_1.edx) = (0x0710_0800, HTT | MTRR);
+        (leaf_1.ebx, leaf_1.edx) = (0x0710_0800, HTT | SSE2);
         let supported = [
             entry(0, 0, 0x14),
             leaf_1,
@@ -191,7 +165,11 @@ mod tests {
             entry(0xb, 0, 99),
             entry(0x8000_0000, 0, 0x8000_0008),
         ];
-        Template::from_entries(&supported, cpus, true)
+        Template {
+            supported: supported.to_vec(),
+            cpus,
+            deadline: true,
+        }
     }
 
     fn find(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
@@ -223,7 +201,7 @@ mod tests {
         let entries = template(3).entries_for(2);
         let leaf_1 = find(&entries, 1, 0);
         assert_eq!((leaf_1.eax, leaf_1.ebx & 0xffff), (0x306d4, 0x0800));
-        assert_ne!(leaf_1.edx & MTRR, 0);
+        assert_ne!(leaf_1.edx & SSE2, 0);
         assert_eq!(find(&entries, 4, 0).eax & 0x3fff, 0x1c00_4121 & 0x3fff);
     }
 
@@ -266,7 +244,12 @@ mod tests {
     fn the_deadline_timer_comes_by_its_capability() {
         let supported = [entry(0, 0, 1), entry(1, 0, 0)];
         for deadline in [false, true] {
-            let entries = Template::from_entries(&supported, 1, deadline).entries_for(0);
+            let template = Template {
+                supported: supported.to_vec(),
+                cpus: 1,
+                deadline,
+            };
+            let entries = template.entries_for(0);
             assert_eq!(find(&entries, 1, 0).ecx & TSC_DEADLINE != 0, deadline);
         }
     }

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
+use vm_superio::serial::SerialState;
 use vm_superio::{I8042Device, Trigger};
 
 use crate::error::{failed, Error, Result};
@@ -60,9 +61,9 @@ pub struct Firmware {
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Saved {
-    /// The serial port's registers in the order of vm-superio's state, and what it has received.
-    serial: ([u8; 9], Vec<u8>),
-    cmos: (u8, Vec<u8>),
+    #[serde(with = "serial::State")]
+    serial: SerialState,
+    cmos: Cmos,
     power: Power,
     /// How far firmware has read what it is to know.
     config: Option<(u16, usize)>,
@@ -118,8 +119,8 @@ impl Ports {
     pub fn save<T>(&self, with: impl FnOnce() -> Result<T>) -> Result<(Saved, T)> {
         let serial = lock(&self.serial);
         let saved = Saved {
-            serial: serial::save(&serial),
-            cmos: lock(&self.cmos).save(),
+            serial: serial.state(),
+            cmos: lock(&self.cmos).clone(),
             power: lock(&self.power).save(),
             config: self.firmware.as_ref().map(|it| lock(&it.config).place()),
         };
@@ -132,18 +133,19 @@ impl Ports {
     ///
     /// [`Error::Input`] where it is none.
     pub fn load(&self, saved: &Saved) -> Result<()> {
-        let done = serial::load(&mut lock(&self.serial), &saved.serial)
-            && lock(&self.cmos).load(&saved.cmos);
+        let done = serial::load(&mut lock(&self.serial), &saved.serial) && saved.cmos.is_whole();
+        if !done {
+            return Err(Error::input(
+                "the snapshot's state of devices is none",
+                "use another snapshot",
+            ));
+        }
+        *lock(&self.cmos) = saved.cmos.clone();
         *lock(&self.power) = saved.power.save();
         if let (Some(firmware), Some(place)) = (&self.firmware, saved.config) {
             lock(&firmware.config).go_to(place);
         }
-        done.then_some(()).ok_or_else(|| {
-            Error::input(
-                "the snapshot's state of devices is none",
-                "use another snapshot",
-            )
-        })
+        Ok(())
     }
 
     /// Raises the level-triggered interrupts of a state that was taken over, once the interrupt controllers have
@@ -153,9 +155,12 @@ impl Ports {
     ///
     /// [`Error::Call`] where the hypervisor refuses.
     pub fn interrupt_again(&self) -> Result<()> {
-        let level = lock(&self.power).interrupts();
+        self.interrupt(&lock(&self.power))
+    }
+
+    fn interrupt(&self, power: &Power) -> Result<()> {
         self.vm
-            .set_irq_line(SCI.into(), level)
+            .set_irq_line(SCI.into(), power.interrupts())
             .map_err(failed("setting the interrupt of ACPI"))
     }
 
@@ -165,9 +170,7 @@ impl Ports {
         let before = power.interrupts();
         let result = work(&mut power);
         if power.interrupts() != before {
-            self.vm
-                .set_irq_line(SCI.into(), power.interrupts())
-                .map_err(failed("setting the interrupt of ACPI"))?;
+            self.interrupt(&power)?;
         }
         Ok(result)
     }
@@ -182,43 +185,39 @@ impl Ports {
     ///
     /// [`Error::Call`] where an interrupt can't be raised, or the console can't be written.
     pub fn write(&self, port: u16, data: &[u8]) -> Result<()> {
-        if let Some(offset) = offset(port, serial::BASE, serial::PORTS) {
-            let mut serial = lock(&self.serial);
-            for byte in data {
-                serial.write(offset, *byte).map_err(serial_failed)?;
+        match port {
+            serial::BASE..=serial::LAST => {
+                let mut serial = lock(&self.serial);
+                for byte in data {
+                    serial
+                        .write((port - serial::BASE) as u8, *byte)
+                        .map_err(serial_failed)?;
+                }
             }
-            return Ok(());
-        }
-        let event = match port {
             debug::PORT => {
                 if let Some(debug) = self.debug() {
-                    debug
-                        .write(data)
-                        .map_err(|error| Error::call("writing the console", error))?;
+                    debug.write(data).map_err(failed("writing the console"))?;
                 }
-                None
             }
             fwcfg::SELECTOR => {
                 if let Some(firmware) = &self.firmware {
                     lock(&firmware.config).select(data);
                 }
-                None
             }
             cmos::INDEX | cmos::DATA => {
-                data.iter()
-                    .for_each(|byte| lock(&self.cmos).write(port, *byte));
-                None
+                let mut cmos = lock(&self.cmos);
+                data.iter().for_each(|byte| cmos.write(port, *byte));
             }
             I8042 | I8042_COMMAND => {
                 for byte in data {
                     let Ok(()) = lock(&self.i8042).write((port - I8042) as u8, *byte);
                 }
-                None
             }
-            _ => self.with_power(|power| power.write(port, data))?,
-        };
-        if let Some(outcome) = event {
-            self.control.end(outcome);
+            _ => {
+                if let Some(outcome) = self.with_power(|power| power.write(port, data))? {
+                    self.control.end(outcome);
+                }
+            }
         }
         Ok(())
     }
@@ -229,38 +228,25 @@ impl Ports {
 
     /// The guest reads from `port` as many bytes as `data` has.
     pub fn read(&self, port: u16, data: &mut [u8]) {
-        if let Some(offset) = offset(port, serial::BASE, serial::PORTS) {
-            let mut serial = lock(&self.serial);
-            data.iter_mut().for_each(|byte| *byte = serial.read(offset));
-            return;
-        }
+        data.fill(NOBODY);
         match port {
+            serial::BASE..=serial::LAST => {
+                let mut serial = lock(&self.serial);
+                data.fill_with(|| serial.read((port - serial::BASE) as u8));
+            }
             debug::PORT if self.debug().is_some() => data.fill(debug::LISTENING),
-            fwcfg::DATA => match &self.firmware {
-                Some(firmware) => lock(&firmware.config).read(data),
-                None => data.fill(NOBODY),
-            },
-            cmos::INDEX | cmos::DATA => {
-                data.iter_mut()
-                    .for_each(|byte| *byte = lock(&self.cmos).read(port));
+            fwcfg::DATA => {
+                if let Some(firmware) = &self.firmware {
+                    lock(&firmware.config).read(data);
+                }
             }
+            cmos::INDEX | cmos::DATA => data.fill(lock(&self.cmos).read(port)),
             I8042 | I8042_COMMAND => {
-                data.iter_mut()
-                    .for_each(|byte| *byte = lock(&self.i8042).read((port - I8042) as u8));
+                data.fill_with(|| lock(&self.i8042).read((port - I8042) as u8));
             }
-            _ => {
-                data.fill(NOBODY);
-                lock(&self.power).read(port, data);
-            }
+            _ => lock(&self.power).read(port, data),
         }
     }
-}
-
-/// Where `port` lies in the `count` ports from `base` on.
-fn offset(port: u16, base: u16, count: u16) -> Option<u8> {
-    port.checked_sub(base)
-        .filter(|offset| *offset < count)
-        .map(|offset| offset as u8)
 }
 
 /// A serial port's failure as ours.
@@ -272,18 +258,5 @@ pub(crate) fn serial_failed(error: vm_superio::serial::Error<std::io::Error>) ->
         error @ SerialError::FullFifo => {
             Error::call("feeding the console", std::io::Error::other(error))
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn offsets_end_at_the_last_port() {
-        assert_eq!(offset(0x3f7, 0x3f8, 8), None);
-        assert_eq!(offset(0x3f8, 0x3f8, 8), Some(0));
-        assert_eq!(offset(0x3ff, 0x3f8, 8), Some(7));
-        assert_eq!(offset(0x400, 0x3f8, 8), None);
     }
 }

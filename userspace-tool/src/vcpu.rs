@@ -8,7 +8,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use kvm_bindings::{
-    kvm_msr_entry, Msrs, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+    kvm_msr_entry, CpuId, Msrs, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
@@ -23,12 +24,9 @@ use crate::stat::counters::Counters;
 use crate::stat::{Meter, Times};
 use crate::{ioctls, registers};
 
-/// IA32_MISC_ENABLE: fast string operations, as firmware leaves them.
-const MSR_MISC_ENABLE: u32 = 0x1a0;
-const FAST_STRINGS: u64 = 1;
-/// IA32_MTRR_DEF_TYPE: memory type ranges are on and all memory is write-back, as firmware leaves them.
-const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
-const MTRR_ON_WRITE_BACK: u64 = (1 << 11) | 6;
+/// What firmware sets, by the number of the MSR. IA32_MISC_ENABLE: fast string operations. IA32_MTRR_DEF_TYPE: memory
+/// type ranges are on and all memory is write-back.
+const FIRMWARE_MSRS: [(u32, u64); 2] = [(0x1a0, 1), (0x2ff, (1 << 11) | 6)];
 
 /// Offsets of the local APIC's local vector table in its register page (SDM volume 3, table 12-1).
 const APIC_LVT_LINT0: usize = 0x350;
@@ -47,12 +45,10 @@ pub struct Vcpu {
     raw: RawFd,
 }
 
-/// The number of a descriptor that a [`Vcpu`] has open.
-struct Descriptor(RawFd);
-
-impl AsRawFd for Descriptor {
+/// The descriptor can be used while the CPU runs.
+impl AsRawFd for Vcpu {
     fn as_raw_fd(&self) -> RawFd {
-        self.0
+        self.raw
     }
 }
 
@@ -64,17 +60,16 @@ impl Vcpu {
     ///
     /// [`Error::Call`] where the hypervisor refuses.
     pub fn new(vm: &VmFd, id: u32, cpuid: &Template, start: Start) -> Result<Self> {
-        let fd = vm.create_vcpu(id.into()).map_err(failed("making a CPU"))?;
-        fd.set_cpuid2(&cpuid.for_cpu(id)?)
-            .map_err(failed("setting a CPU's features"))?;
+        let vcpu = Self::with(vm, id, &cpuid.for_cpu(id)?)?;
         if let Start::Kernel(entry) = start {
-            set_msrs(&fd, cpuid)?;
+            let fd = vcpu.fd();
+            set_msrs(&fd)?;
             if id == 0 {
                 entry::set_registers(&fd, entry)?;
                 wire_interrupts(&fd)?;
             }
         }
-        Ok(Self::of(fd, id))
+        Ok(vcpu)
     }
 
     /// Makes the CPU with that number as it was saved, but for its state: [`saved::Cpu::load`] is to follow.
@@ -83,20 +78,20 @@ impl Vcpu {
     ///
     /// [`Error::Input`] where the hypervisor does not offer its features, [`Error::Call`] where it refuses.
     pub fn restored(vm: &VmFd, id: u32, saved: &saved::Cpu) -> Result<Self> {
-        let fd = vm.create_vcpu(id.into()).map_err(failed("making a CPU"))?;
-        fd.set_cpuid2(&saved.cpuid()?)
-            .map_err(failed("setting a CPU's features"))?;
-        Ok(Self::of(fd, id))
+        Self::with(vm, id, &saved.cpuid()?)
     }
 
-    fn of(fd: VcpuFd, id: u32) -> Self {
-        Self {
+    fn with(vm: &VmFd, id: u32, cpuid: &CpuId) -> Result<Self> {
+        let fd = vm.create_vcpu(id.into()).map_err(failed("making a CPU"))?;
+        fd.set_cpuid2(cpuid)
+            .map_err(failed("setting a CPU's features"))?;
+        Ok(Self {
             counters: Counters::open(&fd),
             meter: OnceLock::new(),
             raw: fd.as_raw_fd(),
             fd: Mutex::new(fd),
             id,
-        }
+        })
     }
 
     /// Its number.
@@ -123,7 +118,7 @@ impl Vcpu {
     ///
     /// As [`ioctls::trace`].
     pub fn trace(&self) -> io::Result<File> {
-        ioctls::trace(&Descriptor(self.raw))
+        ioctls::trace(self)
     }
 
     /// Its descriptor, for the thread of the CPU, and for others while it is parked.
@@ -143,7 +138,7 @@ impl Vcpu {
             // Where it is to park, it finishes the instruction that it left the guest in and comes back.
             let paused = control.paused();
             fd.set_kvm_immediate_exit(u8::from(paused));
-            let what = match fd.run() {
+            let stuck = match fd.run() {
                 Ok(VcpuExit::IoOut(port, data)) => {
                     ports.write(port, data)?;
                     continue;
@@ -160,91 +155,67 @@ impl Vcpu {
                     bus.write(address, data);
                     continue;
                 }
-                Ok(VcpuExit::Intr) => {
-                    fd = self.park_if(paused, fd, control);
+                exit if is_interruption(&exit) => {
+                    if paused {
+                        drop(fd);
+                        control.park();
+                        fd = self.fd();
+                    }
                     continue;
                 }
-                Ok(VcpuExit::Shutdown) => What::Crash,
-                Ok(VcpuExit::SystemEvent(kind, _)) => What::Event(kind),
-                Ok(VcpuExit::FailEntry(reason, cpu)) => What::Stuck(format!(
+                Ok(VcpuExit::Shutdown) => {
+                    control.end(Outcome::Crashed(self.report(&fd)));
+                    continue;
+                }
+                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => {
+                    control.end(Outcome::PoweredOff);
+                    continue;
+                }
+                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => {
+                    control.end(Outcome::Rebooted);
+                    continue;
+                }
+                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
+                    "it reported a crash of its own".to_owned()
+                }
+                Ok(VcpuExit::InternalError) => registers::internal_error(fd.get_kvm_run()),
+                Ok(VcpuExit::FailEntry(reason, cpu)) => format!(
                     "the CPU refused to enter the guest, reason {reason:#x}, on the host's CPU {cpu}"
-                )),
-                Ok(VcpuExit::InternalError) => What::InternalError,
-                Ok(exit) => What::Stuck(format!("an exit that nobody asked for: {exit:?}")),
-                Err(error) => match error.errno() {
-                    // A signal; or a CPU that waited for the first one has become ready to run.
-                    libc::EINTR | libc::EAGAIN => {
-                        fd = self.park_if(paused, fd, control);
-                        continue;
-                    }
-                    _ => What::Stuck(format!("KVM_RUN: {error}")),
-                },
+                ),
+                Ok(exit) => format!("an exit that nobody asked for: {exit:?}"),
+                Err(error) => format!("KVM_RUN: {error}"),
             };
-            control.end(self.ending(&mut fd, what));
+            control.end(Outcome::Stuck(format!("{stuck}\n{}", self.report(&fd))));
         }
         // They stay as they are here when this thread has gone.
         let _ = self.times();
         Ok(())
     }
 
-    fn park_if<'a>(
-        &'a self,
-        paused: bool,
-        fd: MutexGuard<'a, VcpuFd>,
-        control: &Control,
-    ) -> MutexGuard<'a, VcpuFd> {
-        if !paused {
-            return fd;
-        }
-        drop(fd);
-        control.park();
-        self.fd()
-    }
-
-    fn ending(&self, fd: &mut VcpuFd, what: What) -> Outcome {
-        let cpu = format!("CPU {}", self.id);
-        match what {
-            What::Crash => Outcome::Crashed(format!("{cpu}: {}", registers::report(fd))),
-            What::Event(KVM_SYSTEM_EVENT_SHUTDOWN) => Outcome::PoweredOff,
-            What::Event(KVM_SYSTEM_EVENT_RESET) => Outcome::Rebooted,
-            What::Event(KVM_SYSTEM_EVENT_CRASH) => Outcome::Stuck(format!(
-                "it reported a crash of its own\n{cpu}: {}",
-                registers::report(fd)
-            )),
-            What::Event(kind) => Outcome::Stuck(format!("it reported an unknown event, {kind}")),
-            What::InternalError => {
-                let reason = registers::internal_error(fd.get_kvm_run());
-                Outcome::Stuck(format!("{reason}\n{cpu}: {}", registers::report(fd)))
-            }
-            What::Stuck(reason) => {
-                Outcome::Stuck(format!("{reason}\n{cpu}: {}", registers::report(fd)))
-            }
-        }
+    /// Its registers, for a message.
+    fn report(&self, fd: &VcpuFd) -> String {
+        format!("CPU {}: {}", self.id, registers::report(fd))
     }
 }
 
-/// Why a CPU stopped for good.
-enum What {
-    Crash,
-    Event(u32),
-    InternalError,
-    Stuck(String),
+/// Whether a signal came; or the CPU, which waited for the first one, has become ready to run.
+fn is_interruption(exit: &std::result::Result<VcpuExit<'_>, kvm_ioctls::Error>) -> bool {
+    match exit {
+        Ok(exit) => matches!(exit, VcpuExit::Intr),
+        Err(error) => matches!(error.errno(), libc::EINTR | libc::EAGAIN),
+    }
 }
 
 /// Sets what firmware sets. A hypervisor that lacks one of these registers has the guest without it.
-fn set_msrs(fd: &VcpuFd, cpuid: &Template) -> Result<()> {
-    let mut values = vec![(MSR_MISC_ENABLE, FAST_STRINGS)];
-    if cpuid.has_mtrr() {
-        values.push((MSR_MTRR_DEF_TYPE, MTRR_ON_WRITE_BACK));
-    }
-    for (index, data) in values {
+fn set_msrs(fd: &VcpuFd) -> Result<()> {
+    for (index, data) in FIRMWARE_MSRS {
         let entry = kvm_msr_entry {
             index,
             data,
             ..Default::default()
         };
         let msrs = Msrs::from_entries(&[entry])
-            .map_err(|e| Error::call("listing MSRs", std::io::Error::other(format!("{e:?}"))))?;
+            .map_err(|e| Error::call("listing MSRs", io::Error::other(format!("{e:?}"))))?;
         fd.set_msrs(&msrs).map_err(failed("setting a CPU's MSRs"))?;
     }
     Ok(())

@@ -61,7 +61,7 @@ fn serial_port() -> Vec<u8> {
     let base = serial::BASE.to_le_bytes();
     // Ports, decoded in 16 bits, from the least base to the highest one in steps of 1 (6.4.2.5), and an
     // interrupt (6.4.2.1).
-    let ports = [&[0x47, 1], &base[..], &base, &[1, serial::PORTS as u8]].concat();
+    let ports = [&[0x47, 1], &base[..], &base, &[1, serial::PORTS]].concat();
     let [low, high] = (1_u16 << serial::IRQ).to_le_bytes();
     device("COM1", "PNP0501", 1, &[&ports, &[0x22, low, high]])
 }

@@ -6,6 +6,8 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
+
 use crate::acpi::CMOS_CENTURY;
 use crate::layout;
 use crate::size::{KIB, MIB};
@@ -37,17 +39,18 @@ const MEMORY_ABOVE_4G: usize = 0x5b;
 const MORE_CPUS: usize = 0x5f;
 
 /// The device.
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Cmos {
     index: u8,
-    bytes: [u8; BYTES],
+    bytes: Vec<u8>,
 }
 
 impl Default for Cmos {
     fn default() -> Self {
         Self {
             index: 0,
-            bytes: [0; BYTES],
+            bytes: vec![0; BYTES],
         }
     }
 }
@@ -78,24 +81,10 @@ impl Cmos {
         cmos
     }
 
-    /// The selected byte and all bytes, as [`Self::load`] takes them.
+    /// Whether it is as this program could have left it.
     #[must_use]
-    pub fn save(&self) -> (u8, Vec<u8>) {
-        (self.index, self.bytes.to_vec())
-    }
-
-    /// Takes over what [`Self::save`] gave. Says whether it could.
-    pub fn load(&mut self, (index, bytes): &(u8, Vec<u8>)) -> bool {
-        match <[u8; BYTES]>::try_from(bytes.as_slice()) {
-            Ok(bytes) => {
-                *self = Self {
-                    index: index & 0x7f,
-                    bytes,
-                }
-            }
-            Err(_) => return false,
-        }
-        true
+    pub fn is_whole(&self) -> bool {
+        usize::from(self.index) < BYTES && self.bytes.len() == BYTES
     }
 
     /// The guest writes a byte. The clock can't be set: what is written to it is forgotten.
@@ -149,26 +138,24 @@ fn bcd(value: u64) -> u8 {
 }
 
 /// Year, month and day of the month (both from 1) of the day so many days after the first of 1970.
-fn date(mut days: u64) -> (u64, u64, u64) {
+fn date(days: u64) -> (u64, u64, u64) {
     // 400 years of the Gregorian calendar always have the same number of days.
     const CYCLE: u64 = 146_097;
-    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
-    let mut year = 1970 + days / CYCLE * 400;
-    days %= CYCLE;
-    while days >= 365 + u64::from(leap(year)) {
-        days -= 365 + u64::from(leap(year));
-        year += 1;
-    }
-    let february = 28 + u64::from(leap(year));
-    let mut month = 1;
-    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30] {
-        if days < length {
-            break;
-        }
-        days -= length;
-        month += 1;
-    }
-    (year, month, days + 1)
+    // Counted from the first of March of the year 0: so the leap day is the last of its year, of its century where
+    // that has one, and of the cycle.
+    let days = days + 719_468;
+    let day = days % CYCLE;
+    let year = (day - day / 1_460 + day / 36_524 - day / (CYCLE - 1)) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    // From March on the months have 31, 30, 31, 30 and 31 days, 153 together, over and over.
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (month, next) = if month < 10 {
+        (month + 3, 0)
+    } else {
+        (month - 9, 1)
+    };
+    (days / CYCLE * 400 + year + next, month, day)
 }
 
 #[cfg(test)]

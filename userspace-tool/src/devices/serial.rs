@@ -6,6 +6,7 @@ use std::io;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
 use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::Trigger;
 
@@ -14,7 +15,9 @@ use crate::console::{Output, Wake};
 /// The first of its ports.
 pub const BASE: u16 = 0x3f8;
 /// The number of its ports.
-pub const PORTS: u16 = 8;
+pub const PORTS: u8 = 8;
+/// The last of them.
+pub const LAST: u16 = BASE + PORTS as u16 - 1;
 /// Its interrupt: the GSI is the number of the ISA interrupt.
 pub const IRQ: u32 = 4;
 
@@ -37,44 +40,28 @@ impl Trigger for Line {
     }
 }
 
-/// Its registers, in the order of [`SerialState`], and what it has received.
-#[must_use]
-pub(super) fn save(serial: &Serial) -> ([u8; 9], Vec<u8>) {
-    let state = serial.state();
-    let registers = [
-        state.baud_divisor_low,
-        state.baud_divisor_high,
-        state.interrupt_enable,
-        state.interrupt_identification,
-        state.line_control,
-        state.line_status,
-        state.modem_control,
-        state.modem_status,
-        state.scratch,
-    ];
-    (registers, state.in_buffer)
+/// How [`SerialState`] is kept outside.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "SerialState", deny_unknown_fields)]
+pub(super) struct State {
+    baud_divisor_low: u8,
+    baud_divisor_high: u8,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    in_buffer: Vec<u8>,
 }
 
-/// Takes over what [`save`] gave. Says whether it could.
-pub(super) fn load(serial: &mut Serial, (registers, in_buffer): &([u8; 9], Vec<u8>)) -> bool {
-    let [baud_divisor_low, baud_divisor_high, interrupt_enable, interrupt_identification, line_control, line_status, modem_control, modem_status, scratch] =
-        *registers;
-    let state = SerialState {
-        baud_divisor_low,
-        baud_divisor_high,
-        interrupt_enable,
-        interrupt_identification,
-        line_control,
-        line_status,
-        modem_control,
-        modem_status,
-        scratch,
-        in_buffer: in_buffer.clone(),
-    };
+/// Takes over a state. Says whether it could.
+pub(super) fn load(serial: &mut Serial, state: &SerialState) -> bool {
     let line = Line(Arc::clone(&serial.interrupt_evt().0));
     let drained = Drained(serial.events().0.clone());
     let output = serial.writer().clone();
-    Serial::from_state(&state, line, drained, output)
+    Serial::from_state(state, line, drained, output)
         .map(|new| *serial = new)
         .is_ok()
 }

@@ -93,8 +93,8 @@ fn other_files_and_versions_are_told_from_damage() {
     assert!(matches!(read(b"#!/bin/sh\n"), Err(Wrong::Foreign)));
     assert!(matches!(read(b""), Err(Wrong::Foreign)));
     let mut bytes = written();
-    bytes[8] = 2;
-    assert!(matches!(read(&bytes), Err(Wrong::Version(2))));
+    bytes[8] = 3;
+    assert!(matches!(read(&bytes), Err(Wrong::Version(3))));
 }
 
 #[test]
