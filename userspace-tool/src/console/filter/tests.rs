@@ -2,6 +2,8 @@
 
 use super::*;
 
+const ESC: u8 = 0x1b;
+
 fn passed(utf8: bool, input: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     Filter::new(utf8).pass(input, &mut out);
@@ -28,8 +30,13 @@ fn drops(input: &[u8]) {
 fn text_and_what_places_and_colours_it_passes() {
     passes("login: \r\n\tdone\x08 \x07");
     passes("\u{a0}\u{e9}\u{20ac}\u{1f600}");
-    passes("\x1b[m\x1b[1;31mred\x1b[38;2;255;255;255;48;2;10;20;30m\x1b[4:3m");
-    passes("\x1b[H\x1b[2J\x1b[10;20H\x1b[5A\x1b[K\x1b[0J\x1b[2L\x1b[3P\x1b[1;24r\x1b[S\x1b[T");
+    passes("\x1b[0m\x1b[1;31mred\x1b[38;2;255;255;255;48;2;10;20;30m\x1b[4:3m");
+    passes("\x1b[2J\x1b[10;20H\x1b[5A\x1b[1K\x1b[0J\x1b[2L\x1b[3P\x1b[1;24r\x1b[2S\x1b[1T");
+    // A number that is left out is 0: its place says what that means.
+    assert_eq!(
+        passed(true, b"\x1b[m\x1b[H\x1b[;5H\x1b[K\x1b[r\x1b[ q"),
+        b"\x1b[0m\x1b[0H\x1b[0;5H\x1b[0K\x1b[0r\x1b[0 q"
+    );
     passes("\x1b7\x1b8\x1bM\x1b(0\x1b(B\x0e\x0f\x1b=\x1b>\x1b[4h\x1b[4l\x1b[2 q");
     passes("\x1b[?1049h\x1b[?25l\x1b[?7;25h\x1b[?1;2004l");
 }
@@ -120,8 +127,8 @@ fn control_characters_of_eight_bits_are_no_way_around() {
             "{start:x?}"
         );
     }
-    // A character with 0x9b in it, where each byte is one of its own.
-    assert_eq!(passed(false, "\u{15b}6n".as_bytes()), b"??6n");
+    // A character with 0x9b in it, which is a control character of its own to some terminals.
+    assert_eq!(passed(false, "\u{15b}6n".as_bytes()), b"?6n");
     // Longer than need be, cut short, surrogate, beyond the last.
     for wrong in [
         &[0xc0, 0x9b][..],
@@ -148,7 +155,7 @@ fn what_breaks_a_sequence_off_is_seen_and_the_sequence_is_not() {
     );
     assert_eq!(passed(true, b"\x1b]0;t\x1b[6nq"), b"q");
     let mut long = b"\x1b[".to_vec();
-    long.extend_from_slice(&[b'1'; 3 * LONGEST]);
+    long.extend_from_slice(&[b'1'; 192]);
     drops(&[&long[..], b"m"].concat());
 }
 
@@ -241,6 +248,5 @@ fn random_output_harms_no_terminal() {
             .iter()
             .for_each(|byte| filter.pass(&[*byte], &mut bytewise));
         assert_eq!(bytewise, out, "round {round}: however it is cut");
-        assert!(filter.held.len() <= LONGEST, "round {round}");
     }
 }
