@@ -159,7 +159,7 @@ fn load_kernel(
     for (place, (range, kind)) in parameters.e820_table.iter_mut().zip(&map) {
         *place = boot_e820_entry {
             addr: range.start,
-            size: range.size,
+            size: range.end - range.start,
             type_: *kind as u32,
         };
         parameters.e820_entries += 1;

@@ -12,7 +12,7 @@ use std::io;
 
 use landlock::{
     Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
-    RulesetAttr, RulesetCreated, RulesetCreatedAttr, Scope, ABI,
+    RulesetAttr, RulesetCreatedAttr, Scope, ABI,
 };
 use rustix::process::{getppid, parent_process_death_signal, set_parent_process_death_signal};
 use rustix::thread::{set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
@@ -195,38 +195,31 @@ fn find_user(passwd: &str, name: &str) -> Option<(u32, u32)> {
 
 /// Forbids the file system but for what [`seal`] leaves, TCP, and signals to processes outside.
 fn restrict_files(folder: &File) -> Result<()> {
-    let what = "restricting files by Landlock";
-    let rules = Ruleset::default()
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(LANDLOCK))
-        .and_then(|rules| rules.handle_access(AccessNet::from_all(LANDLOCK)))
-        .and_then(|rules| rules.scope(Scope::from_all(LANDLOCK)))
-        .and_then(Ruleset::create)
-        .map_err(|e| Error::call(what, io::Error::other(e)))?;
-    let process = PathFd::new("/proc/self").map_err(|e| Error::call(what, io::Error::other(e)))?;
-    rules
-        .add_rule(PathBeneath::new(folder, AccessFs::RemoveFile))
-        .and_then(|rules| rules.add_rule(PathBeneath::new(process, AccessFs::ReadFile)))
-        .and_then(RulesetCreated::restrict_self)
-        .map_err(|e| Error::call(what, io::Error::other(e)))?;
-    Ok(())
+    let restrict = || -> anyhow::Result<()> {
+        let process = PathFd::new("/proc/self")?;
+        Ruleset::default()
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(AccessFs::from_all(LANDLOCK))?
+            .handle_access(AccessNet::from_all(LANDLOCK))?
+            .scope(Scope::from_all(LANDLOCK))?
+            .create()?
+            .add_rule(PathBeneath::new(folder, AccessFs::RemoveFile))?
+            .add_rule(PathBeneath::new(process, AccessFs::ReadFile))?
+            .restrict_self()?;
+        Ok(())
+    };
+    restrict().map_err(|e| Error::call("restricting files by Landlock", io::Error::other(e)))
 }
 
 /// Answers every system call with EPERM but those of [`CALLS`], KVM's and the terminal's ioctls, and what makes and
 /// wakes this process's own threads.
 fn restrict_calls() -> Result<()> {
-    let refused = |error: seccompiler::Error| {
-        Error::call(
-            "restricting system calls by seccomp",
-            io::Error::other(error),
-        )
+    let restrict = || -> std::result::Result<(), seccompiler::Error> {
+        // Of two answers the stricter one counts. The second filter leaves no call by which to have another.
+        apply_filter(&without_clone3()?)?;
+        apply_filter(&filter()?)
     };
-    // Of two answers the stricter one counts. The second filter leaves no call by which to have another.
-    for program in [without_clone3(), filter()] {
-        let program = program.map_err(|error| refused(error.into()))?;
-        apply_filter(&program).map_err(refused)?;
-    }
-    Ok(())
+    restrict().map_err(|e| Error::call("restricting system calls by seccomp", io::Error::other(e)))
 }
 
 /// Has clone3 answer ENOSYS: then the C library makes its threads by clone, whose arguments [`filter`] sees.

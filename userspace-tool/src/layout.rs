@@ -3,6 +3,8 @@
 //! Where everything lies in the guest's physical address space: a PC's, with a hole for devices below
 //! 4 GiB. All addresses are guest-physical, all sizes in bytes.
 
+use std::ops::Range;
+
 use crate::size::{GIB, KIB, MIB};
 
 /// Granularity of guest memory.
@@ -71,53 +73,20 @@ pub const fn acpi_tables_of_firmware(memory: u64) -> u64 {
     low - ACPI_SIZE
 }
 
-/// A range of guest-physical addresses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Range {
-    /// First address.
-    pub start: u64,
-    /// Number of bytes.
-    pub size: u64,
-}
-
-impl Range {
-    const fn between(start: u64, end: u64) -> Self {
-        Self {
-            start,
-            size: end.saturating_sub(start),
-        }
-    }
-
-    /// The first address behind the range.
-    #[must_use]
-    pub const fn end(&self) -> u64 {
-        self.start.saturating_add(self.size)
-    }
-}
-
 /// The ranges that `memory` bytes of RAM fill: one, or two around the hole.
 #[must_use]
-pub fn ram(memory: u64) -> Vec<Range> {
-    let low = memory.min(HOLE);
-    let mut ranges = vec![Range {
-        start: 0,
-        size: low,
-    }];
-    if memory > low {
-        ranges.push(Range {
-            start: ABOVE_4G,
-            size: memory - low,
-        });
-    }
-    ranges
+pub fn ram(memory: u64) -> Vec<Range<u64>> {
+    let low = 0..memory.min(HOLE);
+    let high = ABOVE_4G..ABOVE_4G.saturating_add(memory - low.end);
+    let ranges = [low, high].into_iter();
+    ranges.filter(|range| !range.is_empty()).collect()
 }
 
 /// The ranges of `ram` and one of `size` bytes for firmware, where that is not 0, in ascending order.
 #[must_use]
-pub fn with_rom(mut ram: Vec<Range>, size: u64) -> Vec<Range> {
+pub fn with_rom(mut ram: Vec<Range<u64>>, size: u64) -> Vec<Range<u64>> {
     if size > 0 {
-        ram.push(Range::between(FIRMWARE_END - size, FIRMWARE_END));
-        ram.sort_unstable_by_key(|range| range.start);
+        ram.insert(1, FIRMWARE_END - size..FIRMWARE_END);
     }
     ram
 }
@@ -142,17 +111,14 @@ pub enum Kind {
 
 /// The memory map of a guest with `memory` bytes, in ascending order without overlaps.
 #[must_use]
-pub fn e820(memory: u64) -> Vec<(Range, Kind)> {
+pub fn e820(memory: u64) -> Vec<(Range<u64>, Kind)> {
     let mut map = vec![
-        (Range::between(0, CONVENTIONAL_END), Kind::Ram),
-        (Range::between(CONVENTIONAL_END, 0xa_0000), Kind::Reserved),
-        (Range::between(ACPI_TABLES, HIGH_MEMORY), Kind::Acpi),
+        (0..CONVENTIONAL_END, Kind::Ram),
+        (CONVENTIONAL_END..0xa_0000, Kind::Reserved),
+        (ACPI_TABLES..HIGH_MEMORY, Kind::Acpi),
     ];
     for range in ram(memory) {
-        let range = Range::between(range.start.max(HIGH_MEMORY), range.end());
-        if range.size > 0 {
-            map.push((range, Kind::Ram));
-        }
+        map.push((range.start.max(HIGH_MEMORY)..range.end, Kind::Ram));
     }
     map
 }
@@ -175,8 +141,14 @@ mod tests {
     fn no_byte_of_memory_is_lost_or_doubled() {
         for size in SIZES {
             let ranges = ram(size);
-            assert_eq!(ranges.iter().map(|range| range.size).sum::<u64>(), size);
-            assert!(ranges.windows(2).all(|pair| pair[0].end() <= pair[1].start));
+            assert_eq!(
+                ranges
+                    .iter()
+                    .map(|range| range.end - range.start)
+                    .sum::<u64>(),
+                size
+            );
+            assert!(ranges.windows(2).all(|pair| pair[0].end <= pair[1].start));
         }
     }
 
@@ -184,17 +156,11 @@ mod tests {
     fn the_hole_holds_no_memory() {
         for size in SIZES {
             for range in ram(size) {
-                assert!(range.end() <= HOLE || range.start >= ABOVE_4G);
+                assert!(range.end <= HOLE || range.start >= ABOVE_4G);
             }
         }
         assert_eq!(ram(HOLE).len(), 1);
-        assert_eq!(
-            ram(HOLE + PAGE_SIZE)[1],
-            Range {
-                start: ABOVE_4G,
-                size: PAGE_SIZE
-            }
-        );
+        assert_eq!(ram(HOLE + PAGE_SIZE)[1], ABOVE_4G..ABOVE_4G + PAGE_SIZE);
     }
 
     #[test]
@@ -205,8 +171,8 @@ mod tests {
         assert!(HOLE <= VIRTIO && virtio_page(VIRTIO_GSIS.len()) <= u64::from(IOAPIC));
         assert!(u64::from(LOCAL_APIC.max(IOAPIC)) + PAGE_SIZE <= IDENTITY_MAP);
         let ranges = with_rom(ram(4 * GIB), *FIRMWARE_SIZE.end());
-        assert_eq!(ranges[1], Range::between(lowest, FIRMWARE_END));
-        assert!(ranges.windows(2).all(|pair| pair[0].end() <= pair[1].start));
+        assert_eq!(ranges[1], lowest..FIRMWARE_END);
+        assert!(ranges.windows(2).all(|pair| pair[0].end <= pair[1].start));
         assert!(is_rom(lowest) && !is_rom(HOLE - 1) && !is_rom(ABOVE_4G));
     }
 
@@ -214,14 +180,12 @@ mod tests {
     fn the_memory_map_is_sorted_and_inside_memory() {
         for size in SIZES {
             let map = e820(size);
-            assert!(map
-                .windows(2)
-                .all(|pair| pair[0].0.end() <= pair[1].0.start));
+            assert!(map.windows(2).all(|pair| pair[0].0.end <= pair[1].0.start));
             for (range, _) in &map {
-                assert!(range.size > 0);
+                assert!(!range.is_empty());
                 assert!(ram(size)
                     .iter()
-                    .any(|ram| ram.start <= range.start && range.end() <= ram.end()));
+                    .any(|ram| ram.start <= range.start && range.end <= ram.end));
             }
         }
     }
@@ -229,24 +193,12 @@ mod tests {
     #[test]
     fn boot_data_lies_in_usable_memory_apart_from_each_other() {
         let parts = [
-            Range {
-                start: GDT,
-                size: 32,
-            },
-            Range {
-                start: ZERO_PAGE,
-                size: PAGE_SIZE,
-            },
-            Range {
-                start: PAGE_TABLES,
-                size: 6 * PAGE_SIZE,
-            },
-            Range {
-                start: COMMAND_LINE,
-                size: COMMAND_LINE_SIZE,
-            },
+            GDT..GDT + 32,
+            ZERO_PAGE..ZERO_PAGE + PAGE_SIZE,
+            PAGE_TABLES..PAGE_TABLES + 6 * PAGE_SIZE,
+            COMMAND_LINE..COMMAND_LINE + COMMAND_LINE_SIZE,
         ];
-        assert!(parts.windows(2).all(|pair| pair[0].end() <= pair[1].start));
-        assert!(parts.iter().all(|part| part.end() <= CONVENTIONAL_END));
+        assert!(parts.windows(2).all(|pair| pair[0].end <= pair[1].start));
+        assert!(parts.iter().all(|part| part.end <= CONVENTIONAL_END));
     }
 }

@@ -18,27 +18,13 @@ pub type Memory = GuestMemoryMmap<()>;
 /// The least memory that there is a place for each of the parts that [`layout`] names.
 const LEAST: u64 = 2 * size::MIB;
 
-/// What the host has, in bytes, from /proc/meminfo.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct HostMemory {
-    total: u64,
-    available: u64,
-}
-
-impl HostMemory {
-    fn from_meminfo(text: &str) -> Option<Self> {
-        let field = |name: &str| -> Option<u64> {
-            let line = text
-                .lines()
-                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-            let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-            kib.checked_mul(size::KIB)
-        };
-        Some(Self {
-            total: field("MemTotal")?,
-            available: field("MemAvailable")?,
-        })
-    }
+/// A field of /proc/meminfo, in bytes.
+fn meminfo(text: &str, name: &str) -> Option<u64> {
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(size::KIB)
 }
 
 /// Checks that this host could give a guest `bytes` of memory, and warns on standard error where it
@@ -49,37 +35,36 @@ impl HostMemory {
 /// [`Error::Input`] where `bytes` is too little, no multiple of a page, or more than the host's memory.
 pub fn check_size(bytes: u64) -> Result<()> {
     let text = size::text(bytes);
+    let wrong = |what: &str| {
+        let what = format!("--memory {text} {what}");
+        Err(Error::input(what, "give a size such as 256M"))
+    };
     if bytes < LEAST {
-        return Err(Error::input(
-            format!("--memory {text} is too small for any kernel"),
-            "give a size such as 256M",
-        ));
+        return wrong("is too small for any kernel");
     }
     if bytes % layout::PAGE_SIZE != 0 {
-        return Err(Error::input(
-            format!("--memory {text} is no multiple of 4 KiB"),
-            "give a size such as 256M",
-        ));
+        return wrong("is no multiple of 4 KiB");
     }
     // A host without /proc says nothing; then mmap has the last word.
-    let host = fs::read_to_string("/proc/meminfo").ok();
-    let Some(host) = host.as_deref().and_then(HostMemory::from_meminfo) else {
+    let host = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let fields = ["MemTotal", "MemAvailable"].map(|name| meminfo(&host, name));
+    let [Some(total), Some(available)] = fields else {
         return Ok(());
     };
-    if bytes > host.total {
+    let available_mib = available / size::MIB;
+    if bytes > total {
         return Err(Error::input(
             format!(
                 "--memory {text} is more than this host's {} MiB",
-                host.total / size::MIB
+                total / size::MIB
             ),
-            format!("give {} MiB or less", host.available / size::MIB),
+            format!("give {available_mib} MiB or less"),
         ));
     }
-    if bytes > host.available {
+    if bytes > available {
         say(format_args!(
-            "warning: --memory {text} is more than the {} MiB that this host has free; \
-             the guest or another program may be killed when it runs out",
-            host.available / size::MIB
+            "warning: --memory {text} is more than the {available_mib} MiB that this host has free; \
+             the guest or another program may be killed when it runs out"
         ));
     }
     Ok(())
@@ -100,7 +85,8 @@ pub fn allocate(bytes: u64, rom: u64) -> Result<Memory> {
     };
     let mut ranges = Vec::new();
     for range in layout::with_rom(layout::ram(bytes), rom) {
-        let length = usize::try_from(range.size).map_err(|e| refused(e.to_string()))?;
+        let length = usize::try_from(range.end - range.start);
+        let length = length.map_err(|e| refused(e.to_string()))?;
         ranges.push((GuestAddress(range.start), length));
     }
     // Private, anonymous, MAP_NORESERVE.
@@ -144,21 +130,12 @@ mod tests {
 
     #[test]
     fn meminfo_is_read() {
-        let text = "MemTotal:        2048 kB\nMemFree:  1 kB\nMemAvailable:    1024 kB\n";
-        let expected = HostMemory {
-            total: 2 << 20,
-            available: 1 << 20,
-        };
-        assert_eq!(HostMemory::from_meminfo(text), Some(expected));
-    }
-
-    #[test]
-    fn meminfo_without_a_field_says_nothing() {
-        assert_eq!(HostMemory::from_meminfo("MemTotal: 2048 kB\n"), None);
-        assert_eq!(
-            HostMemory::from_meminfo("MemTotal: x kB\nMemAvailable: 1 kB"),
-            None
-        );
+        let text =
+            "MemTotal:        2048 kB\nMemFree:  1 kB\nMemAvailable:    1024 kB\nBad: x kB\n";
+        assert_eq!(meminfo(text, "MemTotal"), Some(2 << 20));
+        assert_eq!(meminfo(text, "MemAvailable"), Some(1 << 20));
+        assert_eq!(meminfo(text, "Mem"), None);
+        assert_eq!(meminfo(text, "Bad"), None);
     }
 
     #[test]

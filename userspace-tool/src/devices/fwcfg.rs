@@ -38,11 +38,7 @@ impl FwCfg {
         let acpi = layout::acpi_tables_of_firmware(memory);
         let mut map = Vec::new();
         for range in layout::ram(memory) {
-            let end = if range.start < acpi {
-                acpi
-            } else {
-                range.end()
-            };
+            let end = if range.start < acpi { acpi } else { range.end };
             map.extend(e820(range.start, end, layout::Kind::Ram));
         }
         map.extend(e820(acpi, acpi + layout::ACPI_SIZE, layout::Kind::Reserved));
