@@ -31,7 +31,7 @@ reaches_prompt() {
 test_boot_prompt() {
 	firmware --memory 48M
 	reaches_prompt || return
-	says 'qemu/e820: addr 0x0000000000000000 len 0x0000000003000000 [RAM]' && says 'Found 1 cpu(s)'
+	says 'qemu/e820: addr 0x0000000000000000 len 0x0000000002ff0000 [RAM]' && says 'Found 1 cpu(s)'
 }
 
 # The others start by INIT and SIPI in real mode.
