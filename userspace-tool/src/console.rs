@@ -1,18 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! The guest's console: standard input to its serial port, its output to standard output, and the keys and
-//! signals that end it. One thread does it. Clients that are attached over the machine's socket share it.
+//! signals that end it. Clients that are attached over the machine's socket share it.
 
 mod attach;
 mod escape;
 mod filter;
-mod hub;
 mod output;
 mod terminal;
 mod wake;
 
 use std::collections::VecDeque;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, TryLockError};
@@ -32,8 +30,7 @@ use crate::outcome::Outcome;
 pub use attach::attach;
 use escape::{Escape, Key};
 pub use filter::Filter;
-pub use hub::{Hub, SCROLLBACK};
-pub use output::Output;
+pub use output::{Output, SCROLLBACK};
 pub use terminal::Raw;
 pub use wake::Wake;
 
@@ -58,8 +55,8 @@ impl Signals {
     /// [`Error::Call`] where the host's kernel refuses.
     pub fn catch() -> Result<Self> {
         let what = "catching signals";
-        let (pipe, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)
-            .map_err(|e| Error::call(what, io::Error::from(e)))?;
+        let (pipe, writer) =
+            pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(failed(what))?;
         let last = Arc::new(AtomicUsize::new(0));
         for signal in [SIGHUP, SIGINT, SIGQUIT, SIGTERM] {
             // Actions run in the order in which they were registered: the number is there before the byte.
@@ -91,13 +88,11 @@ impl AsFd for Signals {
 
 /// The console's thread.
 pub struct Console {
-    /// Where output waits.
+    /// The guest's output, and what its clients type.
     pub output: Output,
-    /// The clients that are attached.
-    pub hub: Hub,
     /// Where what is typed goes instead of to the serial port.
     pub keyboard: Option<Keyboard>,
-    /// Wakes the thread: output waits, input is wanted, or the guest has ended.
+    /// Wakes the thread: input has come or is wanted, or the guest has ended.
     pub wake: Wake,
     /// Signals that end the guest.
     pub signals: Signals,
@@ -112,45 +107,28 @@ impl Console {
     ///
     /// [`Error::Call`] where the terminal or the serial port fails.
     pub fn run(&self, ports: &Ports) -> Result<()> {
+        self.output.start()?;
         let mut input = Input::default();
-        // How long to sleep: until something happens, or until output has waited long enough.
-        let mut sleep = None;
         loop {
-            // Said before looking: what is written after the look wakes this thread.
-            self.output.set_asleep(sleep.is_none());
-            if self.output.is_waiting() {
-                sleep = Some(output::DELAY);
-            }
-            let timeout = if input.waiting.is_empty() {
-                sleep
-            } else {
-                sleep.or(Some(RETRY))
-            };
-            let stdin_ready = self.wait(input.wanted(), timeout)?;
-            self.output.set_asleep(false);
+            let retry = (!input.waiting.is_empty()).then_some(RETRY);
+            let stdin_ready = self.wait(input.wanted(), retry)?;
             if let Some(signal) = self.signals.take() {
                 self.control.end(Outcome::Signal(signal));
             }
             if self.control.ended() {
-                return self.output.finish().map_err(failed("writing the console"));
+                self.output.finish();
+                return Ok(());
             }
             if stdin_ready {
-                self.read_keys(&mut input)?;
+                self.read_keys(&mut input);
             }
             if input.waiting.is_empty() {
-                self.hub.take_typed(&mut input.waiting);
+                self.output.take_typed(&mut input.waiting);
             }
             match &self.keyboard {
                 Some(keyboard) => keyboard.take(&mut input.waiting),
                 None => input.hand_over(ports)?,
             }
-            // Behind the byte that it was woken for more will follow: they get their time first.
-            let active = sleep.is_none()
-                || self
-                    .output
-                    .write_waiting()
-                    .map_err(failed("writing the console"))?;
-            sleep = active.then_some(output::DELAY);
         }
     }
 
@@ -170,12 +148,7 @@ impl Console {
         });
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => {
-                return Err(Error::call(
-                    "waiting for the console",
-                    io::Error::from(error),
-                ))
-            }
+            Err(error) => return Err(Error::call("waiting for the console", error)),
         }
         if !fds[0].revents().is_empty() {
             self.wake.clear();
@@ -183,33 +156,25 @@ impl Console {
         Ok(fds.get(2).is_some_and(|fd| !fd.revents().is_empty()))
     }
 
-    fn read_keys(&self, input: &mut Input) -> Result<()> {
+    fn read_keys(&self, input: &mut Input) {
         let mut bytes = [0; 256];
         let count = match rustix::io::read(stdin(), &mut bytes) {
-            Ok(0) => {
+            Ok(count @ 1..) => count,
+            Err(Errno::INTR | Errno::AGAIN) => return,
+            // Its end; or the terminal is gone, or it is not ours to read.
+            Ok(0) | Err(_) => {
                 input.ended = true;
-                return Ok(());
-            }
-            Ok(count) => count,
-            Err(Errno::INTR | Errno::AGAIN) => return Ok(()),
-            // The terminal is gone, or it is not ours to read.
-            Err(_) => {
-                input.ended = true;
-                return Ok(());
+                return;
             }
         };
         for byte in &bytes[..count] {
             match input.escape.feed(*byte) {
                 Key::Guest(byte) => input.waiting.push_back(byte),
                 Key::Quit => self.control.end(Outcome::Quit),
-                Key::Help => self
-                    .output
-                    .say(KEYS)
-                    .map_err(failed("writing the console"))?,
+                Key::Help => self.output.say(KEYS),
                 Key::Detach | Key::Nothing => {}
             }
         }
-        Ok(())
     }
 }
 

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 use crate::arguments::RunOptions;
-use crate::console::{Hub, Wake};
+use crate::console::{Output, Wake};
 use crate::control::{answer, stream, Answer, Nothing, Request};
 use crate::devices::{lock, virtio, Ports};
 use crate::error::{failed, say, Error, Result};
@@ -66,7 +66,7 @@ pub struct Machine {
     /// Its devices on I/O ports.
     pub ports: Ports,
     /// Its console's clients.
-    pub hub: Hub,
+    pub output: Output,
     /// Takes samples of it.
     sampler: Sampler,
     /// Where they go, one a second.
@@ -310,7 +310,7 @@ impl Machine {
                         .inspect_err(|error| say(format_args!("a snapshot failed: {error}")))
                 })
             }
-            Request::Console {} => return stream(client, |client| self.hub.attach(client)),
+            Request::Console {} => return stream(client, |client| self.output.attach(client)),
             Request::Trace(wanted) => {
                 return stream(client, |client| trace::stream(self, &wanted, client))
             }

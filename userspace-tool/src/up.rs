@@ -220,9 +220,7 @@ impl Screen {
         let mut text = self.prefix.clone().into_bytes();
         match &mut self.filter {
             Some(filter) => {
-                let mut passed = Vec::new();
-                filter.pass(line, &mut passed);
-                text.extend(within_line(&passed, self.colours));
+                text.extend(within_line(&filter.passed(line), self.colours));
             }
             None => text.extend_from_slice(line),
         }

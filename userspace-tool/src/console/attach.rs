@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The other side of [`super::hub`]: this terminal on the console of a machine that another process runs.
+//! The other side of [`super::output`]: this terminal on the console of a machine that another process runs.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -152,11 +152,7 @@ impl Screen {
     /// Shows what the guest has written.
     fn show(&mut self, bytes: &[u8]) -> Result<()> {
         match &mut self.0 {
-            Some(filter) => {
-                let mut passed = Vec::with_capacity(bytes.len());
-                filter.pass(bytes, &mut passed);
-                write(&passed)
-            }
+            Some(filter) => write(&filter.passed(bytes)),
             None => write(bytes),
         }
     }

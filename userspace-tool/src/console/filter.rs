@@ -59,11 +59,11 @@ impl Filter {
         ))
     }
 
-    /// Takes the next bytes of the stream and puts those that pass behind `out`.
-    pub fn pass(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
+    /// Takes the next bytes of the stream and gives those that pass.
+    pub fn passed(&mut self, bytes: &[u8]) -> Vec<u8> {
         let mut passed = Passed {
             utf8: self.utf8,
-            out,
+            out: Vec::with_capacity(bytes.len()),
         };
         for line in bytes.chunk_by(|_, next| *next != b'\n') {
             if line.starts_with(b"\n") {
@@ -72,16 +72,17 @@ impl Filter {
             }
             self.parser.advance(&mut passed, line);
         }
+        passed.out
     }
 }
 
 /// Takes what the parser has found, and writes what of it passes.
-struct Passed<'a> {
+struct Passed {
     utf8: bool,
-    out: &'a mut Vec<u8>,
+    out: Vec<u8>,
 }
 
-impl Perform for Passed<'_> {
+impl Perform for Passed {
     fn print(&mut self, character: char) {
         let shown = match character {
             ' '..='~' => character,

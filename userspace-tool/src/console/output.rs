@@ -1,236 +1,278 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The guest's output on its way to standard output.
+//! The guest's output on its way to who sees it: standard output, and clients that are attached to the console over the
+//! machine's socket. Each has a thread of its own.
 //!
-//! A guest writes byte for byte, each an exit; a system call for each would double its cost. So bytes are
-//! collected and written a line at a time; what has no end of line yet, a prompt, follows within
-//! [`DELAY`], by the console's thread.
+//! A guest writes byte for byte, each an exit; to show each at once would double its cost. So bytes are shown a line at
+//! a time; what has no end of line yet, a prompt, follows within [`DELAY`].
 //!
 //! Standard output may take nothing for as long as it likes: a pipe that nobody reads. Then the guest waits where it
-//! writes, but the console's thread does not, no lock is held, and neither pausing nor ending the machine has to wait.
+//! writes, but neither pausing nor ending the machine has to. A client sees the last [`SCROLLBACK`] bytes first and then
+//! all that follows, and may type. One that takes output more slowly than the guest writes it misses what lies longer
+//! back than that; it holds up neither the guest nor others.
 
+use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::io::Errno;
+use rustix::event::{poll, PollFd, PollFlags};
 
-use super::{Filter, Hub, Wake};
+use super::{Filter, Wake};
+use crate::control::gone;
 use crate::devices::lock;
+use crate::error::{failed, Error, Result};
 use crate::machine::Control;
+use crate::outcome::Outcome;
 
-/// How long a byte may wait.
-pub(super) const DELAY: Duration = Duration::from_millis(10);
+/// How long a byte may wait for the end of its line.
+const DELAY: Duration = Duration::from_millis(10);
 /// How many bytes may wait.
-const MOST: usize = 4096;
-/// A pipe that can be written takes as many bytes at once (`PIPE_BUF`, pipe(7)).
-const PIECE: usize = 4096;
-/// How often who waits for standard output looks whether it still has to.
+const MOST: u64 = 4096;
+/// How many bytes of output are kept.
+pub const SCROLLBACK: usize = 64 << 10;
+/// How many typed bytes wait for the guest.
+const TYPED: usize = 1024;
+/// How often who waits looks whether it still has to.
 const LOOK: Duration = Duration::from_millis(50);
 /// How long standard output may take for the rest when the guest has ended.
 const REST: Duration = Duration::from_secs(2);
-
-/// What is on its way.
-#[derive(Default)]
-struct Waiting {
-    /// As the guest wrote it; nobody has it yet.
-    new: Vec<u8>,
-    /// What the clients have already, for standard output, through the filter.
-    passed: Vec<u8>,
-}
-
-impl Waiting {
-    fn is_empty(&self) -> bool {
-        self.new.is_empty() && self.passed.is_empty()
-    }
-}
-
-struct Shared {
-    waiting: Mutex<Waiting>,
-    control: Control,
-    /// The console's thread sleeps and must be woken for output.
-    asleep: AtomicBool,
-    wake: Wake,
-    hub: Hub,
-    /// Standard output; none where the machine runs detached.
-    file: Option<File>,
-    /// What may pass to the terminal, where the file is one.
-    filter: Option<Mutex<Filter>>,
-}
 
 /// A handle of the output.
 #[derive(Clone)]
 pub struct Output(Arc<Shared>);
 
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    control: Control,
+    wake: Wake,
+    /// Standard output; none where the machine runs detached.
+    here: Option<File>,
+    raw: bool,
+}
+
+#[derive(Default)]
+struct State {
+    recent: VecDeque<u8>,
+    /// How many bytes were ever written.
+    written: u64,
+    /// How many of them standard output has; all that may ever come where there is none.
+    shown: u64,
+    /// Words of our own for standard output.
+    words: Vec<u8>,
+    /// A thread waits for the next byte, whatever it is.
+    idle: bool,
+    typed: VecDeque<u8>,
+}
+
+impl State {
+    /// How many bytes standard output lacks.
+    fn behind(&self) -> u64 {
+        self.written.saturating_sub(self.shown)
+    }
+}
+
 impl Output {
-    /// Writes to the clients of `hub`, and to standard output where `here`, through a [`Filter`] where that is a
-    /// terminal, unless it is `raw`; `wake` wakes the console's thread. Nothing waits for standard output while
-    /// `control` has the guest paused or ended.
+    /// The output of a machine that `control` pauses and ends, to standard output too where `here`, through a
+    /// [`Filter`] where that is a terminal, unless it is `raw`; `wake` wakes the console's thread for what is typed.
     ///
     /// # Errors
     ///
     /// No more file descriptors can be had.
-    pub fn new(wake: Wake, hub: Hub, here: bool, raw: bool, control: Control) -> io::Result<Self> {
+    pub fn new(wake: Wake, here: bool, raw: bool, control: Control) -> io::Result<Self> {
         // A duplicate of our own: the standard library's handle would look for lines once more.
         let own = || io::stdout().as_fd().try_clone_to_owned().map(File::from);
-        let file = here.then(own).transpose()?;
-        Ok(Self::with(wake, hub, file, raw, control))
+        Ok(Self::with(wake, here.then(own).transpose()?, raw, control))
     }
 
     /// The same for any file.
-    pub(crate) fn with(
-        wake: Wake,
-        hub: Hub,
-        file: Option<File>,
-        raw: bool,
-        control: Control,
-    ) -> Self {
-        let filter = file
-            .as_ref()
-            .and_then(|file| Filter::for_output(file, raw))
-            .map(Mutex::new);
+    pub(crate) fn with(wake: Wake, here: Option<File>, raw: bool, control: Control) -> Self {
+        let state = State {
+            shown: if here.is_some() { 0 } else { u64::MAX },
+            ..State::default()
+        };
         Self(Arc::new(Shared {
-            waiting: Mutex::default(),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
             control,
-            asleep: AtomicBool::new(false),
             wake,
-            hub,
-            file,
-            filter,
+            here,
+            raw,
         }))
     }
 
-    /// Writes what waits, as far as standard output takes it at once. Says whether there was anything.
+    /// Begins to show it on standard output, where the machine does not run detached. The guest ends where that fails.
     ///
     /// # Errors
     ///
-    /// What standard output answers, a closed pipe for one; then what waited is lost.
-    pub fn write_waiting(&self) -> io::Result<bool> {
-        let mut waiting = lock(&self.0.waiting);
-        let any = !waiting.is_empty();
-        self.push(&mut waiting).map(|()| any)
+    /// [`Error::Call`] where there can be no thread for it.
+    pub fn start(&self) -> Result<()> {
+        let output = self.clone();
+        let work = move || {
+            let Some(Err(error)) = output.0.here.as_ref().map(|file| output.show_on(file)) else {
+                return;
+            };
+            lock(&output.0.state).shown = u64::MAX;
+            output.0.changed.notify_all();
+            let error = Error::call("writing the console", error);
+            output.0.control.end(Outcome::Host(error));
+        };
+        let thread = thread::Builder::new().name("screen".to_owned()).spawn(work);
+        thread.map(drop).map_err(failed("starting a thread"))
     }
 
-    /// Writes the rest when the guest has ended. What standard output does not take for [`REST`] is dropped.
+    fn show_on(&self, file: &File) -> io::Result<()> {
+        let mut filter = Filter::for_output(file, self.0.raw);
+        let mut shown = 0;
+        loop {
+            let new = self.next(&mut shown, |state| !state.words.is_empty());
+            let mut passed = match &mut filter {
+                Some(filter) => filter.passed(&new),
+                None => new,
+            };
+            passed.append(&mut lock(&self.0.state).words);
+            write_all(file, &passed)?;
+            lock(&self.0.state).shown = shown;
+            self.0.changed.notify_all();
+        }
+    }
+
+    /// Waits for output behind the first `shown` bytes, until `stop`, and takes what of it is kept.
+    fn next(&self, shown: &mut u64, stop: impl Fn(&State) -> bool) -> Vec<u8> {
+        let mut state = lock(&self.0.state);
+        while state.written == *shown && !stop(&state) {
+            state.idle = true;
+            let waited = self.0.changed.wait(state);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        let incomplete = |state: &mut State| {
+            let line = state.recent.back() == Some(&b'\n');
+            !line && state.written - *shown < MOST && !stop(state)
+        };
+        let waited = self.0.changed.wait_timeout_while(state, DELAY, incomplete);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let new = usize::try_from(state.written - *shown).unwrap_or(usize::MAX);
+        let old = state.recent.len().saturating_sub(new);
+        *shown = state.written;
+        state.recent.range(old..).copied().collect()
+    }
+
+    /// Waits until standard output has all when the guest has ended. What it does not take for [`REST`] is dropped.
+    pub fn finish(&self) {
+        let missing = |state: &mut State| state.behind() > 0;
+        let state = lock(&self.0.state);
+        drop(self.0.changed.wait_timeout_while(state, REST, missing));
+    }
+
+    /// Shows words of our own on standard output, which pass as they are.
+    pub fn say(&self, words: &[u8]) {
+        if self.0.here.is_some() {
+            lock(&self.0.state).words.extend_from_slice(words);
+            self.0.changed.notify_all();
+        }
+    }
+
+    /// Moves what clients have typed behind `waiting`.
+    pub(super) fn take_typed(&self, waiting: &mut VecDeque<u8>) {
+        let mut state = lock(&self.0.state);
+        if !state.typed.is_empty() {
+            waiting.append(&mut state.typed);
+            self.0.changed.notify_all();
+        }
+    }
+
+    /// Joins `client` to the console until it goes or its connection is shut down.
     ///
     /// # Errors
     ///
-    /// As [`Self::write_waiting`].
-    pub fn finish(&self) -> io::Result<()> {
-        let until = Instant::now() + REST;
-        while self.write_waiting()? && self.is_waiting() && Instant::now() < until {
-            self.is_ready(LOOK)?;
-        }
+    /// [`Error::Call`] where its socket can't be set up.
+    pub fn attach(&self, client: &UnixStream) -> Result<()> {
+        // One that takes nothing for long goes on where it then is.
+        client
+            .set_read_timeout(None)
+            .and_then(|()| client.set_write_timeout(None))
+            .map_err(failed("setting a socket"))?;
+        let gone = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| self.show_to(client, &gone));
+            self.read_typed(client);
+            // Under the lock, so that no thread looks before and waits after.
+            let _state = lock(&self.0.state);
+            gone.store(true, Ordering::SeqCst);
+            self.0.changed.notify_all();
+        });
         Ok(())
     }
 
-    /// Whether anything waits.
-    #[must_use]
-    pub fn is_waiting(&self) -> bool {
-        !lock(&self.0.waiting).is_empty()
-    }
-
-    /// Writes words of our own, which pass as they are.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::write_waiting`].
-    pub fn say(&self, words: &[u8]) -> io::Result<()> {
-        let mut waiting = lock(&self.0.waiting);
-        self.push(&mut waiting)?;
-        if self.0.file.is_some() {
-            waiting.passed.extend_from_slice(words);
-        }
-        self.push(&mut waiting)
-    }
-
-    /// Tells whether the console's thread sleeps.
-    pub fn set_asleep(&self, asleep: bool) {
-        self.0.asleep.store(asleep, Ordering::SeqCst);
-    }
-
-    /// Hands on what is new, and gives standard output what it takes without waiting.
-    fn push(&self, waiting: &mut Waiting) -> io::Result<()> {
-        let Waiting { new, passed } = waiting;
-        if !new.is_empty() {
-            self.0.hub.write(new);
-            match (&self.0.file, &self.0.filter) {
-                (None, _) => {}
-                (Some(_), None) => passed.extend_from_slice(new),
-                (Some(_), Some(filter)) => lock(filter).pass(new, passed),
+    /// Writes the output to a client, all of it also where its input has ended.
+    fn show_to(&self, mut client: &UnixStream, gone: &AtomicBool) {
+        let mut shown = 0;
+        loop {
+            let before = shown;
+            let new = self.next(&mut shown, |_| gone.load(Ordering::SeqCst));
+            if new.is_empty() {
+                return;
             }
-            new.clear();
-        }
-        let Some(mut file) = self.0.file.as_ref() else {
-            return Ok(());
-        };
-        while !passed.is_empty() && self.is_ready(Duration::ZERO)? {
-            let result = match file.write(&passed[..passed.len().min(PIECE)]) {
-                Ok(0) => Err(io::ErrorKind::WriteZero.into()),
-                result => result,
+            let missed = shown - before - new.len() as u64;
+            let note = match missed {
+                1.. if before > 0 => {
+                    format!("\r\nrvisor: {missed} bytes were too fast for this console\r\n")
+                }
+                _ => String::new(),
             };
-            match result {
-                Ok(count) => drop(passed.drain(..count)),
-                // Whoever waits looks at the machine before the next try.
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => break,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => {
-                    passed.clear();
-                    return Err(error);
+            if client.write_all(&[note.as_bytes(), &new].concat()).is_err() {
+                // Ends the thread that reads from it as well.
+                let _ = client.shutdown(std::net::Shutdown::Both);
+                return;
+            }
+        }
+    }
+
+    fn read_typed(&self, mut client: &UnixStream) {
+        let mut bytes = [0; TYPED];
+        while let Ok(count @ 1..) = client.read(&mut bytes) {
+            let mut rest = &bytes[..count];
+            while !rest.is_empty() {
+                // Reading on only when the guest has taken it: the client waits meanwhile, and nobody else.
+                let full = |state: &mut State| state.typed.len() >= TYPED;
+                let state = lock(&self.0.state);
+                let waited = self.0.changed.wait_timeout_while(state, LOOK, full);
+                let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+                let room = TYPED.saturating_sub(state.typed.len()).min(rest.len());
+                let (now, later) = rest.split_at(room);
+                state.typed.extend(now);
+                rest = later;
+                drop(state);
+                self.0.wake.wake();
+                if !rest.is_empty() && gone(client) {
+                    return;
                 }
             }
         }
-        Ok(())
-    }
-
-    /// Whether standard output takes something, or will say what is wrong; waits for it no longer than `timeout`.
-    fn is_ready(&self, timeout: Duration) -> io::Result<bool> {
-        let Some(file) = &self.0.file else {
-            return Ok(true);
-        };
-        let timeout = Timespec {
-            tv_sec: timeout.as_secs() as i64,
-            tv_nsec: i64::from(timeout.subsec_nanos()),
-        };
-        match poll(&mut [PollFd::new(file, PollFlags::OUT)], Some(&timeout)) {
-            Ok(ready) => Ok(ready > 0),
-            Err(Errno::INTR) => Ok(false),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    /// Holds the guest up until no more waits than may, or the machine is to pause or to end.
-    fn await_room(&self) -> io::Result<()> {
-        while !self.0.control.ended() && !self.0.control.paused() {
-            self.is_ready(LOOK)?;
-            let mut waiting = lock(&self.0.waiting);
-            self.push(&mut waiting)?;
-            if waiting.passed.len() <= MOST {
-                break;
-            }
-        }
-        Ok(())
     }
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut waiting = lock(&self.0.waiting);
-        waiting.new.extend_from_slice(bytes);
-        if bytes.contains(&b'\n') || waiting.new.len() >= MOST {
-            self.push(&mut waiting)?;
+        let mut state = lock(&self.0.state);
+        state.recent.extend(bytes);
+        state.written += bytes.len() as u64;
+        let over = state.recent.len().saturating_sub(SCROLLBACK);
+        state.recent.drain(..over);
+        let idle = std::mem::take(&mut state.idle);
+        if idle || bytes.contains(&b'\n') || state.behind() >= MOST {
+            self.0.changed.notify_all();
         }
-        let (any, full) = (!waiting.is_empty(), waiting.passed.len() > MOST);
-        drop(waiting);
-        if any && self.0.asleep.swap(false, Ordering::SeqCst) {
-            self.0.wake.wake();
-        }
-        if full {
-            self.await_room()?;
+        // The guest is held up until no more waits than may, or the machine is to pause or to end.
+        while state.behind() > MOST && !self.0.control.ended() && !self.0.control.paused() {
+            let waited = self.0.changed.wait_timeout(state, LOOK);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         Ok(bytes.len())
     }
@@ -241,59 +283,22 @@ impl Write for Output {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::outcome::Outcome;
-    use rustix::pipe::pipe;
-    use std::thread;
-
-    /// A pipe that nobody reads holds the guest up, but neither its pausing nor its end; nor are others held up.
-    #[test]
-    fn output_that_nobody_reads_holds_nothing_up() {
-        for end in [false, true] {
-            let (reader, writer) = pipe().expect("a pipe");
-            let wake = Wake::new().expect("an eventfd");
-            let hub = Hub::new(wake.clone());
-            let (control, _outcomes) = Control::new();
-            let file = Some(File::from(writer));
-            let output = Output::with(wake, hub, file, false, control.clone());
-            let guest = thread::spawn({
-                let (mut output, control) = (output.clone(), control.clone());
-                move || {
-                    let mut written = 0;
-                    while !control.ended() && !control.paused() {
-                        output.write_all(&[b'x'; 1023]).expect("it waits");
-                        output.write_all(b"\n").expect("it waits");
-                        written += 1024;
-                    }
-                    written
-                }
-            });
-            thread::sleep(LOOK * 4);
-            assert!(!guest.is_finished(), "it is held up");
-            // The console's thread goes on.
-            assert!(output.write_waiting().expect("it does not wait"));
-            output.say(b"help").expect("it does not wait");
-            if end {
-                control.end(Outcome::Quit);
-            } else {
-                control.set_paused("a test");
+/// Writes all of it, also to a file that does not block.
+fn write_all(mut file: &File, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match file.write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => bytes = &bytes[count..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                // Whatever it says: writing says it better.
+                let _ = poll(&mut [PollFd::new(file, PollFlags::OUT)], None);
             }
-            let written = guest.join().expect("it goes on");
-            assert!(written < 128 << 10, "{written} bytes");
-            let start = Instant::now();
-            output.finish().expect("it gives up");
-            assert!((REST..REST * 4).contains(&start.elapsed()));
-            // All is there for a reader that comes after all.
-            let reader = thread::spawn(move || {
-                let mut bytes = Vec::new();
-                io::Read::read_to_end(&mut File::from(reader), &mut bytes).expect("a pipe");
-                bytes.len()
-            });
-            output.finish().expect("it is read");
-            drop(output);
-            assert_eq!(reader.join().expect("it reads"), written + 4);
+            Err(error) => return Err(error),
         }
     }
+    Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,7 +16,7 @@ use vmm_sys_util::signal::{register_signal_handler, SIGRTMIN};
 use super::{Control, Machine, Parts};
 use crate::arguments::{ConsoleKind, RunOptions};
 use crate::boot::Software;
-use crate::console::{Console, Hub, Output, Raw, Signals, Wake};
+use crate::console::{Console, Output, Raw, Signals, Wake};
 use crate::control::{Ended, Server};
 use crate::cpuid::Template;
 use crate::devices::cmos::Cmos;
@@ -106,7 +106,6 @@ struct Base {
     rom: u64,
     devices: Vec<Box<dyn virtio::Device>>,
     wake: Wake,
-    hub: Hub,
     output: Output,
     /// That of the virtio console, where the guest has one.
     keyboard: Option<Keyboard>,
@@ -122,11 +121,9 @@ impl Base {
         let claim = Claim::new(options.name.clone().unwrap_or(name))?;
         let memory = memory::allocate(options.memory, rom)?;
         let wake = Wake::new().map_err(failed(what))?;
-        let hub = Hub::new(wake.clone());
         let (here, raw) = (!options.detached, options.raw_console);
         let (control, outcomes) = Control::new();
-        let output = Output::new(wake.clone(), hub.clone(), here, raw, control.clone())
-            .map_err(failed(what))?;
+        let output = Output::new(wake.clone(), here, raw, control.clone()).map_err(failed(what))?;
         let keyboard = match options.console {
             ConsoleKind::Serial => None,
             ConsoleKind::Virtio => Some(Keyboard::new(wake.clone()).map_err(failed(what))?),
@@ -140,7 +137,6 @@ impl Base {
             memory,
             rom,
             wake,
-            hub,
             output,
             keyboard,
             control,
@@ -164,7 +160,6 @@ impl Base {
             rom,
             devices,
             wake,
-            hub,
             output,
             keyboard,
             control,
@@ -187,7 +182,7 @@ impl Base {
                 vcpus,
             },
             ports,
-            hub: hub.clone(),
+            output: output.clone(),
             metrics: metrics.map(stat::open_metrics).transpose()?,
             pausing: Mutex::default(),
             threads: Mutex::default(),
@@ -213,7 +208,6 @@ impl Base {
 
         let console = Console {
             output,
-            hub,
             keyboard,
             wake: wake.clone(),
             signals,

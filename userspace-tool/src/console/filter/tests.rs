@@ -5,9 +5,7 @@ use super::*;
 const ESC: u8 = 0x1b;
 
 fn passed(utf8: bool, input: &[u8]) -> Vec<u8> {
-    let mut out = Vec::new();
-    Filter::new(utf8).pass(input, &mut out);
-    out
+    Filter::new(utf8).passed(input)
 }
 
 #[track_caller]
@@ -243,10 +241,8 @@ fn random_output_harms_no_terminal() {
         );
         assert!(passed(false, &input).is_ascii());
         let mut filter = Filter::new(true);
-        let mut bytewise = Vec::new();
-        input
-            .iter()
-            .for_each(|byte| filter.pass(&[*byte], &mut bytewise));
+        let bytes = input.iter().flat_map(|byte| filter.passed(&[*byte]));
+        let bytewise: Vec<u8> = bytes.collect();
         assert_eq!(bytewise, out, "round {round}: however it is cut");
     }
 }

@@ -4,7 +4,6 @@ use std::os::unix::net::UnixStream;
 
 use super::super::testing::{self, Driver, BUFFERS};
 use super::*;
-use crate::console::Hub;
 use vm_memory::{Bytes, GuestAddress};
 
 fn keyboard() -> Keyboard {
@@ -14,7 +13,9 @@ fn keyboard() -> Keyboard {
 fn output(file: std::fs::File) -> Output {
     let wake = Wake::new().unwrap();
     let control = crate::machine::Control::new().0;
-    Output::with(wake.clone(), Hub::new(wake), Some(file), false, control)
+    let output = Output::with(wake, Some(file), false, control);
+    output.start().unwrap();
+    output
 }
 
 fn console() -> (Driver, Keyboard, UnixStream) {
