@@ -3,8 +3,6 @@
 //! A virtual CPU's registers and the hypervisor's reasons as text, for the report of a guest that can't
 //! go on.
 
-use std::fmt::Write;
-
 use kvm_bindings::{
     kvm_dtable, kvm_regs, kvm_run, kvm_segment, kvm_sregs, KVM_INTERNAL_ERROR_DELIVERY_EV,
     KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
@@ -51,10 +49,11 @@ fn text(regs: &kvm_regs, sregs: &kvm_sregs) -> String {
         ("efer", sregs.efer),
         ("apic", sregs.apic_base),
     ];
-    for (index, (name, value)) in general.iter().enumerate() {
-        let separator = if index % 4 == 0 { "\n" } else { "" };
-        // Writing to a string can't fail.
-        let _ = write!(out, "{separator}  {name} {value:016x}");
+    for row in general.chunks(4) {
+        let row = row
+            .iter()
+            .map(|(name, value)| format!("  {name} {value:016x}"));
+        out += &format!("\n{}", row.collect::<String>());
     }
     let segments = [
         ("cs", &sregs.cs),
@@ -67,11 +66,10 @@ fn text(regs: &kvm_regs, sregs: &kvm_sregs) -> String {
         ("ldt", &sregs.ldt),
     ];
     for (name, segment) in segments {
-        let _ = write!(out, "\n  {name:3} {}", segment_text(segment));
+        out += &format!("\n  {name:3} {}", segment_text(segment));
     }
-    for (name, table) in [("gdt", &sregs.gdt), ("idt", &sregs.idt)] {
-        let kvm_dtable { base, limit, .. } = table;
-        let _ = write!(out, "\n  {name} base {base:016x} limit {limit:04x}");
+    for (name, kvm_dtable { base, limit, .. }) in [("gdt", &sregs.gdt), ("idt", &sregs.idt)] {
+        out += &format!("\n  {name} base {base:016x} limit {limit:04x}");
     }
     out
 }
@@ -98,17 +96,6 @@ fn segment_text(segment: &kvm_segment) -> String {
     )
 }
 
-/// The words for a sub-error of `KVM_EXIT_INTERNAL_ERROR`.
-fn suberror_text(suberror: u32) -> String {
-    match suberror {
-        KVM_INTERNAL_ERROR_EMULATION => "it met an instruction that it can't emulate".to_owned(),
-        KVM_INTERNAL_ERROR_SIMUL_EX => "simultaneous exceptions".to_owned(),
-        KVM_INTERNAL_ERROR_DELIVERY_EV => "an exit while an event was delivered".to_owned(),
-        KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON => "an exit that it does not know".to_owned(),
-        other => format!("internal error {other}"),
-    }
-}
-
 /// What the hypervisor told with `KVM_EXIT_INTERNAL_ERROR` in `run`: the reason, the instruction's bytes
 /// where it gave them, and its data.
 #[must_use]
@@ -125,34 +112,35 @@ pub fn internal_error(run: &kvm_run) -> String {
 
 /// The text for a sub-error and its data words.
 fn internal_text(suberror: u32, data: &[u64]) -> String {
-    let mut out = suberror_text(suberror);
+    let what = match suberror {
+        KVM_INTERNAL_ERROR_EMULATION => "it met an instruction that it can't emulate",
+        KVM_INTERNAL_ERROR_SIMUL_EX => "simultaneous exceptions",
+        KVM_INTERNAL_ERROR_DELIVERY_EV => "an exit while an event was delivered",
+        KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON => "an exit that it does not know",
+        other => &format!("internal error {other}"),
+    };
     if let Some(bytes) = instruction(suberror, data) {
-        out.push_str("; its bytes:");
-        for byte in bytes {
-            let _ = write!(out, " {byte:02x}");
-        }
-    } else if !data.is_empty() {
-        out.push_str("; data:");
-        for word in data {
-            let _ = write!(out, " {word:#x}");
-        }
+        let bytes: Vec<_> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        return format!("{what}; its bytes: {}", bytes.join(" "));
     }
-    out
+    let data: Vec<_> = data.iter().map(|word| format!("{word:#x}")).collect();
+    match data.as_slice() {
+        [] => what.to_owned(),
+        data => format!("{what}; data: {}", data.join(" ")),
+    }
 }
 
 /// The instruction that could not be emulated: behind the flags come its length in a byte, and at most 15
 /// bytes (`emulation_failure` in Documentation/virt/kvm/api.rst, 5).
 fn instruction(suberror: u32, data: &[u64]) -> Option<Vec<u8>> {
-    let (flags, rest) = data.split_first()?;
+    let [flags, first, second, ..] = *data else {
+        return None;
+    };
     let given = flags & u64::from(KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES) != 0;
     if suberror != KVM_INTERNAL_ERROR_EMULATION || !given {
         return None;
     }
-    let bytes: Vec<u8> = rest
-        .iter()
-        .take(2)
-        .flat_map(|word| word.to_le_bytes())
-        .collect();
+    let bytes = [first, second].map(u64::to_le_bytes).concat();
     let (length, bytes) = bytes.split_first()?;
     Some(bytes[..bytes.len().min(usize::from(*length))].to_vec())
 }

@@ -138,54 +138,32 @@ impl Vcpu {
             // Where it is to park, it finishes the instruction that it left the guest in and comes back.
             let paused = control.paused();
             fd.set_kvm_immediate_exit(u8::from(paused));
-            let stuck = match fd.run() {
-                Ok(VcpuExit::IoOut(port, data)) => {
-                    ports.write(port, data)?;
-                    continue;
-                }
-                Ok(VcpuExit::IoIn(port, data)) => {
-                    ports.read(port, data);
-                    continue;
-                }
-                Ok(VcpuExit::MmioRead(address, data)) => {
-                    bus.read(address, data);
-                    continue;
-                }
-                Ok(VcpuExit::MmioWrite(address, data)) => {
-                    bus.write(address, data);
-                    continue;
-                }
+            match fd.run() {
+                Ok(VcpuExit::IoOut(port, data)) => ports.write(port, data)?,
+                Ok(VcpuExit::IoIn(port, data)) => ports.read(port, data),
+                Ok(VcpuExit::MmioRead(address, data)) => bus.read(address, data),
+                Ok(VcpuExit::MmioWrite(address, data)) => bus.write(address, data),
                 exit if is_interruption(&exit) => {
                     if paused {
                         drop(fd);
                         control.park();
                         fd = self.fd();
                     }
-                    continue;
                 }
-                Ok(VcpuExit::Shutdown) => {
-                    control.end(Outcome::Crashed(self.report(&fd)));
-                    continue;
-                }
+                Ok(VcpuExit::Shutdown) => control.end(Outcome::Crashed(self.report(&fd))),
                 Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => {
                     control.end(Outcome::PoweredOff);
-                    continue;
                 }
                 Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => {
                     control.end(Outcome::Rebooted);
-                    continue;
                 }
-                Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
-                    "it reported a crash of its own".to_owned()
+                exit => {
+                    let reason = reason(&exit);
+                    let reason =
+                        reason.unwrap_or_else(|| registers::internal_error(fd.get_kvm_run()));
+                    control.end(Outcome::Stuck(format!("{reason}\n{}", self.report(&fd))));
                 }
-                Ok(VcpuExit::InternalError) => registers::internal_error(fd.get_kvm_run()),
-                Ok(VcpuExit::FailEntry(reason, cpu)) => format!(
-                    "the CPU refused to enter the guest, reason {reason:#x}, on the host's CPU {cpu}"
-                ),
-                Ok(exit) => format!("an exit that nobody asked for: {exit:?}"),
-                Err(error) => format!("KVM_RUN: {error}"),
-            };
-            control.end(Outcome::Stuck(format!("{stuck}\n{}", self.report(&fd))));
+            }
         }
         // They stay as they are here when this thread has gone.
         let _ = self.times();
@@ -196,6 +174,21 @@ impl Vcpu {
     fn report(&self, fd: &VcpuFd) -> String {
         format!("CPU {}: {}", self.id, registers::report(fd))
     }
+}
+
+/// Why a CPU can't go on, except where the hypervisor had an internal error and tells more of it.
+fn reason(exit: &std::result::Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Option<String> {
+    Some(match exit {
+        Ok(VcpuExit::InternalError) => return None,
+        Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
+            "it reported a crash of its own".to_owned()
+        }
+        Ok(VcpuExit::FailEntry(reason, cpu)) => format!(
+            "the CPU refused to enter the guest, reason {reason:#x}, on the host's CPU {cpu}"
+        ),
+        Ok(exit) => format!("an exit that nobody asked for: {exit:?}"),
+        Err(error) => format!("KVM_RUN: {error}"),
+    })
 }
 
 /// Whether a signal came; or the CPU, which waited for the first one, has become ready to run.

@@ -31,16 +31,20 @@ const GOODBYE: Duration = Duration::from_secs(5);
 ///
 /// [`Error::Input`] where no such machine runs, [`Error::Call`] where it or the terminal can't be reached.
 pub fn attach(name: &Name, unfiltered: bool) -> Result<u8> {
-    let mut screen = Screen(Filter::for_output(&io::stdout(), unfiltered));
+    let mut filter = Filter::for_output(&io::stdout(), unfiltered);
+    let mut show = |bytes: &[u8]| match &mut filter {
+        Some(filter) => write(&filter.passed(bytes)),
+        None => write(bytes),
+    };
     let mut end = Client::waiting(name)?;
     let mut console = Client::connect(name)?;
     let Nothing {} = console.call(&Request::Console {})?;
     let stream = console.into_stream();
     // What came right behind the answer.
-    screen.show(stream.buffer())?;
+    show(stream.buffer())?;
     let signals = Signals::catch()?;
     let raw = Raw::new().map_err(failed("setting the terminal"))?;
-    let left = join(stream.get_ref(), &signals, name, &mut screen);
+    let left = join(stream.get_ref(), &signals, name, &mut show);
     drop(raw);
     match left? {
         Left::Detached => {
@@ -71,7 +75,7 @@ fn join(
     mut stream: &UnixStream,
     signals: &Signals,
     name: &Name,
-    screen: &mut Screen,
+    show: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<Left> {
     let mut escape = Escape::default();
     let mut input_open = true;
@@ -90,7 +94,7 @@ fn join(
         }
         match poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(Error::call("waiting", io::Error::from(error))),
+            Err(error) => return Err(Error::call("waiting", error)),
         }
         let [output, input] =
             [1, 2].map(|at| fds.get(at).is_some_and(|fd| !fd.revents().is_empty()));
@@ -100,15 +104,16 @@ fn join(
         if output {
             match stream.read(&mut bytes) {
                 Ok(0) | Err(_) => return Ok(Left::Closed),
-                Ok(count) => screen.show(&bytes[..count])?,
+                Ok(count) => show(&bytes[..count])?,
             }
         }
         if input {
             match rustix::io::read(stdin, &mut bytes) {
-                Ok(count @ 1..) => match type_keys(&bytes[..count], &mut escape, stream, name)? {
-                    Some(left) => return Ok(left),
-                    None => continue,
-                },
+                Ok(count @ 1..) => {
+                    if type_keys(&bytes[..count], &mut escape, stream, name)? {
+                        return Ok(Left::Detached);
+                    }
+                }
                 Err(Errno::INTR | Errno::AGAIN) => {}
                 // What is typed has ended; what is shown goes on.
                 Ok(0) | Err(_) => input_open = false,
@@ -117,20 +122,20 @@ fn join(
     }
 }
 
-/// Sends the guest its keys and does what the others are for.
+/// Sends the guest its keys and does what the others are for. Says whether the user leaves.
 fn type_keys(
     keys: &[u8],
     escape: &mut Escape,
     mut stream: &UnixStream,
     name: &Name,
-) -> Result<Option<Left>> {
+) -> Result<bool> {
     let mut guests = Vec::with_capacity(keys.len());
-    let mut left = None;
+    let mut leaves = false;
     for key in keys {
         match escape.feed(*key) {
             Key::Guest(byte) => guests.push(byte),
             Key::Detach => {
-                left = Some(Left::Detached);
+                leaves = true;
                 break;
             }
             Key::Quit => {
@@ -142,20 +147,7 @@ fn type_keys(
     }
     // A machine that is gone shows by the end of its output.
     let _ = stream.write_all(&guests);
-    Ok(left)
-}
-
-/// Standard output, with the filter before it where it is a terminal.
-struct Screen(Option<Filter>);
-
-impl Screen {
-    /// Shows what the guest has written.
-    fn show(&mut self, bytes: &[u8]) -> Result<()> {
-        match &mut self.0 {
-            Some(filter) => write(&filter.passed(bytes)),
-            None => write(bytes),
-        }
-    }
+    Ok(leaves)
 }
 
 fn write(bytes: &[u8]) -> Result<()> {

@@ -32,13 +32,16 @@ pub const RESET_VALUE: u8 = 0x06;
 /// The interrupt of ACPI events, level-triggered.
 pub const SCI: u8 = 9;
 
-/// PM1 status and enable: the power button.
-const POWER_BUTTON: u16 = 1 << 8;
-const PM1A_ENABLE: u16 = PM1A_EVENT + 2;
-/// PM1 control: ACPI is on (SCI_EN); sleep type; enter the sleep state.
-const SCI_ENABLE: u16 = 1;
-const SLEEP_TYPE: u16 = 7 << 10;
-const SLEEP_ENABLE: u16 = 1 << 13;
+/// The bytes of the registers, counted from the status: the upper ones of status and enable, with the bit of the power
+/// button; those of control, with SCI_EN (ACPI is on) in one and the sleep type and the bit that enters it in the other.
+const STATUS: usize = 1;
+const ENABLE: usize = 3;
+const POWER_BUTTON: u8 = 1 << 0;
+const CONTROL_LOW: usize = 4;
+const SCI_ENABLE: u8 = 1 << 0;
+const CONTROL: usize = 5;
+const SLEEP_TYPE: u8 = 7 << 2;
+const SLEEP_ENABLE: u8 = 1 << 5;
 /// Reset control: pull the reset line.
 const RESET_CPU: u8 = 1 << 2;
 
@@ -49,9 +52,8 @@ pub struct Power {
     started: Instant,
     /// How long the timer had counted before.
     before: Duration,
-    status: u16,
-    enable: u16,
-    control: u16,
+    /// Status, enable and control.
+    registers: [u8; 6],
     reset: u8,
 }
 
@@ -60,9 +62,7 @@ impl Default for Power {
         Self {
             started: Instant::now(),
             before: Duration::ZERO,
-            status: 0,
-            enable: 0,
-            control: 0,
+            registers: [0; 6],
             reset: 0,
         }
     }
@@ -78,7 +78,7 @@ fn pm_timer(elapsed: Duration) -> u32 {
 impl Power {
     /// Somebody presses the power button.
     pub fn press_button(&mut self) {
-        self.status |= POWER_BUTTON;
+        self.registers[STATUS] |= POWER_BUTTON;
     }
 
     /// For how long the timer has counted.
@@ -99,7 +99,7 @@ impl Power {
     /// Whether the guest is to be interrupted, as long as it is.
     #[must_use]
     pub fn interrupts(&self) -> bool {
-        self.status & self.enable != 0
+        self.registers[STATUS] & self.registers[ENABLE] != 0
     }
 
     /// A write; says where it ends the guest. Ports that are not here take it and forget it.
@@ -113,29 +113,24 @@ impl Power {
     }
 
     fn write_byte(&mut self, port: u16, byte: u8) -> Option<Outcome> {
-        const CONTROL_HIGH: u16 = PM1A_CONTROL + 1;
-        const ENABLE_HIGH: u16 = PM1A_ENABLE + 1;
-        const STATUS_HIGH: u16 = PM1A_EVENT + 1;
-        match port {
+        if port == RESET {
+            self.reset = byte & !RESET_CPU;
+            return (byte & RESET_CPU != 0).then_some(Outcome::Rebooted);
+        }
+        let index = usize::from(port.checked_sub(PM1A_EVENT)?);
+        let register = self.registers.get_mut(index)?;
+        match index {
             // A bit is cleared by writing it.
-            STATUS_HIGH => self.status &= !(u16::from(byte) << 8),
-            PM1A_ENABLE => self.enable = self.enable & 0xff00 | u16::from(byte),
-            ENABLE_HIGH => self.enable = self.enable & 0x00ff | (u16::from(byte) << 8),
-            PM1A_CONTROL => self.control = self.control & 0xff00 | u16::from(byte),
-            CONTROL_HIGH => {
-                let written = u16::from(byte) << 8;
+            0 | STATUS => *register &= !byte,
+            CONTROL => {
                 // The bit that enters a sleep state always reads as 0.
-                self.control = self.control & 0x00ff | written & !SLEEP_ENABLE;
-                let off = u16::from(SLEEP_TYPE_OFF) << SLEEP_TYPE.trailing_zeros();
-                if written & SLEEP_ENABLE != 0 && written & SLEEP_TYPE == off {
+                *register = byte & !SLEEP_ENABLE;
+                let off = SLEEP_ENABLE | (SLEEP_TYPE_OFF << SLEEP_TYPE.trailing_zeros());
+                if byte & (SLEEP_ENABLE | SLEEP_TYPE) == off {
                     return Some(Outcome::PoweredOff);
                 }
             }
-            RESET => {
-                self.reset = byte & !RESET_CPU;
-                return (byte & RESET_CPU != 0).then_some(Outcome::Rebooted);
-            }
-            _ => {}
+            _ => *register = byte,
         }
         None
     }
@@ -150,14 +145,13 @@ impl Power {
             return;
         }
         for (port, byte) in (port..).zip(data) {
-            let (register, base) = match port {
-                PM1A_EVENT..PM1A_ENABLE => (self.status, PM1A_EVENT),
-                PM1A_ENABLE..PM1A_CONTROL => (self.enable, PM1A_ENABLE),
-                PM1A_CONTROL..=0x605 => (self.control | SCI_ENABLE, PM1A_CONTROL),
-                RESET => (u16::from(self.reset), RESET),
-                _ => continue,
-            };
-            *byte = (register >> (8 * (port - base))) as u8;
+            let index = usize::from(port.wrapping_sub(PM1A_EVENT));
+            match self.registers.get(index) {
+                Some(register) if index == CONTROL_LOW => *byte = register | SCI_ENABLE,
+                Some(register) => *byte = *register,
+                None if port == RESET => *byte = self.reset,
+                None => {}
+            }
         }
     }
 }
@@ -168,9 +162,9 @@ mod tests {
 
     #[test]
     fn only_s5_with_sleep_enable_switches_off() {
-        for kind in 0..8u16 {
+        for kind in 0..8 {
             for enable in [0, SLEEP_ENABLE] {
-                let value = ((kind << 10) | enable | SCI_ENABLE).to_le_bytes();
+                let value = [SCI_ENABLE, (kind << 2) | enable];
                 let off = matches!(
                     Power::default().write(PM1A_CONTROL, &value),
                     Some(Outcome::PoweredOff)
@@ -221,9 +215,9 @@ mod tests {
         // Other bits acknowledge nothing.
         power.write(PM1A_EVENT, &0xfeff_u16.to_le_bytes());
         assert!(power.interrupts());
-        power.write(PM1A_ENABLE, &0_u16.to_le_bytes());
+        power.write(PM1A_EVENT + 2, &0_u16.to_le_bytes());
         assert_eq!((event(&power), power.interrupts()), (0x0000_0100, false));
-        power.write(PM1A_ENABLE, &0x0100_u16.to_le_bytes());
+        power.write(PM1A_EVENT + 2, &0x0100_u16.to_le_bytes());
         power.write(PM1A_EVENT, &0x0100_u16.to_le_bytes());
         assert_eq!((event(&power), power.interrupts()), (0x0100_0000, false));
     }
