@@ -4,8 +4,8 @@
 //! signals that end it. Clients that are attached over the machine's socket share it.
 
 mod attach;
-mod escape;
 mod filter;
+mod keys;
 mod output;
 mod terminal;
 mod wake;
@@ -16,20 +16,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, TryLockError};
 use std::time::Duration;
 
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::io::Errno;
 use rustix::pipe::{pipe_with, PipeFlags};
-use rustix::stdio::stdin;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::devices::virtio::console::Keyboard;
 use crate::devices::{serial_failed, Ports};
-use crate::error::{failed, Error, Result};
+use crate::error::{failed, Result};
 use crate::machine::Control;
 use crate::outcome::Outcome;
 pub use attach::attach;
-use escape::{Escape, Key};
 pub use filter::Filter;
+use keys::{Key, Keys};
 pub use output::{Output, SCROLLBACK};
 pub use terminal::Raw;
 pub use wake::Wake;
@@ -111,7 +108,11 @@ impl Console {
         let mut input = Input::default();
         loop {
             let retry = (!input.waiting.is_empty()).then_some(RETRY);
-            let stdin_ready = self.wait(input.wanted(), retry)?;
+            let room = input.waiting.len() < TYPED;
+            let (woken, keys) = input.keys.wait(&self.wake, &self.signals, room, retry)?;
+            if woken {
+                self.wake.clear();
+            }
             if let Some(signal) = self.signals.take() {
                 self.control.end(Outcome::Signal(signal));
             }
@@ -119,8 +120,13 @@ impl Console {
                 self.output.finish();
                 return Ok(());
             }
-            if stdin_ready {
-                self.read_keys(&mut input);
+            for key in keys {
+                match key {
+                    Key::Guest(byte) => input.waiting.push_back(byte),
+                    Key::Quit => self.control.end(Outcome::Quit),
+                    Key::Help => self.output.say(KEYS),
+                    Key::Detach | Key::Nothing => {}
+                }
             }
             if input.waiting.is_empty() {
                 self.output.take_typed(&mut input.waiting);
@@ -131,67 +137,16 @@ impl Console {
             }
         }
     }
-
-    /// Sleeps. Says whether standard input can be read.
-    fn wait(&self, read_stdin: bool, timeout: Option<Duration>) -> Result<bool> {
-        let stdin = stdin();
-        let mut fds = vec![
-            PollFd::new(&self.wake, PollFlags::IN),
-            PollFd::new(&self.signals, PollFlags::IN),
-        ];
-        if read_stdin {
-            fds.push(PollFd::new(&stdin, PollFlags::IN));
-        }
-        let timeout = timeout.map(|timeout| Timespec {
-            tv_sec: timeout.as_secs() as i64,
-            tv_nsec: i64::from(timeout.subsec_nanos()),
-        });
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(Error::call("waiting for the console", error)),
-        }
-        if !fds[0].revents().is_empty() {
-            self.wake.clear();
-        }
-        Ok(fds.get(2).is_some_and(|fd| !fd.revents().is_empty()))
-    }
-
-    fn read_keys(&self, input: &mut Input) {
-        let mut bytes = [0; 256];
-        let count = match rustix::io::read(stdin(), &mut bytes) {
-            Ok(count @ 1..) => count,
-            Err(Errno::INTR | Errno::AGAIN) => return,
-            // Its end; or the terminal is gone, or it is not ours to read.
-            Ok(0) | Err(_) => {
-                input.ended = true;
-                return;
-            }
-        };
-        for byte in &bytes[..count] {
-            match input.escape.feed(*byte) {
-                Key::Guest(byte) => input.waiting.push_back(byte),
-                Key::Quit => self.control.end(Outcome::Quit),
-                Key::Help => self.output.say(KEYS),
-                Key::Detach | Key::Nothing => {}
-            }
-        }
-    }
 }
 
 /// What was typed and is not the guest's yet.
 #[derive(Default)]
 struct Input {
-    escape: Escape,
+    keys: Keys,
     waiting: VecDeque<u8>,
-    ended: bool,
 }
 
 impl Input {
-    /// Whether more can be taken.
-    fn wanted(&self) -> bool {
-        !self.ended && self.waiting.len() < TYPED
-    }
-
     /// Gives the serial port as much as it takes.
     fn hand_over(&mut self, ports: &Ports) -> Result<()> {
         if self.waiting.is_empty() {

@@ -251,12 +251,5 @@ impl Ports {
 
 /// A serial port's failure as ours.
 pub(crate) fn serial_failed(error: vm_superio::serial::Error<std::io::Error>) -> Error {
-    use vm_superio::serial::Error as SerialError;
-    match error {
-        SerialError::Trigger(error) => Error::call("raising the serial port's interrupt", error),
-        SerialError::IOError(error) => Error::call("writing the console", error),
-        error @ SerialError::FullFifo => {
-            Error::call("feeding the console", std::io::Error::other(error))
-        }
-    }
+    Error::call("the serial port", std::io::Error::other(error))
 }

@@ -6,11 +6,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use rustix::event::{poll, PollFd, PollFlags};
-use rustix::io::Errno;
-use rustix::stdio::stdin;
-
-use super::escape::{Escape, Key};
+use super::keys::{Key, Keys};
 use super::{Filter, Raw, Signals};
 use crate::control::{Client, Ended, Nothing, Request};
 use crate::error::{failed, say, Error, Result};
@@ -77,27 +73,13 @@ fn join(
     name: &Name,
     show: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<Left> {
-    let mut escape = Escape::default();
-    let mut input_open = true;
-    let stdin = stdin();
+    let mut typed = Keys::default();
     let mut bytes = [0; 4096];
     stream
         .set_read_timeout(None)
         .map_err(failed("setting a socket"))?;
     loop {
-        let mut fds = vec![
-            PollFd::new(signals, PollFlags::IN),
-            PollFd::new(stream, PollFlags::IN),
-        ];
-        if input_open {
-            fds.push(PollFd::new(&stdin, PollFlags::IN));
-        }
-        match poll(&mut fds, None) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(Error::call("waiting", error)),
-        }
-        let [output, input] =
-            [1, 2].map(|at| fds.get(at).is_some_and(|fd| !fd.revents().is_empty()));
+        let (output, keys) = typed.wait(&stream, signals, true, None)?;
         if let Some(signal) = signals.take() {
             return Ok(Left::Signal(signal));
         }
@@ -107,32 +89,18 @@ fn join(
                 Ok(count) => show(&bytes[..count])?,
             }
         }
-        if input {
-            match rustix::io::read(stdin, &mut bytes) {
-                Ok(count @ 1..) => {
-                    if type_keys(&bytes[..count], &mut escape, stream, name)? {
-                        return Ok(Left::Detached);
-                    }
-                }
-                Err(Errno::INTR | Errno::AGAIN) => {}
-                // What is typed has ended; what is shown goes on.
-                Ok(0) | Err(_) => input_open = false,
-            }
+        if obey(keys, stream, name)? {
+            return Ok(Left::Detached);
         }
     }
 }
 
 /// Sends the guest its keys and does what the others are for. Says whether the user leaves.
-fn type_keys(
-    keys: &[u8],
-    escape: &mut Escape,
-    mut stream: &UnixStream,
-    name: &Name,
-) -> Result<bool> {
+fn obey(keys: Vec<Key>, mut stream: &UnixStream, name: &Name) -> Result<bool> {
     let mut guests = Vec::with_capacity(keys.len());
     let mut leaves = false;
     for key in keys {
-        match escape.feed(*key) {
+        match key {
             Key::Guest(byte) => guests.push(byte),
             Key::Detach => {
                 leaves = true;
