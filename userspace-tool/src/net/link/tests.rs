@@ -244,14 +244,19 @@ fn another_users_machine_is_not_joined() {
     fs::remove_file(&path).expect("the socket");
     let (mut link, _) = open(&at(&folder));
     std::os::unix::fs::chown(&path, Some(4321), None).expect("giving it away");
+    let there = path.clone();
     let mut stranger = thread::spawn(move || {
         rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::from_raw(4321), Uid::ROOT)
             .expect("another identity");
-        UnixStream::connect(path).expect("a connection")
+        UnixStream::connect(there).expect("a connection")
     })
     .join()
     .expect("the other user");
-    assert_eq!(frame(&mut link), None);
+    // Who comes behind is.
+    let mut peer = UnixStream::connect(path).expect("a connection");
+    peer.write_all(&[0, 0, 0, 14]).expect("a frame");
+    peer.write_all(&[5; 14]).expect("a frame");
+    assert_eq!(frame(&mut link), Some(vec![5; 14]));
     assert_eq!(stranger.read(&mut [0]).expect("an end"), 0);
 }
 
