@@ -274,6 +274,14 @@ fn memory_too_small_for_the_kernel_tells_how_much_is_needed() {
 }
 
 #[test]
+fn a_kernel_that_wants_to_run_beyond_all_memory_is_refused() {
+    let files = Files::new();
+    let mut image = fs::read(files.bzimage(MIB)).unwrap();
+    image[header::PREF_ADDRESS..][..8].fill(0xff);
+    run(&files.write("far", &image), &[], &["the kernel", "3 GiB"]);
+}
+
+#[test]
 fn memory_too_small_for_the_initrd_tells_how_much_is_needed() {
     let files = Files::new();
     let kernel = files.bzimage(24 * MIB);

@@ -5,9 +5,8 @@
 use std::io::Read;
 use std::path::Path;
 
-use vm_memory::{Bytes, GuestAddress};
-
-use super::image::{unreadable, Image};
+use super::image::Image;
+use super::write;
 use crate::error::{Error, Result};
 use crate::layout::{FIRMWARE_END, FIRMWARE_SHADOW, FIRMWARE_SIZE, HIGH_MEMORY, PAGE_SIZE};
 use crate::memory::Memory;
@@ -29,7 +28,7 @@ impl Firmware {
     ///
     /// [`Error::Input`] where it can't be read or is no firmware of a PC.
     pub fn open(path: &Path) -> Result<Self> {
-        let mut image = Image::open(path, "--firmware")?;
+        let image = Image::open(path, "--firmware")?;
         let name = image.path.display();
         let give = "give a PC's firmware, such as /usr/share/seabios/bios-256k.bin";
         if !FIRMWARE_SIZE.contains(&image.size) || image.size % PAGE_SIZE != 0 {
@@ -45,10 +44,8 @@ impl Firmware {
         }
         let mut bytes = Vec::new();
         // As much as it had when it was looked at, should it grow meanwhile.
-        (&mut image.file)
-            .take(image.size)
-            .read_to_end(&mut bytes)
-            .map_err(|e| unreadable(&image.path, &e))?;
+        let read = (&image.file).take(image.size).read_to_end(&mut bytes);
+        read.map_err(|e| image.unreadable(&e))?;
         let entry = bytes.len().checked_sub(RESET_VECTOR).map(|at| bytes[at]);
         // Neither what an empty flash chip holds nor zeros are a jump.
         if bytes.len() as u64 != image.size || matches!(entry, None | Some(0 | 0xff)) {
@@ -70,20 +67,15 @@ impl Firmware {
     pub(super) fn load(&self, memory: &Memory) -> Result<()> {
         let shadow = self.size().min(FIRMWARE_SHADOW);
         let end = &self.bytes[(self.size() - shadow) as usize..];
-        for (bytes, address) in [
-            (self.bytes.as_slice(), FIRMWARE_END - self.size()),
-            (end, HIGH_MEMORY - shadow),
-        ] {
-            memory
-                .write_slice(bytes, GuestAddress(address))
-                .map_err(|e| Error::call("writing the firmware", std::io::Error::other(e)))?;
-        }
-        Ok(())
+        write(memory, FIRMWARE_END - self.size(), &self.bytes)?;
+        write(memory, HIGH_MEMORY - shadow, end)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
     use super::*;
     use crate::memory;
 
