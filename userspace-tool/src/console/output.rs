@@ -54,7 +54,8 @@ struct Shared {
     wake: Wake,
     /// Standard output; none where the machine runs detached.
     here: Option<File>,
-    raw: bool,
+    /// What may pass to it, where it is a terminal. That is asked before the process gives such questions up.
+    filter: Mutex<Option<Filter>>,
 }
 
 #[derive(Default)]
@@ -93,6 +94,7 @@ impl Output {
 
     /// The same for any file.
     pub(crate) fn with(wake: Wake, here: Option<File>, raw: bool, control: Control) -> Self {
+        let filter = here.as_ref().and_then(|file| Filter::for_output(file, raw));
         let state = State {
             shown: if here.is_some() { 0 } else { u64::MAX },
             ..State::default()
@@ -102,8 +104,8 @@ impl Output {
             changed: Condvar::new(),
             control,
             wake,
+            filter: Mutex::new(filter),
             here,
-            raw,
         }))
     }
 
@@ -128,7 +130,7 @@ impl Output {
     }
 
     fn show_on(&self, file: &File) -> io::Result<()> {
-        let mut filter = Filter::for_output(file, self.0.raw);
+        let mut filter = lock(&self.0.filter).take();
         let mut shown = 0;
         loop {
             let new = self.next(&mut shown, |state| !state.words.is_empty());
