@@ -53,7 +53,7 @@ test_ping_and_transfer_by_tap() {
 	chmod 755 /tmp/sink
 	timeout 60 nc -l -p 5001 -e /tmp/sink &
 	sink=$!
-	guest tap --net tap=tap0,mac=02:00:00:00:00:2a
+	guest tap --net tap=tap0,mac=02:00:00:00:00:2a --metrics /tmp/metrics
 	status=$?
 	kill $server
 	check "the run ended with $status: $(tail_of tap)" test $status -eq 0 || return
@@ -62,7 +62,11 @@ test_ping_and_transfer_by_tap() {
 		said tap "guest: down $(sum_of /tmp/www/data)" || return
 	wait_for 5 sh -c "! kill -0 $sink 2>/dev/null"
 	check "what came up is not what was sent: $(tail_of tap)" said tap "guest: up $(sum_of /tmp/uploaded)" || return
-	check "its address is another: $(tail_of tap)" said tap 'guest: mac 02:00:00:00:00:2a'
+	check "its address is another: $(tail_of tap)" said tap 'guest: mac 02:00:00:00:00:2a' || return
+	for least in received_bytes:900000 sent_bytes:700000; do
+		count=$(tail -n 1 /tmp/metrics | sed -n "s/.*\"${least%:*}\":\([0-9]*\).*/\1/p")
+		check "${least%:*} is ${count:-not told}, less than ${least#*:}" test "${count:-0}" -ge "${least#*:}" || return
+	done
 }
 
 # The one machine serves a file, and ends when the other has read it.

@@ -174,6 +174,28 @@ test_a_full_disk_waits_with_qcow2() {
 	full cp $WORK/image
 }
 
+# counted FILE NAME: that counter of the only disk, by the last line of --metrics.
+counted() { tail -n 1 "$1" | sed -n "s/.*\"$2\":\([0-9]*\).*/\1/p"; }
+
+# What the guest has read and written is told while it runs and at its end.
+test_disk_counters() {
+	raw disk 8
+	guest 'dd if=/dev/zero of=/dev/vda bs=64k count=16 oflag=direct conv=fsync 2>/dev/null
+		dd if=/dev/vda of=/dev/null bs=64k count=32 iflag=direct 2>/dev/null; echo disk-done; sleep 4' \
+		--name counted --metrics $WORK/metrics --disk $WORK/disk &
+	runner=$!
+	check "the guest says nothing" wait_for 60 grep -q disk-done $LOG || return
+	rvisor stat counted >$WORK/stat
+	got=$?
+	wait $runner || return
+	check "rvisor stat ended with $got" test $got -eq 0 || return
+	check "no written_bytes in: $(tr '\n' ' ' <$WORK/stat)" grep -Eq '^ +written_bytes +1048576$' $WORK/stat || return
+	for least in read_bytes:2097152 written_bytes:1048576 requests:48 flushes:1; do
+		count=$(counted $WORK/metrics "${least%:*}")
+		check "${least%:*} is ${count:-not told}, less than ${least#*:}" test "${count:-0}" -ge "${least#*:}" || return
+	done
+}
+
 test_random_bytes() {
 	guest 'echo device $(cat /sys/class/misc/hw_random/rng_current)
 		echo bytes $(head -c 1000 /dev/hwrng | tr -d "\000" | wc -c)' || return
@@ -206,4 +228,4 @@ test_free_memory_goes_back() {
 }
 
 run_tests raw_disk qcow2_disk readonly_disk discard_gives_room_back several_disks_keep_their_names \
-	a_disk_in_use_is_refused a_full_disk_waits a_full_disk_waits_with_qcow2 random_bytes balloon_takes_memory free_memory_goes_back
+	a_disk_in_use_is_refused a_full_disk_waits a_full_disk_waits_with_qcow2 disk_counters random_bytes balloon_takes_memory free_memory_goes_back

@@ -53,7 +53,8 @@ pub struct Sample {
     pub resident: u64,
     /// What the machine's cgroup has of memory, page tables included; none without `--memory-max`.
     pub charged: Option<u64>,
-    /// The counters of each virtio device.
+    /// The counters of each disk and network card, by the device's name: of a disk `requests`, `read_bytes`,
+    /// `written_bytes` and `flushes`, of a card `received_frames`, `received_bytes`, `sent_frames` and `sent_bytes`.
     pub devices: BTreeMap<String, Counts>,
 }
 
@@ -127,7 +128,7 @@ impl Sampler {
             process: self.process.read(),
             resident: self.resident().unwrap_or(0),
             charged: charged.and_then(|text| text.trim().parse().ok()),
-            devices: BTreeMap::new(),
+            devices: machine.parts.bus.counters(),
         }
     }
 }
@@ -258,7 +259,8 @@ pub(crate) mod tests {
             "device":"/dev/rvisor","started":1,"time_ms":2000,"clock_ns":5000000000,"vcpus":[{"run_ns":1500000000,
             "guest_ns":1200000000,"wait_ns":10000000,"exits":{"HLT":7,"IO_INSTRUCTION":900},"counters":{"exits":907}}],
             "vm":{},"process":{"run_ns":1600000000,"guest_ns":1200000000,"wait_ns":0},"resident":10485760,
-            "charged":null,"devices":{}}"#;
+            "charged":null,"devices":{"disk a.img":{"requests":3,"read_bytes":8192,"flushes":0},
+            "network card 0":{"sent_bytes":60,"received_bytes":1200}}}"#;
         serde_json::from_str(text).expect("what is written is read")
     }
 
@@ -271,7 +273,13 @@ pub(crate) mod tests {
              tool and devices: ran 0.10 s\n\
              CPU 0: ran 1.50 s, 1.20 s of it in the guest, waited 0.01 s for a CPU of the host's; 907 exits\n  \
              IO_INSTRUCTION                        900\n  \
-             HLT                                     7\n"
+             HLT                                     7\n\
+             disk a.img:\n  \
+             read_bytes                           8192\n  \
+             requests                                3\n\
+             network card 0:\n  \
+             received_bytes                       1200\n  \
+             sent_bytes                             60\n"
         );
     }
 

@@ -275,6 +275,13 @@ mod tests {
         now.vcpus[0].times.guest_ns += 500_000_000;
         now.vcpus[0].counters.insert("exits".to_owned(), 907 + 300);
         now.vcpus[0].exits.insert("HLT".to_owned(), 7 + 300);
+        for (device, counter, grown) in [
+            ("disk a.img", "read_bytes", 8192),
+            ("network card 0", "sent_bytes", 6144),
+        ] {
+            let counts = now.devices.get_mut(device).expect("it is there");
+            *counts.get_mut(counter).expect("it counts") += grown;
+        }
         let name = now.status.name.clone();
         let mut screen = Screen {
             before: [(name.clone(), before)].into(),
@@ -293,7 +300,9 @@ mod tests {
                 .unwrap_or_default()
                 .to_owned()
         };
-        for word in ["web", "running", "50.0", "25.0", "150", "10 MiB", "256 MiB"] {
+        for word in [
+            "web", "running", "50.0", "25.0", "150", "10 MiB", "256 MiB", "4/0", "0/3",
+        ] {
             assert!(line("web").contains(word), "{word:?} is not in:\n{shown}");
         }
         assert!(line("HLT").contains("150"), "{shown}");

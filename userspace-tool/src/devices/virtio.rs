@@ -17,7 +17,9 @@ pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
 
+use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
@@ -27,12 +29,30 @@ use crate::error::{Error, Result};
 use crate::layout;
 use crate::memory::Memory;
 use crate::net::Link;
+use crate::stat::counters::Counts;
 pub use mmio::Transport;
 pub use rings::{Chain, Rings};
 
 /// A feature, by its number, among all.
 pub(crate) const fn bit(feature: u32) -> u64 {
     1 << feature
+}
+
+/// A number that only grows: a device's worker adds to it, and anybody reads it without the device's lock.
+#[derive(Clone, Debug, Default)]
+pub struct Counter(Arc<AtomicU64>);
+
+impl Counter {
+    /// Counts `more`.
+    pub fn add(&self, more: u64) {
+        self.0.fetch_add(more, Ordering::Relaxed);
+    }
+
+    /// What was counted.
+    #[must_use]
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// Why a device could not go on.
@@ -109,6 +129,11 @@ pub trait Device: Send {
     /// As with [`process`](Self::process).
     fn ready(&mut self, _rings: &mut Rings<'_>) -> std::result::Result<(), Fault> {
         Ok(())
+    }
+
+    /// What it counts, under the names that [`crate::stat`] tells. Asked for once, at the start.
+    fn counters(&self) -> Vec<(&'static str, Counter)> {
+        Vec::new()
     }
 
     /// The guest is asked to leave so many bytes of its memory to the host. Says whether this device asks it.
@@ -191,6 +216,19 @@ impl Bus {
     /// The devices.
     pub fn devices(&self) -> impl Iterator<Item = &Arc<Transport>> {
         self.0.iter()
+    }
+
+    /// What the devices have counted, by their names. Two of the same name are disks in one file, and told together.
+    #[must_use]
+    pub fn counters(&self) -> BTreeMap<String, Counts> {
+        let mut all = BTreeMap::<String, Counts>::new();
+        for device in &self.0 {
+            for (name, counter) in device.counters() {
+                let counts = all.entry(device.name().to_owned()).or_default();
+                *counts.entry((*name).to_owned()).or_default() += counter.get();
+            }
+        }
+        all
     }
 
     /// Asks the guest to leave `bytes` of its memory to the host, in place of what it was asked for before.

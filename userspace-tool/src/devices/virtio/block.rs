@@ -13,7 +13,7 @@ use virtio_queue::{Reader, Writer};
 use vm_memory::{ByteValued, Le32, Le64};
 
 use super::rings::Halt;
-use super::{bit, Chain, Device, Fault, Rings};
+use super::{bit, Chain, Counter, Device, Fault, Rings};
 use crate::arguments::Disk;
 use crate::error::{say, Error, Result};
 pub use image::Format;
@@ -68,6 +68,16 @@ pub struct Block {
     write_through: bool,
     /// The host's error was said once.
     told: bool,
+    counters: Counters,
+}
+
+/// What a disk counts: requests that the driver was answered, and what those have done that went well.
+#[derive(Default)]
+struct Counters {
+    requests: Counter,
+    read: Counter,
+    written: Counter,
+    flushes: Counter,
 }
 
 /// Why a request was not done.
@@ -111,6 +121,7 @@ impl Block {
             buffer: Vec::new(),
             write_through: false,
             told: false,
+            counters: Counters::default(),
         })
     }
 
@@ -124,14 +135,22 @@ impl Block {
         let head: Head = reader.read_obj().map_err(|_| BROKEN)?;
         let sector = head.sector.to_native();
         match head.kind.to_native() {
-            blk::VIRTIO_BLK_T_IN => self.read(sector, writer, halt)?,
+            blk::VIRTIO_BLK_T_IN => {
+                self.read(sector, writer, halt)?;
+                self.counters.read.add(writer.bytes_written() as u64);
+            }
             blk::VIRTIO_BLK_T_OUT => {
                 self.write(sector, reader, halt)?;
                 if self.write_through {
                     self.image.flush()?;
                 }
+                let written = reader.bytes_read() - size_of::<Head>();
+                self.counters.written.add(written as u64);
             }
-            blk::VIRTIO_BLK_T_FLUSH => self.image.flush()?,
+            blk::VIRTIO_BLK_T_FLUSH => {
+                self.image.flush()?;
+                self.counters.flushes.add(1);
+            }
             blk::VIRTIO_BLK_T_GET_ID => {
                 let mut id = [0; blk::VIRTIO_BLK_ID_BYTES as usize];
                 let length = self.serial.len().min(id.len());
@@ -305,9 +324,20 @@ impl Device for Block {
             status_writer
                 .write_all(&[status as u8])
                 .map_err(|_| Fault::Guest("a request has no room for its status".into()))?;
+            self.counters.requests.add(1);
             rings.push(queue, &chain, written + 1)?;
         }
         Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, Counter)> {
+        let counters = &self.counters;
+        vec![
+            ("requests", counters.requests.clone()),
+            ("read_bytes", counters.read.clone()),
+            ("written_bytes", counters.written.clone()),
+            ("flushes", counters.flushes.clone()),
+        ]
     }
 
     fn close(&mut self) -> Result<()> {

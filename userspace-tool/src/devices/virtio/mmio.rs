@@ -22,7 +22,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
 
 use super::rings::{Finished, Halt};
-use super::{bit, Device, Fault, Rings};
+use super::{bit, Counter, Device, Fault, Rings};
 use crate::devices::lock;
 use crate::error::{failed, say, Error, Result};
 use crate::machine::Control;
@@ -48,6 +48,7 @@ const QUEUES: usize = 16;
 pub struct Transport {
     state: Mutex<State>,
     name: String,
+    counters: Vec<(&'static str, Counter)>,
     status: AtomicU32,
     interrupts: AtomicU32,
     generation: AtomicU32,
@@ -114,6 +115,7 @@ impl Transport {
         let kicks = queues.iter().map(|_| eventfd()).collect::<Result<_>>()?;
         Ok(Self {
             name: device.name(),
+            counters: device.counters(),
             status: AtomicU32::new(0),
             interrupts: AtomicU32::new(0),
             generation: AtomicU32::new(0),
@@ -153,6 +155,12 @@ impl Transport {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What the device counts, by its names.
+    #[must_use]
+    pub fn counters(&self) -> &[(&'static str, Counter)] {
+        &self.counters
     }
 
     /// The guest reads its registers at `offset`, as many bytes as `data` has.

@@ -11,8 +11,8 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
 };
 
-use super::{Device, Fault, Rings};
-use crate::net::{Link, Mac, Offloads, HEADER, LONGEST_FRAME};
+use super::{Counter, Device, Fault, Rings};
+use crate::net::{Link, Mac, Offloads, HEADER, LONGEST_FRAME, SHORTEST_FRAME};
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
@@ -42,12 +42,24 @@ pub struct Net {
     mergeable: bool,
     /// The frame that is sent, behind its header.
     packet: Box<[u8]>,
+    counters: Counters,
+}
+
+/// What a card counts: the frames that were passed on, and their bytes.
+#[derive(Default)]
+struct Counters {
+    received: Counter,
+    received_bytes: Counter,
+    sent: Counter,
+    sent_bytes: Counter,
 }
 
 /// What became of a frame that has come.
 enum Placed {
-    /// The guest has it, or can't have it.
-    Done,
+    /// The guest has it.
+    Given,
+    /// The guest can't have it.
+    Lost,
     /// There is no room now.
     Waits,
 }
@@ -62,6 +74,7 @@ impl Net {
             link,
             mergeable: false,
             packet: vec![0; HEADER + LONGEST_FRAME].into_boxed_slice(),
+            counters: Counters::default(),
         }
     }
 
@@ -72,9 +85,15 @@ impl Net {
             // What is longer than any frame is lost.
             if let Some(packet) = self.packet.get_mut(..reader.available_bytes()) {
                 reader.read_exact(packet).map_err(broken)?;
+                let length = packet.len().checked_sub(HEADER);
+                let length = length.filter(|length| *length >= SHORTEST_FRAME);
                 if !self.link.send(packet) {
                     rings.put_back(TRANSMIT);
                     return Ok(());
+                }
+                if let Some(length) = length {
+                    self.counters.sent.add(1);
+                    self.counters.sent_bytes.add(length as u64);
                 }
             }
             rings.push(TRANSMIT, &chain, 0)?;
@@ -85,10 +104,16 @@ impl Net {
     /// Gives the guest what has come, as far as it has made room.
     fn receive(&mut self, rings: &mut Rings<'_>) -> Result<(), Fault> {
         while let Some((header, frame)) = self.link.front() {
+            let length = frame.len() as u64;
             match place(rings, self.mergeable, header, frame)? {
-                Placed::Done => self.link.take(),
+                Placed::Given => {
+                    self.counters.received.add(1);
+                    self.counters.received_bytes.add(length);
+                }
+                Placed::Lost => {}
                 Placed::Waits => break,
             }
+            self.link.take();
         }
         Ok(())
     }
@@ -110,7 +135,7 @@ fn place(
             break None;
         }
         if buffers.len() == most {
-            break Some(Placed::Done);
+            break Some(Placed::Lost);
         }
         let Some(chain) = rings.pop(RECEIVE)? else {
             break Some(Placed::Waits);
@@ -135,7 +160,7 @@ fn place(
         used.push((chain, writer.bytes_written() as u32));
     }
     rings.push_all(RECEIVE, &used)?;
-    Ok(Placed::Done)
+    Ok(Placed::Given)
 }
 
 fn broken(error: std::io::Error) -> Fault {
@@ -195,6 +220,16 @@ impl Device for Net {
             TRANSMIT => self.transmit(rings),
             _ => self.receive(rings),
         }
+    }
+
+    fn counters(&self) -> Vec<(&'static str, Counter)> {
+        let counters = &self.counters;
+        vec![
+            ("received_frames", counters.received.clone()),
+            ("received_bytes", counters.received_bytes.clone()),
+            ("sent_frames", counters.sent.clone()),
+            ("sent_bytes", counters.sent_bytes.clone()),
+        ]
     }
 
     fn source(&self) -> Option<BorrowedFd<'_>> {

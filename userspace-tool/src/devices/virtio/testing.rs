@@ -202,6 +202,13 @@ impl Driver {
         self.read(register::VIRTIO_MMIO_QUEUE_NUM_MAX) as u16
     }
 
+    /// What the device has counted, all that is not 0.
+    pub(crate) fn counted(&self) -> Vec<(&'static str, u64)> {
+        let counters = self.transport.counters().iter();
+        let counted = counters.map(|(name, counter)| (*name, counter.get()));
+        counted.filter(|(_, count)| *count > 0).collect()
+    }
+
     pub(crate) fn needs_reset(&self) -> bool {
         self.read(register::VIRTIO_MMIO_STATUS) & NEEDS_RESET != 0
     }

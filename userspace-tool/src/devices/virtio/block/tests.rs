@@ -445,3 +445,23 @@ fn a_long_request_is_left_for_later() {
         assert_eq!(read(&mut driver, 0, 512).unwrap(), [0; 512]);
     }
 }
+
+#[test]
+fn what_was_done_is_counted() {
+    let files = Files::new();
+    let mut driver = start(&files.raw());
+    assert_eq!(driver.counted(), []);
+    assert_eq!(tell(&mut driver, OUT, 8, &[7; 3 * 512]), OK);
+    assert!(read(&mut driver, 8, 512).is_some());
+    assert_eq!(tell(&mut driver, FLUSH, 0, &[]), OK);
+    // What fails is a request, and nothing that was done.
+    assert!(read(&mut driver, SIZE / 512, 512).is_none());
+    assert_eq!(tell(&mut driver, OUT, SIZE / 512, &[7; 512]), IOERR);
+    let done = [
+        ("requests", 5),
+        ("read_bytes", 512),
+        ("written_bytes", 1536),
+        ("flushes", 1),
+    ];
+    assert_eq!(driver.counted(), done);
+}

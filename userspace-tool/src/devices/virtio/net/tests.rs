@@ -76,6 +76,11 @@ fn frames_go_out_whole_and_without_their_header() {
     driver.request(TRANSMIT, &[&[0; HEADER], &frame(20)], 0);
     assert_eq!(get(&mut peer), frame(20));
     assert!(!driver.needs_reset());
+    let bytes = (14 + 60 + 1514 + LONGEST_FRAME + 20) as u64;
+    assert_eq!(
+        driver.counted(),
+        [("sent_frames", 5), ("sent_bytes", bytes)]
+    );
 }
 
 #[test]
@@ -96,6 +101,10 @@ fn a_frame_waits_for_a_buffer() {
     offer(&mut driver, 1, 2048);
     driver.serve(RECEIVE);
     assert_eq!(driver.used_element(RECEIVE, 1), (0, (HEADER + 61) as u32));
+    assert_eq!(
+        driver.counted(),
+        [("received_frames", 2), ("received_bytes", 121)]
+    );
 }
 
 #[test]
