@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Making and ending machines, measured in userspace.
 
-use core::arch::x86_64::_rdtsc;
+use crate::tsc;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use rvisor_tests::host::free_kib;
 use rvisor_tests::{Context, Device, Fail};
@@ -10,11 +10,6 @@ use rvisor_tests::{Context, Device, Fail};
 const ROUNDS: u64 = 16;
 /// Machines that memory is the mean of.
 const MACHINES: u64 = 64;
-
-fn tsc() -> u64 {
-    // SAFETY: RDTSC reads a counter; CR4.TSD is clear for userspace in Linux.
-    unsafe { _rdtsc() }
-}
 
 fn make(kvm: &Kvm) -> Result<(VcpuFd, VmFd), Fail> {
     let vm = kvm.create_vm().during("KVM_CREATE_VM")?;
