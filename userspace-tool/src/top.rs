@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
@@ -16,7 +17,7 @@ use crate::error::{failed, Error, Result};
 use crate::registry::{self, Name};
 use crate::size;
 use crate::stat::counters::{largest, Counts};
-use crate::stat::{self, mib, Sample};
+use crate::stat::{self, mib, Sample, VcpuSample};
 
 /// How long a screen stands.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -53,74 +54,71 @@ impl<'a> Rates<'a> {
         format!("{:.1}", self.rate(of) / 1e7)
     }
 
+    /// What the threads of those of the virtual CPUs did: percent of a CPU on one, in the guest and waiting; exits.
+    fn work(&self, cpus: &Range<usize>) -> [String; 4] {
+        let sum = |of: fn(&VcpuSample) -> u64| {
+            move |sample: &Sample| {
+                let cpus = sample.vcpus.get(cpus.clone()).unwrap_or_default();
+                cpus.iter().map(of).sum()
+            }
+        };
+        [
+            self.percent(sum(|vcpu| vcpu.times.run_ns)),
+            self.percent(sum(|vcpu| vcpu.times.guest_ns)),
+            self.percent(sum(|vcpu| vcpu.times.wait_ns)),
+            format!("{:.0}", self.rate(sum(VcpuSample::exits))),
+        ]
+    }
+
     fn machine(&self) -> Row<'static> {
         let status = &self.now.status;
-        let guest = |sample: &Sample| sample.vcpus.iter().map(|vcpu| vcpu.times.guest_ns).sum();
-        let wait = |sample: &Sample| sample.vcpus.iter().map(|vcpu| vcpu.times.wait_ns).sum();
-        let exits = |sample: &Sample| sample.vcpus.iter().map(stat::VcpuSample::exits).sum();
+        let [_, guest, wait, exits] = self.work(&(0..self.now.vcpus.len()));
         Row::new([
             status.name.to_string(),
             status.state.clone(),
             status.cpus.to_string(),
             self.percent(|sample| sample.process.run_ns),
-            self.percent(guest),
-            self.percent(wait),
-            format!("{:.0}", self.rate(exits)),
+            guest,
+            wait,
+            exits,
             mib(self.now.resident),
             size::text(status.memory),
-            self.device("read_bytes", "written_bytes"),
-            self.device("received_bytes", "sent_bytes"),
+            self.devices("read_bytes", "written_bytes"),
+            self.devices("received_bytes", "sent_bytes"),
         ])
     }
 
     /// Two counters of all devices, in KiB a second.
-    fn device(&self, first: &str, second: &str) -> String {
+    fn devices(&self, first: &str, second: &str) -> String {
         let sum = |name: &str| {
-            self.rate(|sample| {
-                sample
-                    .devices
-                    .values()
-                    .filter_map(|counts| counts.get(name))
-                    .sum()
-            }) / 1024.0
+            let of = |sample: &Sample| {
+                let devices = sample.devices.values();
+                devices.filter_map(|counts| counts.get(name)).sum()
+            };
+            self.rate(of) / 1024.0
         };
         format!("{:.0}/{:.0}", sum(first), sum(second))
     }
 
     fn vcpus(&self) -> Vec<Row<'static>> {
-        let row = |cpu: usize| {
-            let times = move |of: fn(&stat::Times) -> u64| {
-                move |sample: &Sample| sample.vcpus.get(cpu).map_or(0, |vcpu| of(&vcpu.times))
-            };
-            Row::new([
-                format!("CPU {cpu}"),
-                self.percent(times(|times| times.run_ns)),
-                self.percent(times(|times| times.guest_ns)),
-                self.percent(times(|times| times.wait_ns)),
-                format!(
-                    "{:.0}",
-                    self.rate(|sample| sample.vcpus.get(cpu).map_or(0, stat::VcpuSample::exits))
-                ),
-            ])
+        let row = |cpu| {
+            let [run, guest, wait, exits] = self.work(&(cpu..cpu + 1));
+            Row::new([format!("CPU {cpu}"), run, guest, wait, exits])
         };
         (0..self.now.vcpus.len()).map(row).collect()
     }
 
     /// Exits a second by their reason, of all CPUs, the most frequent first.
     fn reasons(&self) -> Vec<Row<'static>> {
-        let mut grown = Counts::new();
-        for (cpu, vcpu) in self.now.vcpus.iter().enumerate() {
-            for reason in vcpu.exits.keys() {
-                let count = |sample: &Sample| {
-                    sample
-                        .vcpus
-                        .get(cpu)
-                        .and_then(|vcpu| vcpu.exits.get(reason).copied())
-                        .unwrap_or(0)
-                };
-                *grown.entry(reason.clone()).or_default() += self.rate(count) as u64;
-            }
-        }
+        let all = self.now.vcpus.iter().flat_map(|vcpu| vcpu.exits.keys());
+        let of = |reason: &String| {
+            let count = |sample: &Sample| {
+                let vcpus = sample.vcpus.iter();
+                vcpus.filter_map(|vcpu| vcpu.exits.get(reason)).sum()
+            };
+            (reason.clone(), self.rate(count) as u64)
+        };
+        let grown: Counts = all.map(of).collect();
         largest(&grown)
             .iter()
             .map(|(name, count)| Row::new([(*name).to_owned(), count.to_string()]))
@@ -157,9 +155,8 @@ impl Screen {
             .iter()
             .map(|(name, now)| Rates::new(self.before.get(name), now))
             .collect();
-        let lines = u16::try_from(rates.len())
-            .unwrap_or(u16::MAX)
-            .saturating_add(2);
+        // The heading, and one line to spare.
+        let lines = u16::try_from(rates.len() + 2).unwrap_or(u16::MAX);
         let [title, machines, details] = Layout::vertical([
             Constraint::Length(1),
             Constraint::Max(lines),
@@ -174,20 +171,8 @@ impl Screen {
         );
         frame.render_widget(Paragraph::new(text).bold(), title);
         let widths = [16, 8, 4, 6, 6, 6, 9, 9, 9, 11, 11].map(Constraint::Length);
-        let head = [
-            "NAME",
-            "STATE",
-            "CPUS",
-            "%CPU",
-            "%GUEST",
-            "%WAIT",
-            "EXITS/S",
-            "RESIDENT",
-            "MEMORY",
-            "DISK KiB/s",
-            "NET KiB/s",
-        ];
-        let table = table_of(rates.iter().map(Rates::machine).collect(), &widths, &head);
+        let head = "NAME,STATE,CPUS,%CPU,%GUEST,%WAIT,EXITS/S,RESIDENT,MEMORY,DISK KiB/s,NET KiB/s";
+        let table = table_of(rates.iter().map(Rates::machine), &widths, head);
         frame.render_stateful_widget(
             table.row_highlight_style(Style::new().reversed()),
             machines,
@@ -195,25 +180,22 @@ impl Screen {
         );
         if let Some(chosen) = self.selected.selected().and_then(|place| rates.get(place)) {
             let widths = [8, 7, 7, 7, 9].map(Constraint::Length);
-            frame.render_widget(
-                table_of(
-                    chosen.vcpus(),
-                    &widths,
-                    &["", "%CPU", "%GUEST", "%WAIT", "EXITS/S"],
-                ),
-                vcpus,
-            );
+            let table = table_of(chosen.vcpus(), &widths, ",%CPU,%GUEST,%WAIT,EXITS/S");
+            frame.render_widget(table, vcpus);
             let widths = [24, 10].map(Constraint::Length);
-            frame.render_widget(
-                table_of(chosen.reasons(), &widths, &["EXIT", "A SECOND"]),
-                reasons,
-            );
+            let table = table_of(chosen.reasons(), &widths, "EXIT,A SECOND");
+            frame.render_widget(table, reasons);
         }
     }
 }
 
-fn table_of<'a>(rows: Vec<Row<'a>>, widths: &[Constraint], head: &[&'a str]) -> Table<'a> {
-    Table::new(rows, widths.to_vec()).header(Row::new(head.to_vec()).underlined())
+/// A table of columns that wide, with the words of `head` above them.
+fn table_of<'a>(
+    rows: impl IntoIterator<Item = Row<'a>>,
+    widths: &[Constraint],
+    head: &'a str,
+) -> Table<'a> {
+    Table::new(rows, widths).header(Row::new(head.split(',')).underlined())
 }
 
 /// Shows the machines until the user has seen enough.

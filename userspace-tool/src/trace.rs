@@ -15,85 +15,31 @@ use crate::control::{self, Client, Nothing, Request};
 use crate::error::{failed, Error, Result};
 use crate::machine::Machine;
 use crate::registry::Name;
+use crate::stat::counters::number;
 
 /// Bytes of a record, and how many are read at once.
 const RECORD: usize = 48;
 const RECORDS: usize = 256;
 
-/// The basic exit reasons, by their numbers (SDM volume 3, appendix C).
-const REASONS: &[&str] = &[
-    "EXCEPTION_NMI",
-    "EXTERNAL_INTERRUPT",
-    "TRIPLE_FAULT",
-    "INIT",
-    "SIPI",
-    "IO_SMI",
-    "OTHER_SMI",
-    "INTERRUPT_WINDOW",
-    "NMI_WINDOW",
-    "TASK_SWITCH",
-    "CPUID",
-    "GETSEC",
-    "HLT",
-    "INVD",
-    "INVLPG",
-    "RDPMC",
-    "RDTSC",
-    "RSM",
-    "VMCALL",
-    "VMCLEAR",
-    "VMLAUNCH",
-    "VMPTRLD",
-    "VMPTRST",
-    "VMREAD",
-    "VMRESUME",
-    "VMWRITE",
-    "VMXOFF",
-    "VMXON",
-    "CR_ACCESS",
-    "DR_ACCESS",
-    "IO_INSTRUCTION",
-    "RDMSR",
-    "WRMSR",
-    "INVALID_GUEST_STATE",
-    "MSR_LOADING",
-    "35",
-    "MWAIT",
-    "MONITOR_TRAP",
-    "38",
-    "MONITOR",
-    "PAUSE",
-    "MACHINE_CHECK",
-    "42",
-    "TPR_BELOW_THRESHOLD",
-    "APIC_ACCESS",
-    "VIRTUALIZED_EOI",
-    "GDTR_IDTR",
-    "LDTR_TR",
-    "EPT_VIOLATION",
-    "EPT_MISCONFIGURATION",
-    "INVEPT",
-    "RDTSCP",
-    "PREEMPTION_TIMER",
-    "INVVPID",
-    "WBINVD",
-    "XSETBV",
-    "APIC_WRITE",
-    "RDRAND",
-    "INVPCID",
-    "VMFUNC",
-    "ENCLS",
-    "RDSEED",
-    "PML_FULL",
-    "XSAVES",
-    "XRSTORS",
-];
+/// The basic exit reasons, in the order of their numbers (SDM volume 3, appendix C).
+const REASONS: &str = "
+    EXCEPTION_NMI EXTERNAL_INTERRUPT TRIPLE_FAULT INIT SIPI IO_SMI OTHER_SMI INTERRUPT_WINDOW NMI_WINDOW
+    TASK_SWITCH CPUID GETSEC HLT INVD INVLPG RDPMC RDTSC RSM VMCALL VMCLEAR VMLAUNCH VMPTRLD VMPTRST VMREAD
+    VMRESUME VMWRITE VMXOFF VMXON CR_ACCESS DR_ACCESS IO_INSTRUCTION RDMSR WRMSR INVALID_GUEST_STATE MSR_LOADING
+    35 MWAIT MONITOR_TRAP 38 MONITOR PAUSE MACHINE_CHECK 42 TPR_BELOW_THRESHOLD APIC_ACCESS VIRTUALIZED_EOI
+    GDTR_IDTR LDTR_TR EPT_VIOLATION EPT_MISCONFIGURATION INVEPT RDTSCP PREEMPTION_TIMER INVVPID WBINVD XSETBV
+    APIC_WRITE RDRAND INVPCID VMFUNC ENCLS RDSEED PML_FULL XSAVES XRSTORS
+";
+
+fn reasons() -> impl Iterator<Item = &'static str> {
+    REASONS.split_whitespace()
+}
 
 /// The name of a basic exit reason, or its number.
 #[must_use]
 pub fn reason_name(reason: u32) -> String {
-    let known = REASONS.get(reason as usize);
-    known.map_or_else(|| reason.to_string(), |name| (*name).to_owned())
+    let known = reasons().nth(reason as usize);
+    known.map_or_else(|| reason.to_string(), str::to_owned)
 }
 
 /// The arguments of the command `trace`.
@@ -131,13 +77,7 @@ pub struct Exit {
 
 impl Exit {
     fn new(cpu: u32, record: &[u8]) -> Self {
-        let word = |place: usize| {
-            let bytes = record.get(8 * place..8 * place + 8).unwrap_or_default();
-            bytes
-                .iter()
-                .rev()
-                .fold(0, |sum, byte| (sum << 8) | u64::from(*byte))
-        };
+        let word = |place: usize| number(record, 8 * place, 8);
         Self {
             cpu,
             tsc: word(0),
@@ -224,10 +164,10 @@ fn refused(error: &io::Error) -> Error {
 pub fn run(name: &Name, mut wanted: Wanted, json: bool) -> Result<()> {
     for reason in &mut wanted.reasons {
         reason.make_ascii_uppercase();
-        if !REASONS.contains(&reason.as_str()) {
+        if !reasons().any(|known| known == *reason) {
             return Err(Error::input(
                 format!("{reason} is no exit reason"),
-                format!("give one of {}", REASONS.join(", ")),
+                format!("give one of {}", reasons().collect::<Vec<_>>().join(", ")),
             ));
         }
     }

@@ -73,6 +73,11 @@ impl From<virtio_queue::Error> for Fault {
     }
 }
 
+/// What reading or writing a chain of the guest's gives where that is none.
+fn broken(error: std::io::Error) -> Fault {
+    Fault::Guest(error.to_string())
+}
+
 /// One kind of virtio device.
 ///
 /// All methods are called with the device's lock held, [`process`](Self::process) and
@@ -229,20 +234,6 @@ impl Bus {
             }
         }
         all
-    }
-
-    /// Asks the guest to leave `bytes` of its memory to the host, in place of what it was asked for before.
-    pub fn set_balloon(&self, bytes: u64) {
-        self.0.iter().for_each(|device| device.set_balloon(bytes));
-    }
-
-    /// How many bytes of its memory the guest has left to the host.
-    #[must_use]
-    pub fn balloon(&self) -> u64 {
-        self.0
-            .iter()
-            .find_map(|device| device.balloon())
-            .unwrap_or(0)
     }
 
     /// The guest reads at a physical address as many bytes as `data` has. Where no device is, all bits read

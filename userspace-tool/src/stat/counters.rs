@@ -110,7 +110,7 @@ impl Counters {
 }
 
 /// The little-endian number of `size` bytes there; 0 where there are none.
-fn number(bytes: &[u8], at: usize, size: usize) -> u64 {
+pub(crate) fn number(bytes: &[u8], at: usize, size: usize) -> u64 {
     let found = bytes.get(at..at.saturating_add(size)).unwrap_or_default();
     found
         .iter()

@@ -22,7 +22,7 @@ const GUEST_TIME: usize = 40;
 pub struct Times {
     /// On a CPU of the host's.
     pub run_ns: u64,
-    /// In the guest, of that; 0 where the hypervisor does not tell the host's kernel.
+    /// In the guest, of that.
     pub guest_ns: u64,
     /// Ready to run while others had the CPU; 0 where the kernel does not count it.
     pub wait_ns: u64,

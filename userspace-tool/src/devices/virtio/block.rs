@@ -10,7 +10,7 @@ use std::time::Duration;
 use virtio_bindings::virtio_blk as blk;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::{Reader, Writer};
-use vm_memory::{ByteValued, Le32, Le64};
+use vm_memory::{Le32, Le64};
 
 use super::rings::Halt;
 use super::{bit, Chain, Counter, Device, Fault, Rings};
@@ -34,30 +34,8 @@ const BUFFER: usize = 64 << 10;
 /// How long to wait before a write to a full disk is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Head of a request (5.2.6).
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-struct Head {
-    kind: Le32,
-    reserved: Le32,
-    sector: Le64,
-}
-
-/// A range to discard or to fill with zeroes (5.2.6).
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-struct Range {
-    sector: Le64,
-    count: Le32,
-    flags: Le32,
-}
-
-#[allow(unsafe_code)]
-// SAFETY: Integers alone, without padding: any bytes are a value.
-unsafe impl ByteValued for Head {}
-#[allow(unsafe_code)]
-// SAFETY: As above.
-unsafe impl ByteValued for Range {}
+/// Bytes of a range to discard or to fill with zeroes (5.2.6).
+const RANGE: usize = 16;
 
 /// A disk.
 pub struct Block {
@@ -132,20 +110,30 @@ impl Block {
         writer: &mut Writer<'_>,
         halt: Halt<'_>,
     ) -> Done<u32> {
-        let head: Head = reader.read_obj().map_err(|_| BROKEN)?;
-        let sector = head.sector.to_native();
-        match head.kind.to_native() {
+        // The head of a request (5.2.6).
+        let kind = read_u32(reader)?;
+        let _reserved = read_u32(reader)?;
+        let sector = read_u64(reader)?;
+        match kind {
             blk::VIRTIO_BLK_T_IN => {
-                self.read(sector, writer, halt)?;
-                self.counters.read.add(writer.bytes_written() as u64);
+                let length = writer.available_bytes();
+                self.transfer(sector, length, halt, |image, piece, offset| {
+                    image.read(piece, offset)?;
+                    writer.write_all(piece).map_err(|_| BROKEN)
+                })?;
+                self.counters.read.add(length as u64);
             }
+            blk::VIRTIO_BLK_T_OUT if self.image.readonly => return Err(BROKEN),
             blk::VIRTIO_BLK_T_OUT => {
-                self.write(sector, reader, halt)?;
+                let length = reader.available_bytes();
+                self.transfer(sector, length, halt, |image, piece, offset| {
+                    reader.read_exact(piece).map_err(|_| BROKEN)?;
+                    Ok(image.write(piece, offset)?)
+                })?;
                 if self.write_through {
                     self.image.flush()?;
                 }
-                let written = reader.bytes_read() - size_of::<Head>();
-                self.counters.written.add(written as u64);
+                self.counters.written.add(length as u64);
             }
             blk::VIRTIO_BLK_T_FLUSH => {
                 self.image.flush()?;
@@ -169,66 +157,51 @@ impl Block {
     fn place(&self, sector: u64, length: u64) -> Done<u64> {
         let offset = sector.checked_mul(SECTOR).ok_or(BROKEN)?;
         let end = offset.checked_add(length).ok_or(BROKEN)?;
-        if end > self.image.size() || length % SECTOR != 0 {
+        if end > self.image.size || length % SECTOR != 0 {
             return Err(BROKEN);
         }
         Ok(offset)
     }
 
-    fn read(&mut self, sector: u64, writer: &mut Writer<'_>, halt: Halt<'_>) -> Done<()> {
-        let mut left = writer.available_bytes();
-        let mut offset = self.place(sector, left as u64)?;
-        if left > MOST {
+    /// Has `work` read or write `length` bytes from `sector` on, a piece after the other: where each lies on the disk, and
+    /// room for its bytes.
+    fn transfer(
+        &mut self,
+        sector: u64,
+        length: usize,
+        halt: Halt<'_>,
+        mut work: impl FnMut(&Image, &mut [u8], u64) -> Done<()>,
+    ) -> Done<()> {
+        let mut offset = self.place(sector, length as u64)?;
+        if length > MOST {
             return Err(BROKEN);
         }
+        self.buffer.resize(BUFFER, 0);
+        let mut left = length;
         while left > 0 {
             halted(halt)?;
-            let count = left.min(BUFFER);
-            self.buffer.resize(BUFFER, 0);
-            self.image.read(&mut self.buffer[..count], offset)?;
-            writer
-                .write_all(&self.buffer[..count])
-                .map_err(|_| BROKEN)?;
-            left -= count;
-            offset += count as u64;
-        }
-        Ok(())
-    }
-
-    fn write(&mut self, sector: u64, reader: &mut Reader<'_>, halt: Halt<'_>) -> Done<()> {
-        let mut left = reader.available_bytes();
-        let mut offset = self.place(sector, left as u64)?;
-        if left > MOST || self.image.readonly() {
-            return Err(BROKEN);
-        }
-        while left > 0 {
-            halted(halt)?;
-            let count = left.min(BUFFER);
-            self.buffer.resize(BUFFER, 0);
-            reader
-                .read_exact(&mut self.buffer[..count])
-                .map_err(|_| BROKEN)?;
-            self.image.write(&self.buffer[..count], offset)?;
-            left -= count;
-            offset += count as u64;
+            let piece = &mut self.buffer[..left.min(BUFFER)];
+            work(&self.image, piece, offset)?;
+            left -= piece.len();
+            offset += piece.len() as u64;
         }
         Ok(())
     }
 
     /// Discards the ranges that `reader` has, or fills them with zeroes.
     fn clear(&mut self, zero: bool, reader: &mut Reader<'_>, halt: Halt<'_>) -> Done<()> {
-        let size = size_of::<Range>();
-        let count = reader.available_bytes() / size;
-        if reader.available_bytes() % size != 0 || count > RANGES as usize || self.image.readonly()
-        {
+        let length = reader.available_bytes();
+        let count = length / RANGE;
+        if length % RANGE != 0 || count > RANGES as usize || self.image.readonly {
             return Err(BROKEN);
         }
         for _ in 0..count {
-            let range: Range = reader.read_obj().map_err(|_| BROKEN)?;
-            let sectors = range.count.to_native();
+            let sector = read_u64(reader)?;
+            let sectors = read_u32(reader)?;
+            let flags = read_u32(reader)?;
             let length = u64::from(sectors) * SECTOR;
-            let offset = self.place(range.sector.to_native(), length)?;
-            match (zero, range.flags.to_native()) {
+            let offset = self.place(sector, length)?;
+            match (zero, flags) {
                 (true, _) if sectors > ZEROES => return Err(BROKEN),
                 (true, flags @ 0..=blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP) => {
                     self.image.zero(offset, length, flags != 0, halt)?;
@@ -247,7 +220,7 @@ impl Device for Block {
     }
 
     fn name(&self) -> String {
-        format!("disk {}", self.image.path().display())
+        format!("disk {}", self.image.path.display())
     }
 
     fn features(&self) -> u64 {
@@ -255,7 +228,7 @@ impl Device for Block {
             | bit(blk::VIRTIO_BLK_F_SEG_MAX)
             | bit(blk::VIRTIO_BLK_F_BLK_SIZE)
             | bit(blk::VIRTIO_BLK_F_FLUSH);
-        features |= if self.image.readonly() {
+        features |= if self.image.readonly {
             bit(blk::VIRTIO_BLK_F_RO)
         } else {
             bit(blk::VIRTIO_BLK_F_DISCARD) | bit(blk::VIRTIO_BLK_F_WRITE_ZEROES)
@@ -272,7 +245,7 @@ impl Device for Block {
         let mut config = vec![0; 60];
         let mut put =
             |at: usize, value: u32| config[at..at + 4].copy_from_slice(&value.to_le_bytes());
-        let sectors = self.image.size() / SECTOR;
+        let sectors = self.image.size / SECTOR;
         put(0, sectors as u32);
         put(4, (sectors >> 32) as u32);
         put(8, SEGMENT_SIZE);
@@ -352,6 +325,16 @@ fn halted(halt: Halt<'_>) -> io::Result<()> {
         return Err(io::ErrorKind::Interrupted.into());
     }
     Ok(())
+}
+
+fn read_u32(reader: &mut Reader<'_>) -> Done<u32> {
+    let number: Le32 = reader.read_obj().map_err(|_| BROKEN)?;
+    Ok(number.to_native())
+}
+
+fn read_u64(reader: &mut Reader<'_>) -> Done<u64> {
+    let number: Le64 = reader.read_obj().map_err(|_| BROKEN)?;
+    Ok(number.to_native())
 }
 
 /// The parts of a chain that the device reads, and that it writes.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
-use super::{Device, Fault, Rings};
+use super::{broken, Device, Fault, Rings};
 use crate::console::{Output, Wake};
 use crate::devices::lock;
 use crate::error::failed;
@@ -101,10 +101,6 @@ impl Console {
         }
         Ok(())
     }
-}
-
-fn broken(error: std::io::Error) -> Fault {
-    Fault::Guest(error.to_string())
 }
 
 impl Device for Console {

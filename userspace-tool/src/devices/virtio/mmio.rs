@@ -474,6 +474,11 @@ fn wait(events: &Epoll, timeout: Option<Duration>) -> io::Result<u64> {
     }
 }
 
+/// Where among the features the 32 lie that a driver has selected; there are 64.
+fn half(select: u32) -> Option<u32> {
+    (select < 2).then_some(32 * select)
+}
+
 impl State {
     fn offered(&self) -> u64 {
         self.device.features() | FEATURES
@@ -483,11 +488,8 @@ impl State {
         let queue = self.queues.get(self.queue_select as usize);
         match offset {
             register::VIRTIO_MMIO_DEVICE_ID => self.device.id(),
-            register::VIRTIO_MMIO_DEVICE_FEATURES => match self.device_features_select {
-                0 => self.offered() as u32,
-                1 => (self.offered() >> 32) as u32,
-                _ => 0,
-            },
+            register::VIRTIO_MMIO_DEVICE_FEATURES => half(self.device_features_select)
+                .map_or(0, |shift| (self.offered() >> shift) as u32),
             register::VIRTIO_MMIO_QUEUE_NUM_MAX => queue.map_or(0, |queue| queue.max_size().into()),
             register::VIRTIO_MMIO_QUEUE_READY => queue.map_or(0, |queue| queue.ready().into()),
             _ => 0,
@@ -500,13 +502,10 @@ impl State {
             register::VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_select = value,
             register::VIRTIO_MMIO_QUEUE_SEL => self.queue_select = value,
             register::VIRTIO_MMIO_DRIVER_FEATURES if status & FEATURES_OK == 0 => {
-                let shift = match self.driver_features_select {
-                    0 => 0,
-                    1 => 32,
-                    _ => return,
-                };
-                self.driver_features &= !(0xffff_ffff << shift);
-                self.driver_features |= u64::from(value) << shift;
+                if let Some(shift) = half(self.driver_features_select) {
+                    self.driver_features &= !(0xffff_ffff << shift);
+                    self.driver_features |= u64::from(value) << shift;
+                }
             }
             _ if status & DRIVER_OK == 0 => self.write_queue(offset, value),
             _ => {}
@@ -525,20 +524,18 @@ impl State {
         if queue.ready() {
             return;
         }
-        match offset {
-            register::VIRTIO_MMIO_QUEUE_NUM => queue.set_size(value.try_into().unwrap_or(0)),
-            register::VIRTIO_MMIO_QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
-            register::VIRTIO_MMIO_QUEUE_DESC_HIGH => {
-                queue.set_desc_table_address(None, Some(value));
+        // An address is in two registers, its low half first.
+        let (low, high) = match offset & 4 {
+            0 => (Some(value), None),
+            _ => (None, Some(value)),
+        };
+        match offset & !4 {
+            _ if offset == register::VIRTIO_MMIO_QUEUE_NUM => {
+                queue.set_size(value.try_into().unwrap_or(0));
             }
-            register::VIRTIO_MMIO_QUEUE_AVAIL_LOW => {
-                queue.set_avail_ring_address(Some(value), None);
-            }
-            register::VIRTIO_MMIO_QUEUE_AVAIL_HIGH => {
-                queue.set_avail_ring_address(None, Some(value));
-            }
-            register::VIRTIO_MMIO_QUEUE_USED_LOW => queue.set_used_ring_address(Some(value), None),
-            register::VIRTIO_MMIO_QUEUE_USED_HIGH => queue.set_used_ring_address(None, Some(value)),
+            register::VIRTIO_MMIO_QUEUE_DESC_LOW => queue.set_desc_table_address(low, high),
+            register::VIRTIO_MMIO_QUEUE_AVAIL_LOW => queue.set_avail_ring_address(low, high),
+            register::VIRTIO_MMIO_QUEUE_USED_LOW => queue.set_used_ring_address(low, high),
             _ => {}
         }
     }

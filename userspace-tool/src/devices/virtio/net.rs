@@ -11,7 +11,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
 };
 
-use super::{Counter, Device, Fault, Rings};
+use super::{bit, broken, Counter, Device, Fault, Rings};
 use crate::net::{Link, Mac, Offloads, HEADER, LONGEST_FRAME, SHORTEST_FRAME};
 
 const RECEIVE: usize = 0;
@@ -24,14 +24,12 @@ const NUMBER_OF_BUFFERS: std::ops::Range<usize> = 10..12;
 const MOST_BUFFERS: usize = 48;
 
 /// The work that one side leaves to the other: checksums, cutting TCP into segments.
-const OFFLOADS: [u32; 6] = [
-    VIRTIO_NET_F_CSUM,
-    VIRTIO_NET_F_HOST_TSO4,
-    VIRTIO_NET_F_HOST_TSO6,
-    VIRTIO_NET_F_GUEST_CSUM,
-    VIRTIO_NET_F_GUEST_TSO4,
-    VIRTIO_NET_F_GUEST_TSO6,
-];
+const OFFLOADS: u64 = bit(VIRTIO_NET_F_CSUM)
+    | bit(VIRTIO_NET_F_HOST_TSO4)
+    | bit(VIRTIO_NET_F_HOST_TSO6)
+    | bit(VIRTIO_NET_F_GUEST_CSUM)
+    | bit(VIRTIO_NET_F_GUEST_TSO4)
+    | bit(VIRTIO_NET_F_GUEST_TSO6);
 
 /// The network card.
 pub struct Net {
@@ -163,18 +161,6 @@ fn place(
     Ok(Placed::Given)
 }
 
-fn broken(error: std::io::Error) -> Fault {
-    Fault::Guest(error.to_string())
-}
-
-fn bits(numbers: &[u32]) -> u64 {
-    numbers.iter().fold(0, |bits, number| bits | (1 << number))
-}
-
-fn has(features: u64, bit: u32) -> bool {
-    features & bits(&[bit]) != 0
-}
-
 impl Device for Net {
     fn id(&self) -> u32 {
         VIRTIO_ID_NET
@@ -185,12 +171,12 @@ impl Device for Net {
     }
 
     fn features(&self) -> u64 {
-        let own = bits(&[VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF]);
-        if self.link.has_offloads() {
-            own | bits(&OFFLOADS)
+        let offloads = if self.link.has_offloads() {
+            OFFLOADS
         } else {
-            own
-        }
+            0
+        };
+        bit(VIRTIO_NET_F_MAC) | bit(VIRTIO_NET_F_MRG_RXBUF) | offloads
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -202,11 +188,12 @@ impl Device for Net {
     }
 
     fn activate(&mut self, features: u64) {
-        self.mergeable = has(features, VIRTIO_NET_F_MRG_RXBUF);
+        let has = |feature| features & bit(feature) != 0;
+        self.mergeable = has(VIRTIO_NET_F_MRG_RXBUF);
         self.link.set_offloads(Offloads {
-            checksum: has(features, VIRTIO_NET_F_GUEST_CSUM),
-            segments4: has(features, VIRTIO_NET_F_GUEST_TSO4),
-            segments6: has(features, VIRTIO_NET_F_GUEST_TSO6),
+            checksum: has(VIRTIO_NET_F_GUEST_CSUM),
+            segments4: has(VIRTIO_NET_F_GUEST_TSO4),
+            segments6: has(VIRTIO_NET_F_GUEST_TSO6),
         });
     }
 

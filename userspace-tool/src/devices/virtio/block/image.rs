@@ -37,10 +37,11 @@ enum Access {
 
 /// A disk's file, open and locked.
 pub(super) struct Image {
-    path: PathBuf,
+    pub(super) path: PathBuf,
     access: Access,
-    size: u64,
-    readonly: bool,
+    /// The disk's size in bytes.
+    pub(super) size: u64,
+    pub(super) readonly: bool,
     /// The format was not named but guessed to be raw: then the guest must not make the file look like
     /// another one, which the next start would read otherwise.
     guessed_raw: bool,
@@ -97,19 +98,6 @@ impl Image {
             readonly: disk.readonly,
             broken: false,
         })
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The disk's size in bytes.
-    pub(super) fn size(&self) -> u64 {
-        self.size
-    }
-
-    pub(super) fn readonly(&self) -> bool {
-        self.readonly
     }
 
     /// Reads from `offset` on; the caller has checked that all lies inside the disk, here and below.
