@@ -32,7 +32,10 @@ pub struct Offer {
     pub pku: bool,
     /// IA32_SPEC_CTRL is switched.
     pub spec_ctrl: bool,
-    /// Bits of EDX of leaf 7 that the host's kernel lets be used: it takes away what bad microcode offers.
+    /// Bits of EBX of leaf 7 that the host's kernel uses itself: it takes away what does not work on this CPU, or
+    /// not fast, and what its user has switched off.
+    pub leaf_7_ebx: u32,
+    /// Likewise of EDX, as far as speculation is concerned.
     pub speculation: u32,
     /// The host's IA32_ARCH_CAPABILITIES, where it has one.
     pub arch_capabilities: Option<u64>,
@@ -371,7 +374,7 @@ impl<H: HostCpuid> Table<'_, H> {
         let capabilities = Feature::ARCH_CAPABILITIES.mask;
         let registers = [
             highest,
-            (ebx & LEAF_7_EBX & !without_ebx) | Feature::TSC_ADJUST.mask,
+            (ebx & LEAF_7_EBX & offer.leaf_7_ebx & !without_ebx) | Feature::TSC_ADJUST.mask,
             ecx & LEAF_7_ECX & !without_ecx,
             (edx & (LEAF_7_EDX | speculation)) | capabilities,
         ];

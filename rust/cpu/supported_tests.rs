@@ -59,6 +59,7 @@ const ALL: Offer = Offer {
     xsaves: true,
     pku: true,
     spec_ctrl: true,
+    leaf_7_ebx: u32::MAX,
     speculation: u32::MAX,
     arch_capabilities: Some(u64::MAX),
 };
@@ -157,6 +158,19 @@ fn controls_that_are_missing_take_their_features_along() {
     let entries = table(&Full, &distrusted);
     assert!(has(&entries, Feature::SPEC_CTRL) && !has(&entries, Feature::STIBP));
     assert!(!has(&entries, Feature::FLUSH_L1D));
+}
+
+#[test]
+fn what_the_hosts_kernel_does_without_is_not_offered() {
+    let slow_strings = Offer {
+        leaf_7_ebx: !(Feature::ERMS.mask | Feature::TSC_ADJUST.mask),
+        ..ALL
+    };
+    let entries = table(&Full, &slow_strings);
+    assert!(has(&table(&Full, &ALL), Feature::ERMS) && !has(&entries, Feature::ERMS));
+    assert!(has(&entries, Feature::SMEP));
+    // It is rvisor's own.
+    assert!(has(&entries, Feature::TSC_ADJUST));
 }
 
 #[test]

@@ -52,6 +52,12 @@ pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
     [result.eax, result.ebx, result.ecx, result.edx]
 }
 
+/// The bits of EBX of CPUID leaf 7 that the kernel uses.
+pub(crate) fn leaf_7_ebx() -> u32 {
+    // SAFETY: Reads the kernel's own table.
+    unsafe { bindings::rvisor_host_leaf_7_ebx() }
+}
+
 /// The time-stamp counter.
 #[inline]
 pub(crate) fn rdtsc() -> u64 {

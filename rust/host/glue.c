@@ -117,8 +117,13 @@ u64 rvisor_host_arch_capabilities(void)
 	return value;
 }
 
-/* EDX of CPUID leaf 7 as far as the kernel uses it: it clears what bad microcode offers. */
-u32 rvisor_host_speculation_cpuid(void)
+/* EBX and EDX of CPUID leaf 7 as far as the kernel uses them: it clears what bad microcode offers. */
+u32 rvisor_host_leaf_7_ebx(void)
+{
+	return boot_cpu_data.x86_capability[CPUID_7_0_EBX];
+}
+
+u32 rvisor_host_leaf_7_edx(void)
 {
 	return boot_cpu_data.x86_capability[CPUID_7_EDX];
 }

@@ -35,7 +35,8 @@ bool rvisor_cpu_has_pebs(void);
 
 u32 rvisor_host_speculation(void);
 u64 rvisor_host_arch_capabilities(void);
-u32 rvisor_host_speculation_cpuid(void);
+u32 rvisor_host_leaf_7_ebx(void);
+u32 rvisor_host_leaf_7_edx(void);
 bool rvisor_static_key_enabled(const void *key);
 u64 rvisor_host_spec_ctrl(void);
 void rvisor_ibpb_before_user(void);

@@ -179,7 +179,7 @@ impl Drop for Displacer {
 /// The bits of EDX of CPUID leaf 7 that the kernel lets be used.
 pub(crate) fn offered_cpuid() -> u32 {
     // SAFETY: Reads the kernel's own table.
-    unsafe { bindings::rvisor_host_speculation_cpuid() }
+    unsafe { bindings::rvisor_host_leaf_7_edx() }
 }
 
 /// IA32_ARCH_CAPABILITIES as the kernel understands it.

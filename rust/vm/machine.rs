@@ -116,6 +116,7 @@ impl Host {
             rdtscp: capabilities.has_rdtscp(),
             invpcid: capabilities.has_invpcid(),
             spec_ctrl: mitigations.switches_spec_ctrl(),
+            leaf_7_ebx: crate::host::cpu::leaf_7_ebx(),
             speculation: speculation::offered_cpuid(),
             arch_capabilities: Some(speculation::arch_capabilities()),
             ..Offer::default()

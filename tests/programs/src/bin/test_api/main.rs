@@ -21,6 +21,7 @@ fn main() -> std::process::ExitCode {
         system::extensions,
         system::msr_index_list,
         system::supported_cpuid,
+        system::features_of_the_host,
         vm::unknown_ioctls,
         vm::vcpu_ids,
         vm::irqchip_order,

@@ -3,7 +3,7 @@
 
 use kvm_bindings as kb;
 use rvisor_tests::raw::{expect_errno, ioctl, ioctl_words, owned};
-use rvisor_tests::{check, check_eq, uapi, Device, Outcome};
+use rvisor_tests::{check, check_eq, uapi, Device, Fail, Outcome};
 
 /// An address that no process has.
 pub(crate) const BAD_POINTER: u64 = 0xffff_8000_0000_0000;
@@ -169,6 +169,40 @@ fn supported(
     words[0] = places;
     ioctl_words(system, uapi::GET_SUPPORTED_CPUID, words)?;
     Ok(words[0])
+}
+
+/// Of what the CPU has, no more is offered than the host's kernel uses (/proc/cpuinfo): it takes away what does not
+/// work well on this CPU, such as string moves without their fast form.
+pub(crate) fn features_of_the_host(device: &Device) -> Outcome {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo")?;
+    let flags = cpuinfo.lines().find_map(|line| line.strip_prefix("flags"));
+    let flags: Vec<&str> = flags.unwrap_or_default().split_whitespace().collect();
+    check!(flags.contains(&"fpu"), "/proc/cpuinfo has no flags");
+    let mut words = vec![0_u32; 2 + 10 * 256];
+    let count = supported(&device.open()?, 256, &mut words)?;
+    let leaf_7 = words[2..2 + 10 * count as usize]
+        .chunks(10)
+        .find(|entry| entry[..2] == [7, 0])
+        .ok_or_else(|| Fail::skip("there is no leaf 7"))?;
+    for (bit, name) in [
+        (0, "fsgsbase"),
+        (3, "bmi1"),
+        (5, "avx2"),
+        (7, "smep"),
+        (8, "bmi2"),
+        (9, "erms"),
+        (10, "invpcid"),
+        (18, "rdseed"),
+        (19, "adx"),
+        (20, "smap"),
+    ] {
+        let is_offered = (leaf_7[4] >> bit) & 1 == 1;
+        check!(
+            !is_offered || flags.contains(&name),
+            "{name} is offered, which the host does not use"
+        );
+    }
+    Ok(())
 }
 
 pub(crate) fn supported_cpuid(device: &Device) -> Outcome {
