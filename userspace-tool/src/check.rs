@@ -96,7 +96,7 @@ fn module(root: &Path) -> Finding {
     }
     missing(
         "module: rvisor is not loaded",
-        "'insmod rvisor.ko' as root; where that fails, the kernel's log ('dmesg') has the reason",
+        "'modprobe rvisor' or 'insmod rvisor.ko' as root; where that fails, the kernel's log ('dmesg') has the reason",
     )
 }
 

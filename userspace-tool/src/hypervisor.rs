@@ -3,9 +3,10 @@
 //! Opening the hypervisor's device and asking what it offers.
 
 use std::ffi::CString;
+use std::fs::Metadata;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use kvm_ioctls::{Cap, Kvm};
@@ -30,7 +31,7 @@ pub fn open(device: &Path) -> Result<Kvm> {
         io::ErrorKind::NotFound => Error::input(format!("there is no {name}"), how_to_load(device)),
         io::ErrorKind::PermissionDenied => Error::input(
             format!("{name} may not be opened by this user"),
-            "run rvisor as root, or have root give this user read and write permission for it",
+            how_to_permit(device),
         ),
         _ => Error::input(
             format!("{name} can't be opened: {error}"),
@@ -63,11 +64,24 @@ pub fn open(device: &Path) -> Result<Kvm> {
     }
 }
 
+/// What gives a user the right to the device at this path. A rule of udev's, where one is installed, gives it to a group.
+fn how_to_permit(device: &Path) -> String {
+    let name = device.display();
+    let has_group = |node: Metadata| node.gid() != 0 && node.mode() & 0o060 == 0o060;
+    if device.metadata().is_ok_and(has_group) {
+        format!("run rvisor as root, or as a member of the group that 'stat -c %G {name}' tells")
+    } else {
+        format!(
+            "run rvisor as root, who can let a group in: 'chgrp GROUP {name}; chmod 660 {name}'"
+        )
+    }
+}
+
 /// What brings the device at this path into being.
 fn how_to_load(device: &Path) -> String {
     match device.to_str() {
         Some(DEFAULT_DEVICE) => {
-            "load the module as root, 'insmod rvisor.ko'; 'rvisor check' tells what it needs"
+            "load the module as root, 'modprobe rvisor' or 'insmod rvisor.ko'; 'rvisor check' tells what it needs"
                 .to_owned()
         }
         Some("/dev/kvm") => {
