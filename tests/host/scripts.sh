@@ -111,6 +111,13 @@ test_module_names_all_that_is_missing() {
 	check_not "it names what is there" grep -q 'rust/libcore.rmeta' "$work/out"
 }
 
+test_install_without_a_kernel() { refuses "say for which kernel" "$scripts/install"; }
+
+test_install_where_nothing_can_be_written() {
+	touch "$work/file"
+	refuses "$work/file is not a folder that this user can write to" env DESTDIR="$work/file" "$scripts/install" --no-module
+}
+
 run_tests not_root unknown_host no_network too_little_disk no_place_for_the_cache interrupted \
 	module_without_a_tree module_for_a_kernel_without_rust module_for_a_realtime_kernel \
-	module_names_all_that_is_missing
+	module_names_all_that_is_missing install_without_a_kernel install_where_nothing_can_be_written
