@@ -16,7 +16,7 @@ DESTDIR ?=
 MAKEFLAGS += --no-print-directory
 
 .PHONY: help module tool programs check fuzz test test-events test-guests test-models test-leaks test-mitigations \
-	test-qemu test-kvm-selftests test-systems demo shell bench wakeups install deb clean distclean
+	test-qemu test-kvm-selftests test-systems test-package demo shell bench wakeups install deb clean distclean
 
 help: ## this text
 	@echo 'make demo        load rvisor.ko in a machine with VMX and boot a Linux guest there, on this screen'
@@ -27,6 +27,7 @@ help: ## this text
 	@echo 'make test-models a guest on each CPU model that Bochs has'
 	@echo 'make test-guests guests that others have made: stock kernels of 64 and 32 bits, memtest86+ (minutes)'
 	@echo 'make test-systems  Debian on a disk, by GRUB too, 32-bit Linux, memtest86+, all at once (minutes)'
+	@echo 'make test-package  the package, installed in a fresh Debian that is the host then (minutes)'
 	@echo 'make test-leaks  10,000 machines and 100,000 runs leave nothing behind'
 	@echo 'make test-mitigations  speculation control, on the small kernel and on that of Debian'
 	@echo 'make test-qemu   Debian'\''s own QEMU boots Linux on rvisor'
@@ -86,6 +87,9 @@ test-qemu:
 
 test-systems:
 	@scripts/test --no-check systems
+
+test-package:
+	@scripts/test --no-check package
 
 test-kvm-selftests:
 	@scripts/test --no-check kvm-selftests

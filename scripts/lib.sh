@@ -130,7 +130,15 @@ cargo_in_root() {
 # at the same paths as outside. The mounts end with the command.
 in_root() { (exec_in_root "$@"); }
 
-# exec_in_root COMMAND...: the same, but this shell becomes COMMAND: its process id is then COMMAND's.
+# in_root_of ROOT COMMAND...: the same in another root, in its "/".
+in_root_of() {
+	local root=$1
+	shift
+	unshare --mount --propagation private -- \
+		bash "$RVISOR_SRC/scripts/enter-root" "$root" "$RVISOR_SRC" "$RVISOR_CACHE" / "$@"
+}
+
+# exec_in_root COMMAND...: as in_root, but this shell becomes COMMAND: its process id is then COMMAND's.
 exec_in_root() {
 	exec unshare --mount --propagation private -- \
 		bash "$RVISOR_SRC/scripts/enter-root" "$(build_root_path)" "$RVISOR_SRC" "$RVISOR_CACHE" "$PWD" "$@"

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0
+# Installs build/rvisor_*.deb with apt in a copy of a fresh Debian (scripts/debian-root) and looks what it did; upgrades,
+# removes and purges it again. On the way it packs that Debian, without what only a build needs, into an archive for
+# scripts/testhost --system; tests/package.sh goes on there.
+# Run on this machine, as root: bash tests/host/package.sh ARCHIVE
+# shellcheck shell=bash disable=SC2317 # the functions are called by name
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+. "$here/../../scripts/lib.sh"
+. "$here/../lib/ktap.sh"
+
+archive=$1
+fresh=$("$RVISOR_SRC/scripts/debian-root")
+release=$(cat "$("$RVISOR_SRC/scripts/stock-kernel" --image)/release")
+version=$(sed -n 's/^version = "\(.*\)"$/\1/p' "$RVISOR_SRC/userspace-tool/Cargo.toml" | head -n 1)
+deb=$RVISOR_BUILD/rvisor_${version}_amd64.deb
+work=$(mktemp -d "$RVISOR_BUILD/run/$$.XXXXXX")
+root=$work/root
+trap 'rm -rf --one-file-system "$work"' EXIT
+trap 'exit 130' INT TERM HUP
+
+# in_debian COMMAND...: there, with what it says in $work/out.
+in_debian() { in_root_of "$root" "$@" >"$work/out" 2>&1 </dev/null; }
+
+# gives COMMAND...: it succeeds there.
+gives() {
+	in_debian "$@" && return
+	why "$*: $(tail -n 4 "$work/out" | tr '\n' ' ')"
+	return 1
+}
+
+# answers TEXT COMMAND...: it succeeds there and says that alone.
+answers() {
+	local text=$1
+	shift
+	gives "$@" || return
+	check "$*: $(tr '\n' ' ' <"$work/out")" test "$(cat "$work/out")" = "$text"
+}
+
+# What is there but for the kernel's file systems, what packages' tools keep for themselves, and logs.
+files() {
+	(cd "$root" && find . \( -path ./dev -o -path ./proc -o -path ./sys -o -path ./run -o -path ./tmp -o -path ./var/log -o -path ./var/cache/apt \
+		-o -path ./var/cache/man -o -path ./var/lib/dpkg -o -path ./var/lib/apt -o -path './var/lib/dkms/mok.*' -o -path './etc/*-' \) \
+		-prune -o -print | LC_ALL=C sort)
+}
+
+# As "apt install ./rvisor.deb": DKMS builds the module for the kernel that is there. All that it needs is there too:
+# debian-root goes by the package's own words.
+test_install() {
+	gives true || return
+	files >"$work/before"
+	gives apt-get install -y "$deb" || return
+	cp "$work/out" "$work/install"
+	check "$(grep 'newly installed' "$work/out")" grep -q '0 upgraded, 1 newly installed, 0 to remove' "$work/out" || return
+	check_not "$(tail -n 5 "$work/out" | tr '\n' ' ')" grep -q 'the module was not built' "$work/out"
+}
+
+test_module_is_built() {
+	answers "rvisor/$version, $release, x86_64: installed" dkms status || return
+	gives modinfo -k "$release" -F vermagic rvisor || return
+	check "it is for $(cat "$work/out")" grep -q "^$release " "$work/out" || return
+	gives modinfo -k "$release" -n rvisor || return
+	check "it is $(cat "$work/out")" grep -q "^/lib/modules/$release/updates/dkms/rvisor\.ko" "$work/out"
+}
+
+# What the package's script has made is what systemd would make.
+test_accounts() {
+	gives getent group rvisor || return
+	answers 'rvisor-machine:/:/usr/sbin/nologin' sh -c 'getent passwd rvisor-machine | cut -d : -f 1,6,7' || return
+	gives systemd-sysusers --dry-run rvisor.conf || return
+	check_not "systemd-sysusers would: $(tr '\n' ' ' <"$work/out")" grep -qi creating "$work/out"
+}
+
+# With the manual pages that it names.
+test_unit() { gives systemd-analyze verify rvisor@demo.service; }
+
+test_udev_rule() { gives udevadm verify --no-summary /usr/lib/udev/rules.d/60-rvisor.rules; }
+
+test_files_are_the_packages() { answers '' dpkg --verify rvisor; }
+
+# A manual page for each command, without an error of groff's.
+test_manual_pages() {
+	local page
+	gives sh -c "rvisor --help | sed -n '/^Commands:/,/^\$/s/^  \([a-z]*\) .*/rvisor-\1/p'" || return
+	check "only $(tr '\n' ' ' <"$work/out")" grep -qx rvisor-up "$work/out" || return
+	grep -vx rvisor-help "$work/out" >"$work/pages"
+	while read -r page; do
+		gives man --warnings -E UTF-8 -P cat "$page" || return
+		check_not "$page: $(grep -i warning "$work/out" | head -n 2)" grep -qi 'warning' "$work/out" || return
+	done <"$work/pages"
+}
+
+# Bash finds what completes the command, and that knows its options; zsh and fish have theirs where they look for them.
+test_completions() {
+	# shellcheck disable=SC2016 # for the inner shell
+	gives bash -c '. /usr/share/bash-completion/bash_completion && _comp_load rvisor && complete -p rvisor &&
+		COMP_WORDS=(rvisor run --memory-m) COMP_CWORD=2 && _rvisor rvisor --memory-m run && echo "${COMPREPLY[@]}"' || return
+	check "bash: $(tail -n 1 "$work/out")" grep -qx -e '--memory-max' "$work/out" || return
+	gives test -s /usr/share/zsh/vendor-completions/_rvisor -a -s /usr/share/fish/vendor_completions.d/rvisor.fish
+}
+
+# The files that the example names are where Debian has them.
+test_example() {
+	local file
+	sed -n 's/^\(kernel\|initrd\|firmware\) = "\(.*\)"$/\2/p' "$root/usr/share/doc/rvisor/examples/machines.toml" >"$work/named"
+	check "it names no file" test -s "$work/named" || return
+	while read -r file; do
+		gives test -e "$file" || return
+	done <"$work/named"
+}
+
+# An archive for the test host: without the files of packages that only a build needs, and without what only people read.
+test_archive() {
+	local others
+	in_root dpkg-query --admindir "$root/var/lib/dpkg" -W -f '${Package}\n' >"$work/packages" || return
+	others=$(grep -vxF -e rvisor -f "$fresh/system" "$work/packages")
+	# shellcheck disable=SC2086 # names
+	in_root dpkg-query --admindir "$root/var/lib/dpkg" -L $others | sed -n 's|^/|./|p' >"$work/dropped" || return
+	# Folders are in the list too, where others have files.
+	(cd "$root" && find . \( -path ./boot -o -path ./usr/src -o -path ./usr/share/locale -o -path ./usr/share/i18n \
+		-o -path './usr/lib/*/gconv' -o -path './var/cache/*' -o -path ./var/lib/apt/lists -o -path ./var/lib/dkms \
+		-o -path ./usr/sbin/policy-rc.d \) -prune -o \( -path './usr/share/doc/*' -o -path './usr/share/man/*' \) ! -type d \
+		! -path '*rvisor*' -o -type d -printf '%p/\n' -o -print) | grep -vxF -f "$work/dropped" | sed 's|/$||' >"$work/kept"
+	# shellcheck disable=SC2016 # for the inner shell
+	in_root sh -ec 'cd "$1"; cpio --quiet -H newc -o >"$2"' sh "$root" "$archive" <"$work/kept" 2>"$work/out"
+	check "$(tail -n 2 "$work/out")" test -s "$archive"
+}
+
+# The same package with a higher version.
+newer_package() {
+	local tree=$work/newer
+	in_root dpkg-deb -R "$deb" "$tree"
+	mv "$tree/usr/src/rvisor-$version" "$tree/usr/src/rvisor-$version.1"
+	sed -i "/^[Vv]ersion[:=]/s/$version/$version.1/" "$tree"/DEBIAN/{control,postinst,prerm}
+	sed -i "/^PACKAGE_VERSION=/s/$version/$version.1/" "$tree/usr/src/rvisor-$version.1/dkms.conf"
+	rm "$tree/DEBIAN/md5sums"
+	in_root dpkg-deb --root-owner-group -Znone --build "$tree" "$work/newer.deb"
+}
+
+# The newer one's module takes the older one's place.
+test_upgrade() {
+	newer_package >"$work/out" 2>&1 || { why "$(tail -n 2 "$work/out")"; return 1; }
+	cp "$work/newer.deb" "$root/newer.deb"
+	gives apt-get install -y /newer.deb || return
+	rm "$root/newer.deb"
+	answers "rvisor/$version.1, $release, x86_64: installed" dkms status || return
+	check "its source is still there" test ! -e "$root/usr/src/rvisor-$version"
+}
+
+test_remove() {
+	gives apt-get remove -y rvisor || return
+	answers '' dkms status || return
+	check "the module is still there" sh -c "! find '$root/lib/modules' '$root/var/lib/dkms' | grep rvisor" || return
+	check "the tool is still there" test ! -e "$root/usr/bin/rvisor"
+}
+
+# Nothing is left but, as Debian does it, the accounts, so that no other gets what belonged to them.
+test_purge() {
+	gives apt-get purge -y rvisor || return
+	files | comm -13 "$work/before" - >"$work/left"
+	check "left: $(head -n 5 "$work/left" | tr '\n' ' ')" test ! -s "$work/left"
+}
+
+# files_below FOLDER: what is there but the module's source and what the package alone has.
+files_below() {
+	(cd "$1" && find . -type f ! -path './src/*' ! -path ./share/doc/rvisor/README.md ! -path ./share/doc/rvisor/copyright \
+		! -path ./share/doc/rvisor/changelog.gz | LC_ALL=C sort)
+}
+
+# "make install" installs the same, and the module itself.
+test_make_install() {
+	local unit=lib/systemd/system/rvisor@.service
+	DESTDIR=$work/made PREFIX=/usr/local "$RVISOR_SRC/scripts/install" stock >"$work/out" 2>&1 ||
+		{ why "$(tail -n 2 "$work/out")"; return 1; }
+	in_root dpkg-deb -x "$deb" "$work/package"
+	files_below "$work/package/usr" >"$work/of-package"
+	files_below "$work/made/usr/local" | diff "$work/of-package" - >"$work/out"
+	check "$(grep '^[<>]' "$work/out" | head -n 3 | tr '\n' ' ')" test ! -s "$work/out" || return
+	check "the unit names another tool" grep -q '^ExecStart=/usr/local/bin/rvisor ' "$work/made/usr/local/$unit" || return
+	check "no module" cmp "$RVISOR_BUILD/$release/rvisor.ko" "$work/made/lib/modules/$release/extra/rvisor.ko"
+}
+
+cp -a "$fresh/root" "$root"
+rm -f "$archive"
+run_tests install module_is_built accounts unit udev_rule files_are_the_packages manual_pages completions example archive \
+	upgrade remove purge make_install
