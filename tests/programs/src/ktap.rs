@@ -120,7 +120,7 @@ pub fn last_word(path: &'static str) -> &'static str {
 /// it several times slower.
 fn limit() -> Duration {
     let checks_locks = std::path::Path::new("/proc/lockdep").exists();
-    Duration::from_secs(if checks_locks { 40 } else { 10 })
+    Duration::from_secs(if checks_locks { 60 } else { 20 })
 }
 
 /// Seconds that a killed child may take to be gone.

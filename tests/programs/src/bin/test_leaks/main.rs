@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Machines that end leave nothing behind: no object in any of the kernel's slab caches, no page, no file.
 //!
-//! `make test-leaks` runs this ten times and looks at the host around all of it.
+//! `make test-leaks` runs this again and again and looks at the host around all of it.
 
 use rvisor_tests::guest::{self, Mode};
 use rvisor_tests::host::free_kib;
@@ -28,7 +28,7 @@ fn machines(device: &Device) -> u64 {
     if device.path().ends_with("kvm") {
         40
     } else {
-        1000
+        600
     }
 }
 
@@ -87,7 +87,7 @@ fn nothing_stays(device: &Device) -> Outcome {
     let (slabs_after, files_after, free_after) = (slabs()?, files()?, free_kib()?);
     // One object of each machine would be `count` of them. A cache counts its partly used slabs as full,
     // which is some hundred objects.
-    let allowed = (count / 2) as i64;
+    let allowed = (count * 3 / 4) as i64;
     for (cache, after) in &slabs_after {
         let before = slabs_before.get(cache).unwrap_or(&0);
         let lazy = if cache == "vmap_area" { LAZY_RANGES } else { 0 };
@@ -102,7 +102,7 @@ fn nothing_stays(device: &Device) -> Outcome {
     );
     // A page of each machine would be 4 KiB times `count`.
     check!(
-        free_after + 2 * count >= free_before,
+        free_after + 3 * count >= free_before,
         "free memory went from {free_before} to {free_after} KiB in {count} machines"
     );
     Ok(())
