@@ -14,6 +14,7 @@ fresh=$("$RVISOR_SRC/scripts/debian-root")
 release=$(cat "$("$RVISOR_SRC/scripts/stock-kernel" --image)/release")
 version=$(sed -n 's/^version = "\(.*\)"$/\1/p' "$RVISOR_SRC/userspace-tool/Cargo.toml" | head -n 1)
 deb=$RVISOR_BUILD/rvisor_${version}_amd64.deb
+mkdir -p "$RVISOR_BUILD/run"
 work=$(mktemp -d "$RVISOR_BUILD/run/$$.XXXXXX")
 root=$work/root
 trap 'rm -rf --one-file-system "$work"' EXIT
