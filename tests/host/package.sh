@@ -135,13 +135,23 @@ newer_package() {
 	sed -i "/^[Vv]ersion[:=]/s/$version/$version.1/" "$tree"/DEBIAN/{control,postinst,prerm}
 	sed -i "/^PACKAGE_VERSION=/s/$version/$version.1/" "$tree/usr/src/rvisor-$version.1/dkms.conf"
 	rm "$tree/DEBIAN/md5sums"
-	in_root dpkg-deb --root-owner-group -Znone --build "$tree" "$work/newer.deb"
+	in_root dpkg-deb --root-owner-group -Znone --build "$tree" "$root/newer.deb"
+}
+
+# An upgrade that fails leaves the older one's module.
+test_failed_upgrade() {
+	newer_package >"$work/out" 2>&1 || { why "$(tail -n 2 "$work/out")"; return 1; }
+	printf '#!/bin/sh\nexit 1\n' >"$work/newer/DEBIAN/preinst"
+	chmod 755 "$work/newer/DEBIAN/preinst"
+	in_root dpkg-deb --root-owner-group -Znone --build "$work/newer" "$root/failing.deb" >"$work/out" 2>&1 ||
+		{ why "$(tail -n 2 "$work/out")"; return 1; }
+	check_not "it succeeded" in_debian dpkg --install /failing.deb || return
+	rm "$root/failing.deb"
+	answers "rvisor/$version, $release, x86_64: installed" dkms status
 }
 
 # The newer one's module takes the older one's place.
 test_upgrade() {
-	newer_package >"$work/out" 2>&1 || { why "$(tail -n 2 "$work/out")"; return 1; }
-	cp "$work/newer.deb" "$root/newer.deb"
 	gives apt-get install -y /newer.deb || return
 	rm "$root/newer.deb"
 	answers "rvisor/$version.1, $release, x86_64: installed" dkms status || return
@@ -186,4 +196,4 @@ test_make_install() {
 cp -a "$fresh/root" "$root"
 rm -f "$archive"
 run_tests install module_is_built accounts unit udev_rule files_are_the_packages manual_pages completions example archive \
-	upgrade remove purge make_install
+	failed_upgrade upgrade remove purge make_install

@@ -118,6 +118,16 @@ test_install_where_nothing_can_be_written() {
 	refuses "$work/file is not a folder that this user can write to" env DESTDIR="$work/file" "$scripts/install" --no-module
 }
 
+# With a DKMS that fails.
+test_package_goes_though_dkms_fails() {
+	# shellcheck disable=SC2016 # for the stub
+	stub dkms '[ "$1" = status ] && echo there'
+	stubbed sh "$here/../../packaging/prerm" upgrade 2 >"$work/out" 2>&1
+	status=$?
+	check "prerm ended with $status: $(cat "$work/out")" test $status -eq 0 || return
+	check "it says: $(cat "$work/out")" grep -q '^rvisor: DKMS did not remove the module' "$work/out"
+}
+
 run_tests not_root unknown_host no_network too_little_disk no_place_for_the_cache interrupted \
 	module_without_a_tree module_for_a_kernel_without_rust module_for_a_realtime_kernel \
-	module_names_all_that_is_missing install_without_a_kernel install_where_nothing_can_be_written
+	module_names_all_that_is_missing install_without_a_kernel install_where_nothing_can_be_written package_goes_though_dkms_fails
