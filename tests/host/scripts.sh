@@ -128,6 +128,17 @@ test_package_goes_though_dkms_fails() {
 	check "it says: $(cat "$work/out")" grep -q '^rvisor: DKMS did not remove the module' "$work/out"
 }
 
+# DKMS takes the kernels whose source the package brings, and no others.
+test_package_is_for_kernels_with_source() {
+	pattern=$(sed -n 's/^BUILD_EXCLUSIVE_KERNEL="\(.*\)"$/\1/p' "$here/../../packaging/dkms.conf.in")
+	sources=$(grep -o 'linux-source-[0-9.]*' "$here/../../packaging/control.in" | sort -u)
+	check "the package brings $sources" test "$sources" = linux-source-7.3 || return
+	taken=$(printf '%s\n' 6.12.5+deb13-amd64 7.2.9+deb14-amd64 7.3.4+deb13-cloud-amd64 7.3-amd64 7.30.1-amd64 7.4.1+deb14-amd64 |
+		grep -E "$pattern" | tr '\n' ' ')
+	check "DKMS takes $taken" test "$taken" = '7.3.4+deb13-cloud-amd64 7.3-amd64 '
+}
+
 run_tests not_root unknown_host no_network too_little_disk no_place_for_the_cache interrupted \
 	module_without_a_tree module_for_a_kernel_without_rust module_for_a_realtime_kernel \
-	module_names_all_that_is_missing install_without_a_kernel install_where_nothing_can_be_written package_goes_though_dkms_fails
+	module_names_all_that_is_missing install_without_a_kernel install_where_nothing_can_be_written package_goes_though_dkms_fails \
+	package_is_for_kernels_with_source
