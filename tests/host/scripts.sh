@@ -138,7 +138,34 @@ test_package_is_for_kernels_with_source() {
 	check "DKMS takes $taken" test "$taken" = '7.3.4+deb13-cloud-amd64 7.3-amd64 '
 }
 
+# The tree that DKMS's build makes: anew where it was not finished or the compilers are others; not where its kernel is gone.
+test_package_keeps_a_tree() {
+	mkdir -p "$work/dkms/packaging" "$work/linux/headers" "$work/trees/7.3.3-gone" "$work/trees/7.3.2-there" "$work/modules/7.3.2-there"
+	touch "$work/linux/headers/.config"
+	tar -C "$work/linux" -cf "$work/linux-source-7.3.tar.xz" headers
+	# shellcheck disable=SC2016 # for the stub
+	stub make 'case $0 in *make) echo 7.3.4 ;; *) echo "$COMPILER" ;; esac'
+	cp "$work/bin/make" "$work/bin/rustc"
+	cp "$work/bin/make" "$work/bin/x86_64-linux-gnu-gcc-14"
+	# shellcheck disable=SC2016 # for the stub
+	echo 'mkdir "$4" && echo "$COMPILER" >>"$4/../../../made" && [ "$COMPILER" != wrong ]' >"$work/dkms/packaging/module-tree"
+	for COMPILER in wrong one one two; do
+		(cd "$work/dkms" && COMPILER=$COMPILER RVISOR_HEADERS=$work/linux/headers RVISOR_SOURCES=$work RVISOR_TREES=$work/trees \
+			RVISOR_MODULES=$work/modules stubbed sh "$here/../../packaging/dkms-build" 7.3.4-test) >"$work/out" 2>&1
+		status=$?
+		if [ "$COMPILER" = wrong ]; then
+			check "it succeeded" test $status -ne 0 || return
+			check "a part of a tree is left" test ! -e "$work/trees/7.3.4-test" || return
+		else
+			check "it ended with $status: $(cat "$work/out")" test $status -eq 0 || return
+		fi
+	done
+	check "trees made: $(tr '\n' ' ' <"$work/made")" test "$(tr '\n' ' ' <"$work/made")" = 'wrong one two ' || return
+	kept=$(cd "$work/trees" && echo *)
+	check "kept: $kept" test "$kept" = '7.3.2-there 7.3.4-test'
+}
+
 run_tests not_root unknown_host no_network too_little_disk no_place_for_the_cache interrupted \
 	module_without_a_tree module_for_a_kernel_without_rust module_for_a_realtime_kernel \
 	module_names_all_that_is_missing install_without_a_kernel install_where_nothing_can_be_written package_goes_though_dkms_fails \
-	package_is_for_kernels_with_source
+	package_is_for_kernels_with_source package_keeps_a_tree
