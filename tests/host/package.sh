@@ -45,11 +45,28 @@ files() {
 		-prune -o -print | LC_ALL=C sort)
 }
 
+# What apt would do where the package's dependencies are not there yet: all are to be had, and are configured before it.
+test_dependencies() {
+	local package
+	awk 'NR == FNR { wanted["Package: " $0]; next } /^Package: / { kept = $0 in wanted } kept' \
+		"$fresh/system" "$root/var/lib/dpkg/status" >"$root/status"
+	gives apt-get install --simulate -o Dir::State::status=/status "$deb" || return
+	rm "$root/status"
+	sed -n '/^Conf rvisor /q; s/^Conf \([^ ]*\) .*/\1/p' "$work/out" >"$work/earlier"
+	in_root dpkg-deb -f "$deb" Depends | tr -d ',' | tr ' ' '\n' | grep -vxF -f "$fresh/system" >"$work/needed"
+	check "it depends on nothing" test -s "$work/needed" || return
+	while read -r package; do
+		check "apt does not configure $package before it" grep -qx "$package" "$work/earlier" || return
+	done <"$work/needed"
+}
+
 # As "apt install ./rvisor.deb": DKMS builds the module for the kernel that is there. All that it needs is there too:
 # debian-root goes by the package's own words.
 test_install() {
 	gives true || return
 	files >"$work/before"
+	# As an earlier installation may have left it.
+	gives groupadd --system rvisor-machine || return
 	gives apt-get install -y "$deb" || return
 	cp "$work/out" "$work/install"
 	check "$(grep 'newly installed' "$work/out")" grep -q '0 upgraded, 1 newly installed, 0 to remove' "$work/out" || return
@@ -195,5 +212,5 @@ test_make_install() {
 
 cp -a "$fresh/root" "$root"
 rm -f "$archive"
-run_tests install module_is_built accounts unit udev_rule files_are_the_packages manual_pages completions example archive \
+run_tests dependencies install module_is_built accounts unit udev_rule files_are_the_packages manual_pages completions example archive \
 	failed_upgrade upgrade remove purge make_install
