@@ -143,6 +143,7 @@ test_removal() {
 	dpkg --remove rvisor >/tmp/out 2>&1 || { why "dpkg: $(told)"; return 1; }
 	check "the unit is $(unit_is ActiveState)" test "$(unit_is ActiveState)" = inactive || return
 	check "it still runs" sh -c "! grep -qx rvisor /proc/[0-9]*/comm" || return
+	check "the module is still loaded" test ! -e /sys/module/rvisor || return
 	check "its unit is left: $(unit_is FragmentPath)" test -z "$(unit_is FragmentPath)"
 }
 

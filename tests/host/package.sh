@@ -177,6 +177,7 @@ test_upgrade() {
 
 test_remove() {
 	local left
+	gives systemctl enable rvisor@demo || return
 	gives apt-get remove -y rvisor || return
 	answers '' dkms status || return
 	left=$(cd "$root" && find lib/modules var/lib/dkms -name '*rvisor*') || { why "find: $?"; return 1; }
