@@ -9,6 +9,9 @@
 as() { su - "$1" -c "$2" </dev/null >/tmp/out 2>&1; }
 told() { tail -n 3 /tmp/out | tr -d '\r' | tr '\n' ' '; }
 
+# lists USER: rvisor ps as that user, its table in /tmp/out.
+lists() { as "$1" 'rvisor ps' || { why "rvisor ps ended with $?: $(told)"; return 1; }; }
+
 # patiently SECONDS COMMAND...: tries once a second until the command succeeds.
 patiently() {
 	left=$1
@@ -23,7 +26,7 @@ patiently() {
 test_debian() {
 	check "this is $(uname -r)" grep -q '(debian-kernel@lists.debian.org)' /proc/version || return
 	check "process 1 is $(cat /proc/1/comm)" grep -qx systemd /proc/1/comm || return
-	state=$(systemctl is-system-running)
+	state=$(systemctl is-system-running --wait)
 	check "$state: $(systemctl --failed --plain --no-legend | tr '\n' ' ')" test "$state" = running
 }
 
@@ -76,12 +79,12 @@ test_others_do_not() {
 test_members_machines_have_names() {
 	as member 'rvisor run --name mine --detach --kernel /guest/bzImage --initrd /guest/initramfs.cpio --memory 64M \
 		--cmdline "quiet guest.end=wait"' || { why "rvisor run --detach: $(told)"; return 1; }
-	as member 'rvisor ps'
+	lists member || return
 	check "ps says: $(told)" grep -q '^mine .* running' /tmp/out || return
-	as other 'rvisor ps'
+	lists other || return
 	check_not "another user sees it: $(told)" grep -q '^mine ' /tmp/out || return
 	as member 'rvisor kill mine' || { why "rvisor kill: $(told)"; return 1; }
-	as member 'rvisor ps'
+	lists member || return
 	check_not "it still runs: $(told)" grep -q '^mine ' /tmp/out
 }
 
@@ -118,7 +121,8 @@ test_service_stops() {
 	check "the unit is $(unit_is ActiveState)" test "$(unit_is ActiveState)" = active || return
 	systemctl stop rvisor@demo
 	check "the unit is $(unit_is ActiveState), $(unit_is Result)" test "$(unit_is ActiveState) $(unit_is Result)" = 'inactive success' || return
-	check "it still runs: $(rvisor ps)" sh -c '! rvisor ps | grep -q "^one "' || return
+	rvisor ps >/tmp/out 2>&1 || { why "rvisor ps ended with $?: $(told)"; return 1; }
+	check_not "it still runs: $(told)" grep -q '^one ' /tmp/out || return
 	check "its cgroup is left" sh -c '! find /sys/fs/cgroup/system.slice -name "rvisor@*" | grep .'
 }
 

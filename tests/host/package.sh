@@ -86,7 +86,7 @@ test_accounts() {
 	gives getent group rvisor || return
 	answers 'rvisor-machine:/:/usr/sbin/nologin' sh -c 'getent passwd rvisor-machine | cut -d : -f 1,6,7' || return
 	gives systemd-sysusers --dry-run rvisor.conf || return
-	check_not "systemd-sysusers would: $(tr '\n' ' ' <"$work/out")" grep -qi creating "$work/out"
+	check_not "systemd-sysusers would: $(tr '\n' ' ' <"$work/out")" grep -qi creat "$work/out"
 }
 
 # With the manual pages that it names.
