@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0
-# Sourced by scripts/kernel and scripts/stock-kernel: which kernel source of Debian's, and how to get it.
+# Sourced by the scripts that need a kernel or its source: which kernel source of Debian's, and how to get it.
 # shellcheck shell=bash
 
 # The pinned source. Where backports has moved on, the newest 7.x there is taken.
