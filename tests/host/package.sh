@@ -94,6 +94,18 @@ test_unit() { gives systemd-analyze verify rvisor@demo.service; }
 
 test_udev_rule() { gives udevadm verify --no-summary /usr/lib/udev/rules.d/60-rvisor.rules; }
 
+# What ages files in /tmp leaves alone those of machines; here ten days are a microsecond.
+test_tmpfiles() {
+	# shellcheck disable=SC2016 # for the inner shell
+	gives sh -ec 'mkdir -p /run/tmpfiles.d /tmp/rvisor-1000/one
+		touch /tmp/rvisor-1000/one/lock /tmp/other
+		echo "q /tmp 1777 root root 1us" >/run/tmpfiles.d/tmp.conf
+		systemd-tmpfiles --clean --prefix=/tmp
+		ls /tmp /tmp/rvisor-1000/one; rm -r /run/tmpfiles.d/tmp.conf' || return
+	check_not "nothing is aged away" grep -qx other "$work/out" || return
+	check "a machine's is gone: $(tr '\n' ' ' <"$work/out")" grep -qx lock "$work/out"
+}
+
 test_files_are_the_packages() { answers '' dpkg --verify rvisor; }
 
 # A manual page for each command, without an error of groff's.
@@ -213,5 +225,5 @@ test_make_install() {
 
 cp -a "$fresh/root" "$root"
 rm -f "$archive"
-run_tests dependencies install module_is_built accounts unit udev_rule files_are_the_packages manual_pages completions example archive \
+run_tests dependencies install module_is_built accounts unit udev_rule tmpfiles files_are_the_packages manual_pages completions example archive \
 	failed_upgrade upgrade remove purge make_install
