@@ -16,6 +16,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
@@ -117,16 +118,30 @@ impl Output {
     pub fn start(&self) -> Result<()> {
         let output = self.clone();
         let work = move || {
-            let Some(Err(error)) = output.0.here.as_ref().map(|file| output.show_on(file)) else {
-                return;
-            };
-            lock(&output.0.state).shown = u64::MAX;
-            output.0.changed.notify_all();
-            let error = Error::call("writing the console", error);
-            output.0.control.end(Outcome::Host(error));
+            output.see_to(|| {
+                output
+                    .0
+                    .here
+                    .as_ref()
+                    .map_or(Ok(()), |file| output.show_on(file))
+            })
         };
         let thread = thread::Builder::new().name("screen".to_owned()).spawn(work);
         thread.map(drop).map_err(failed("starting a thread"))
+    }
+
+    /// Has `show` show the output. Where it fails or panics, nobody waits for it any more and the guest ends.
+    fn see_to(&self, show: impl FnOnce() -> io::Result<()>) {
+        // What it leaves behind is the state, which is whole whenever its lock is free.
+        let shown = catch_unwind(AssertUnwindSafe(show));
+        let Err(error) = shown.unwrap_or_else(|_| Err(io::Error::other("its thread panicked")))
+        else {
+            return;
+        };
+        lock(&self.0.state).shown = u64::MAX;
+        self.0.changed.notify_all();
+        let error = Error::call("writing the console", error);
+        self.0.control.end(Outcome::Host(error));
     }
 
     fn show_on(&self, file: &File) -> io::Result<()> {

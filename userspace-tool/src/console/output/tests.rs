@@ -147,6 +147,21 @@ fn standard_output_that_is_closed_ends_the_guest() {
     assert!(start.elapsed() < REST);
 }
 
+#[test]
+fn a_panic_while_it_is_shown_ends_the_guest() {
+    let (_reader, writer) = pipe().expect("a pipe");
+    let (control, _) = Control::new();
+    let wake = Wake::new().expect("an eventfd");
+    let output = Output::with(wake, Some(File::from(writer)), false, control.clone());
+    output.see_to(|| panic!("a test"));
+    assert!(control.ended());
+    // Nobody waits for what will never be shown.
+    let start = Instant::now();
+    write(&output, &[b'x'; 3 * 4096]);
+    output.finish();
+    assert!(start.elapsed() < REST);
+}
+
 /// A pipe that nobody reads holds the guest up, but neither its pausing nor its end; nor are others held up.
 #[test]
 fn output_that_nobody_reads_holds_nothing_up() {
