@@ -84,4 +84,20 @@ test_output_to_a_terminal_is_raw_when_asked() {
 	check "to a file it did not come whole: $(tail_of /tmp/screen)" has 'guest: \033]0;title\007title'
 }
 
-run_tests virtio_console output_to_a_terminal_is_filtered output_to_a_terminal_is_raw_when_asked
+# Firmware writes a line and powers off at once (SLP_TYP 5, SLP_EN).
+test_last_words_that_can_not_be_written_fail_the_run() {
+	{
+		head -c 65520 /dev/zero
+		printf '\272\370\003\260\012\356\272\004\006\270\000\064\357\364\000\000'
+	} >/tmp/line.rom
+	rvisor run --device "$device" --firmware /tmp/line.rom </dev/null >/tmp/line.log 2>&1
+	status=$?
+	check "with room for it the run ended with $status: $(tail_of /tmp/line.log)" test $status -eq 0 || return
+	rvisor run --device "$device" --firmware /tmp/line.rom </dev/null 2>/tmp/line.log >/dev/full
+	status=$?
+	check "the run ended with $status: $(tail_of /tmp/line.log)" test $status -eq 1 || return
+	check "the cause is not named: $(tail_of /tmp/line.log)" grep -q 'writing the console: ' /tmp/line.log
+}
+
+run_tests virtio_console output_to_a_terminal_is_filtered output_to_a_terminal_is_raw_when_asked \
+	last_words_that_can_not_be_written_fail_the_run

@@ -117,7 +117,6 @@ impl Console {
                 self.control.end(Outcome::Signal(signal));
             }
             if self.control.ended() {
-                self.output.finish();
                 return Ok(());
             }
             for key in keys {

@@ -68,6 +68,8 @@ struct State {
     shown: u64,
     /// Words of our own for standard output.
     words: Vec<u8>,
+    /// Why standard output has nothing more.
+    failed: Option<Error>,
     /// A thread waits for the next byte, whatever it is.
     idle: bool,
     typed: VecDeque<u8>,
@@ -138,10 +140,13 @@ impl Output {
         else {
             return;
         };
-        lock(&self.0.state).shown = u64::MAX;
+        let what = "writing the console";
+        let mut state = lock(&self.0.state);
+        state.shown = u64::MAX;
+        state.failed = Some(Error::call(what, io::Error::other(error.to_string())));
+        drop(state);
         self.0.changed.notify_all();
-        let error = Error::call("writing the console", error);
-        self.0.control.end(Outcome::Host(error));
+        self.0.control.end(Outcome::Host(Error::call(what, error)));
     }
 
     fn show_on(&self, file: &File) -> io::Result<()> {
@@ -181,10 +186,16 @@ impl Output {
     }
 
     /// Waits until standard output has all when the guest has ended. What it does not take for [`REST`] is dropped.
-    pub fn finish(&self) {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Call`] where it could not be written, be it before the guest's end.
+    pub fn finish(&self) -> Result<()> {
         let missing = |state: &mut State| state.behind() > 0;
         let state = lock(&self.0.state);
-        drop(self.0.changed.wait_timeout_while(state, REST, missing));
+        let waited = self.0.changed.wait_timeout_while(state, REST, missing);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        state.failed.take().map_or(Ok(()), Err)
     }
 
     /// Shows words of our own on standard output, which pass as they are.

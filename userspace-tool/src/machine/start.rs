@@ -223,6 +223,11 @@ impl Base {
             Outcome::Host(Error::call("watching the guest", io::Error::other(e)))
         });
         machine.join(&wake);
+        let outcome = match (machine.output.finish(), outcome) {
+            // The guest's end came before it was seen that its last words are lost.
+            (Err(error), Outcome::PoweredOff | Outcome::Rebooted) => Outcome::Host(error),
+            (_, outcome) => outcome,
+        };
         drop(raw);
         say(&outcome);
         // Whoever waits for the end may start one of the same name then.

@@ -143,8 +143,19 @@ fn standard_output_that_is_closed_ends_the_guest() {
         write(&output, b"line\n");
     }
     let start = Instant::now();
-    output.finish();
+    output.finish().expect_err("it is closed");
     assert!(start.elapsed() < REST);
+}
+
+#[test]
+fn last_words_that_can_not_be_written_are_missed() {
+    let (reader, writer) = pipe().expect("a pipe");
+    drop(reader);
+    let (output, control) = output(Some(File::from(writer)));
+    write(&output, b"line\n");
+    control.end(Outcome::PoweredOff);
+    let error = output.finish().expect_err("it is closed").to_string();
+    assert!(error.starts_with("writing the console: "), "{error}");
 }
 
 #[test]
@@ -158,7 +169,7 @@ fn a_panic_while_it_is_shown_ends_the_guest() {
     // Nobody waits for what will never be shown.
     let start = Instant::now();
     write(&output, &[b'x'; 3 * 4096]);
-    output.finish();
+    output.finish().expect_err("it panicked");
     assert!(start.elapsed() < REST);
 }
 
@@ -191,7 +202,7 @@ fn output_that_nobody_reads_holds_nothing_up() {
         let written = guest.join().expect("it goes on");
         assert!(written < 128 << 10, "{written} bytes");
         let start = Instant::now();
-        output.finish();
+        output.finish().expect("it is no error");
         assert!((REST..REST * 4).contains(&start.elapsed()));
         // All is there for a reader that comes after all.
         let mut bytes = vec![0; written + 4];
