@@ -37,6 +37,9 @@ const DELAY: Duration = Duration::from_millis(10);
 const MOST: u64 = 4096;
 /// How many bytes of output are kept.
 pub const SCROLLBACK: usize = 64 << 10;
+/// How many are kept that standard output lacks, where a pause keeps the guest from waiting: it writes no more than
+/// it has begun with, a buffer of the virtio console at most.
+const KEPT: usize = 4 << 20;
 /// How many typed bytes wait for the guest.
 const TYPED: usize = 1024;
 /// How often who waits looks whether it still has to.
@@ -165,7 +168,8 @@ impl Output {
         }
     }
 
-    /// Waits for output behind the first `shown` bytes, until `stop`, and takes what of it is kept.
+    /// Waits for output behind the first `shown` bytes, until `stop`, and takes what of it is kept, behind a note where
+    /// some is not.
     fn next(&self, shown: &mut u64, stop: impl Fn(&State) -> bool) -> Vec<u8> {
         let mut state = lock(&self.0.state);
         while state.written == *shown && !stop(&state) {
@@ -179,10 +183,18 @@ impl Output {
         };
         let waited = self.0.changed.wait_timeout_while(state, DELAY, incomplete);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        let new = usize::try_from(state.written - *shown).unwrap_or(usize::MAX);
-        let old = state.recent.len().saturating_sub(new);
+        let new = state.written - *shown;
+        let missed = new.saturating_sub(state.recent.len() as u64);
+        let old = state.recent.len() - (new - missed) as usize;
+        let mut taken = Vec::new();
+        // What was before a client came, it has not missed.
+        if missed > 0 && *shown > 0 {
+            let note = format!("\r\nrvisor: {missed} bytes were too fast for this console\r\n");
+            taken.extend_from_slice(note.as_bytes());
+        }
         *shown = state.written;
-        state.recent.range(old..).copied().collect()
+        taken.extend(state.recent.range(old..));
+        taken
     }
 
     /// Waits until standard output has all when the guest has ended. What it does not take for [`REST`] is dropped.
@@ -242,19 +254,11 @@ impl Output {
     fn show_to(&self, mut client: &UnixStream, gone: &AtomicBool) {
         let mut shown = 0;
         loop {
-            let before = shown;
             let new = self.next(&mut shown, |_| gone.load(Ordering::SeqCst));
             if new.is_empty() {
                 return;
             }
-            let missed = shown - before - new.len() as u64;
-            let note = match missed {
-                1.. if before > 0 => {
-                    format!("\r\nrvisor: {missed} bytes were too fast for this console\r\n")
-                }
-                _ => String::new(),
-            };
-            if client.write_all(&[note.as_bytes(), &new].concat()).is_err() {
+            if client.write_all(&new).is_err() {
                 // Ends the thread that reads from it as well.
                 let _ = client.shutdown(std::net::Shutdown::Both);
                 return;
@@ -291,7 +295,8 @@ impl Write for Output {
         let mut state = lock(&self.0.state);
         state.recent.extend(bytes);
         state.written += bytes.len() as u64;
-        let over = state.recent.len().saturating_sub(SCROLLBACK);
+        let lacks = usize::try_from(state.behind()).map_or(KEPT, |lacks| lacks.min(KEPT));
+        let over = state.recent.len().saturating_sub(lacks.max(SCROLLBACK));
         state.recent.drain(..over);
         let idle = std::mem::take(&mut state.idle);
         if idle || bytes.contains(&b'\n') || state.behind() >= MOST {

@@ -209,3 +209,21 @@ fn output_that_nobody_reads_holds_nothing_up() {
         File::from(reader).read_exact(&mut bytes).expect("a pipe");
     }
 }
+
+/// A pause lets go on who writes, with no less to show: one buffer of the virtio console, in pieces.
+#[test]
+fn a_pause_loses_nothing() {
+    let (reader, writer) = pipe().expect("a pipe");
+    let (output, control) = output(Some(File::from(writer)));
+    control.set_paused("a test");
+    let mut text: Vec<u8> = (0..1 << 20).map(|at: u32| (at >> 8) as u8).collect();
+    text.extend_from_slice(b"the end");
+    text.chunks(4096).for_each(|piece| write(&output, piece));
+    let (mut reader, mut seen) = (File::from(reader), Vec::new());
+    while !seen.ends_with(b"the end") {
+        let mut bytes = vec![0; 4096];
+        let count = reader.read(&mut bytes).expect("a pipe");
+        seen.extend_from_slice(&bytes[..count]);
+    }
+    assert!(seen == text, "{} of {} bytes", seen.len(), text.len());
+}
