@@ -44,6 +44,22 @@ fn clients_see_what_was_and_what_comes() {
 }
 
 #[test]
+fn clients_wait_for_no_end_of_line_behind_much() {
+    let (output, _) = output(None);
+    let (mut client, _) = attached(&output);
+    let round = |_| {
+        let start = Instant::now();
+        write(&output, b"x");
+        thread::sleep(DELAY / 5);
+        write(&output, &[b'x'; MOST as usize]);
+        read(&mut client, 1 + MOST as usize);
+        start.elapsed()
+    };
+    let least = (0..20).map(round).min();
+    assert!(least < Some(DELAY * 4 / 5), "{least:?}");
+}
+
+#[test]
 fn scrollback_is_bounded() {
     let (output, _) = output(None);
     write(&output, b"lost");
