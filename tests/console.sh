@@ -70,7 +70,7 @@ test_output_to_a_terminal_is_filtered() {
 	END
 	on_terminal "$MACHINE"
 	check "nothing came: $(tail_of /tmp/screen)" has 'guest: ' || return
-	check "the colour did not come" has 'guest: \033[31mred\033[0m \0303\0251' || return
+	check "the colour did not come" has 'guest: \033[31mred\033[m \0303\0251' || return
 	check "the rest is not what it should be: $(tail_of /tmp/screen)" has 'guest: title report attributes string ?6nc1'
 }
 

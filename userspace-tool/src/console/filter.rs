@@ -127,7 +127,11 @@ impl Perform for Passed {
             let numbers: Vec<String> = group.iter().map(u16::to_string).collect();
             numbers.join(":")
         };
-        let groups: Vec<String> = params.iter().map(numbers).collect();
+        // One that is 0 may be one that was left out, as it has to be where it would make another sequence.
+        let groups: Vec<String> = match params.iter().next() {
+            Some([0]) if params.len() == 1 => Vec::new(),
+            _ => params.iter().map(numbers).collect(),
+        };
         let (private, space) = match between {
             [b'?'] => ("?", ""),
             [b' '] => ("", " "),

@@ -28,12 +28,14 @@ fn drops(input: &[u8]) {
 fn text_and_what_places_and_colours_it_passes() {
     passes("login: \r\n\tdone\x08 \x07");
     passes("\u{a0}\u{e9}\u{20ac}\u{1f600}");
-    passes("\x1b[0m\x1b[1;31mred\x1b[38;2;255;255;255;48;2;10;20;30m\x1b[4:3m");
-    passes("\x1b[2J\x1b[10;20H\x1b[5A\x1b[1K\x1b[0J\x1b[2L\x1b[3P\x1b[1;24r\x1b[2S\x1b[1T");
-    // A number that is left out is 0: its place says what that means.
+    passes("\x1b[m\x1b[1;31mred\x1b[38;2;255;255;255;48;2;10;20;30m\x1b[4:3m");
+    passes("\x1b[2J\x1b[10;20H\x1b[5A\x1b[1K\x1b[J\x1b[2L\x1b[3P\x1b[1;24r\x1b[2S\x1b[1T");
+    // Only without a number do s and u save the cursor and restore it.
+    passes("\x1b[s\x1b[u\x1b[H\x1b[K\x1b[r\x1b[ q");
+    // A number that is left out is 0, and the other way around.
     assert_eq!(
-        passed(true, b"\x1b[m\x1b[H\x1b[;5H\x1b[K\x1b[r\x1b[ q"),
-        b"\x1b[0m\x1b[0H\x1b[0;5H\x1b[0K\x1b[0r\x1b[0 q"
+        passed(true, b"\x1b[0m\x1b[;5H\x1b[0K"),
+        b"\x1b[m\x1b[0;5H\x1b[K"
     );
     passes("\x1b7\x1b8\x1bM\x1b(0\x1b(B\x0e\x0f\x1b=\x1b>\x1b[4h\x1b[4l\x1b[2 q");
     passes("\x1b[?1049h\x1b[?25l\x1b[?7;25h\x1b[?1;2004l");
