@@ -31,7 +31,7 @@ const BYTES: usize = 128;
 
 /// Where firmware looks for the size of memory, low byte first: below 640 KiB and above 1 MiB in KiB, the
 /// latter twice; above 16 MiB and, in 3 bytes, above 4 GiB in units of 64 KiB. The last two and the number
-/// of CPUs, less 1, are where emulated PCs have them.
+/// of CPUs, less 1, are where emulated PCs have them. Below 4 GiB memory ends where the ACPI tables begin.
 const BASE_MEMORY: usize = 0x15;
 const EXTENDED_MEMORY: [usize; 2] = [0x17, 0x30];
 const MEMORY_ABOVE_16M: usize = 0x34;
@@ -66,7 +66,7 @@ impl Cmos {
             let value = value.min(most).to_le_bytes();
             cmos.bytes[at..at + length].copy_from_slice(&value[..length]);
         };
-        let low = memory.min(layout::HOLE);
+        let low = layout::acpi_tables_of_firmware(memory);
         put(BASE_MEMORY, 640, 2);
         for at in EXTENDED_MEMORY {
             put(at, low.saturating_sub(MIB) / KIB, 2);
@@ -76,7 +76,11 @@ impl Cmos {
             low.saturating_sub(16 * MIB) / (64 * KIB),
             2,
         );
-        put(MEMORY_ABOVE_4G, (memory - low) / (64 * KIB), 3);
+        put(
+            MEMORY_ABOVE_4G,
+            memory.saturating_sub(layout::HOLE) / (64 * KIB),
+            3,
+        );
         put(MORE_CPUS, u64::from(cpus.saturating_sub(1)), 1);
         cmos
     }
@@ -214,10 +218,10 @@ mod tests {
     #[test]
     fn firmware_learns_of_memory_and_cpus() {
         for (memory, cpus, fields) in [
-            (8 * MIB, 1, [640, 7168, 7168, 0, 0, 0]),
-            (256 * MIB, 2, [640, 0xffff, 0xffff, 3840, 0, 1]),
-            // 3 GiB below the hole, 2 GiB above it.
-            (5120 * MIB, 4, [640, 0xffff, 0xffff, 48896, 32768, 3]),
+            (8 * MIB, 1, [640, 7104, 7104, 0, 0, 0]),
+            (256 * MIB, 2, [640, 0xffff, 0xffff, 3839, 0, 1]),
+            // 3 GiB below the hole, with the ACPI tables, 2 GiB above it.
+            (5120 * MIB, 4, [640, 0xffff, 0xffff, 48895, 32768, 3]),
         ] {
             let mut cmos = Cmos::new(memory, cpus);
             let mut field = |at: u8, length: u8| {
