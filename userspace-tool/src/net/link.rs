@@ -25,6 +25,8 @@ use crate::error::{failed, say, Error, Result};
 /// How long another machine may take to look who is at a path, and how often that is looked at.
 const PATIENCE: Duration = Duration::from_secs(5);
 const TRY_AGAIN: Duration = Duration::from_millis(10);
+/// How many of those who come are looked at in a row.
+const COMERS: usize = 16;
 
 /// What of a frame the one who gets it does, so that it need not be done before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -225,10 +227,18 @@ impl Link {
             return;
         };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let mut comers = std::iter::from_fn(|| accept_with(listener, flags).ok());
-        if let Some(socket) = comers.find(|socket| is_trusted(socket)) {
-            self.join(Box::new(Stream::new(socket)));
+        for _ in 0..COMERS {
+            let Ok(socket) = accept_with(listener, flags) else {
+                return;
+            };
+            if is_trusted(&socket) {
+                self.join(Box::new(Stream::new(socket)));
+                return;
+            }
         }
+        // Who has come before is told once more when it is watched anew.
+        let _ = epoll::delete(&self.epoll, listener);
+        self.watch(listener);
     }
 
     /// The other side is gone: whoever waits for a place takes it.

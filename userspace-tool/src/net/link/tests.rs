@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::process::Uid;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::super::{LONGEST_FRAME, SHORTEST_FRAME};
 use super::*;
@@ -244,11 +246,18 @@ fn another_users_machine_is_not_joined() {
     fs::remove_file(&path).expect("the socket");
     let (mut link, _) = open(&at(&folder));
     std::os::unix::fs::chown(&path, Some(4321), None).expect("giving it away");
+    // As a device's worker looks at it.
+    let events = Epoll::new().expect("an epoll instance");
+    let edges = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+    events
+        .ctl(ControlOperation::Add, link.as_fd().as_raw_fd(), edges)
+        .expect("it can be watched");
     let there = path.clone();
-    let mut stranger = thread::spawn(move || {
+    let mut strangers = thread::spawn(move || {
         rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::from_raw(4321), Uid::ROOT)
             .expect("another identity");
-        UnixStream::connect(there).expect("a connection")
+        let comers = (0..3 * COMERS).map(|_| UnixStream::connect(&there).expect("a connection"));
+        comers.collect::<Vec<_>>()
     })
     .join()
     .expect("the other user");
@@ -256,8 +265,14 @@ fn another_users_machine_is_not_joined() {
     let mut peer = UnixStream::connect(path).expect("a connection");
     peer.write_all(&[0, 0, 0, 14]).expect("a frame");
     peer.write_all(&[5; 14]).expect("a frame");
-    assert_eq!(frame(&mut link), Some(vec![5; 14]));
-    assert_eq!(stranger.read(&mut [0]).expect("an end"), 0);
+    let looks = std::iter::from_fn(|| {
+        let told = events.wait(1000, &mut [EpollEvent::default()]);
+        (told.expect("a wait") == 1).then(|| frame(&mut link))
+    });
+    assert_eq!(looks.flatten().next(), Some(vec![5; 14]));
+    for stranger in &mut strangers {
+        assert_eq!(stranger.read(&mut [0]).expect("an end"), 0);
+    }
 }
 
 #[test]
