@@ -75,6 +75,11 @@ fn pm_timer(elapsed: Duration) -> u32 {
     ticks as u32
 }
 
+/// The ports from `first` on, which begin anew behind the last.
+fn ports(first: u16) -> impl Iterator<Item = u16> {
+    (0..=u16::MAX).map(move |offset| first.wrapping_add(offset))
+}
+
 impl Power {
     /// Somebody presses the power button.
     pub fn press_button(&mut self) {
@@ -106,7 +111,7 @@ impl Power {
     pub fn write(&mut self, port: u16, data: &[u8]) -> Option<Outcome> {
         // A wider access reaches the registers behind the first one byte for byte.
         let mut event = None;
-        for (port, byte) in (port..).zip(data) {
+        for (port, byte) in ports(port).zip(data) {
             event = event.or(self.write_byte(port, *byte));
         }
         event
@@ -144,7 +149,7 @@ impl Power {
                 .for_each(|(byte, count)| *byte = count);
             return;
         }
-        for (port, byte) in (port..).zip(data) {
+        for (port, byte) in ports(port).zip(data) {
             let index = usize::from(port.wrapping_sub(PM1A_EVENT));
             match self.registers.get(index) {
                 Some(register) if index == CONTROL_LOW => *byte = register | SCI_ENABLE,
@@ -245,5 +250,15 @@ mod tests {
         let mut data = [0xff; 4];
         Power::default().read(0x606, &mut data);
         assert_eq!(data, [0xff; 4]);
+    }
+
+    #[test]
+    fn an_access_may_reach_beyond_the_last_port() {
+        let (mut power, mut data) = (Power::default(), [0xff; 4]);
+        for port in 0xfffc..=0xffff {
+            assert!(power.write(port, &data).is_none());
+            power.read(port, &mut data);
+            assert_eq!(data, [0xff; 4]);
+        }
     }
 }
