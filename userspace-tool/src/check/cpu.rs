@@ -52,8 +52,9 @@ pub(super) fn findings(cpuinfo: &str, has_vmx: bool) -> Vec<Finding> {
 fn no_vmx(vendor: &str, flags: &[&str], has_vmx: bool) -> Finding {
     if has_vmx {
         return missing(
-            "CPU: the firmware has switched VMX off",
-            "enable virtualization (VT-x) in the firmware's setup, then power the machine off and on",
+            "CPU: VMX is switched off, by the firmware or by this kernel",
+            "enable virtualization (VT-x) in the firmware's setup, then power the machine off and on; \
+             a kernel without CONFIG_KVM_INTEL switches it off itself",
         );
     }
     if flags.contains(&"svm") {
@@ -112,7 +113,7 @@ mod tests {
     #[test]
     fn the_reason_for_no_vmx_is_told_apart() {
         for (flags, has_vmx, words) in [
-            ("fpu", true, "firmware has switched"),
+            ("fpu", true, "by the firmware or by this kernel"),
             ("fpu svm", false, "SVM"),
             ("fpu hypervisor", false, "is a guest itself"),
             ("fpu", false, "no VMX"),
