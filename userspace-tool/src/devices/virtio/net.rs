@@ -43,7 +43,7 @@ pub struct Net {
     counters: Counters,
 }
 
-/// What a card counts: the frames that were passed on, and their bytes.
+/// What a card counts: the frames that the guest was given and those that it has sent, lost ones too, and their bytes.
 #[derive(Default)]
 struct Counters {
     received: Counter,
