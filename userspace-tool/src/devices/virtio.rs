@@ -151,6 +151,16 @@ pub trait Device: Send {
         None
     }
 
+    /// What it has for a snapshot beside its rings and the transport's registers.
+    fn save(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Takes over what [`save`](Self::save) gave. Says whether it is this device's; else nothing changes.
+    fn restore(&mut self, saved: &[u8]) -> bool {
+        saved.is_empty()
+    }
+
     /// The guest has ended: writes what has not reached the host's disk.
     ///
     /// # Errors

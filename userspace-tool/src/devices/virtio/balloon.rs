@@ -84,6 +84,19 @@ impl Device for Balloon {
         Some(u64::from(self.actual) * PAGE_SIZE)
     }
 
+    fn save(&self) -> Vec<u8> {
+        self.config()
+    }
+
+    fn restore(&mut self, saved: &[u8]) -> bool {
+        let Ok(bytes) = saved.try_into() else {
+            return false;
+        };
+        let both = u64::from_le_bytes(bytes);
+        (self.target, self.actual) = (both as u32, (both >> 32) as u32);
+        true
+    }
+
     fn process(&mut self, queue: usize, rings: &mut Rings<'_>) -> Result<(), Fault> {
         let memory = rings.memory();
         while let Some(chain) = rings.pop(queue)? {
@@ -206,6 +219,25 @@ mod tests {
         assert_eq!(driver.read(register::VIRTIO_MMIO_INTERRUPT_STATUS), 2);
         driver.write(register::VIRTIO_MMIO_CONFIG + 4, 256);
         assert_eq!(driver.transport.balloon(), Some(MIB));
+    }
+
+    #[test]
+    fn a_snapshot_has_what_it_was_asked_for_and_has_given() {
+        let old = driver();
+        old.transport.set_balloon(5 * MIB);
+        old.write(register::VIRTIO_MMIO_CONFIG + 4, 256);
+        let saved = old.transport.save();
+        // The option is what it was at the start.
+        let new = driver();
+        new.transport.set_balloon(7 * MIB);
+        new.transport.restore(&saved).expect("it is of a balloon");
+        assert_eq!(new.read(register::VIRTIO_MMIO_CONFIG), 1280);
+        assert_eq!(new.transport.balloon(), Some(MIB));
+        assert_eq!(new.transport.save(), saved);
+        // Of another device, and cut short.
+        let rng = Driver::new(Box::new(super::super::rng::Rng));
+        assert!(new.transport.restore(&rng.transport.save()).is_err());
+        assert!(!Balloon::new(0).restore(&[0; 7]));
     }
 
     #[test]

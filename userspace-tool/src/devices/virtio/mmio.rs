@@ -80,6 +80,7 @@ pub struct Saved {
     selects: [u32; 3],
     features: u64,
     queues: Vec<SavedQueue>,
+    device: Vec<u8>,
 }
 
 /// The state of a queue, as it is kept outside.
@@ -286,7 +287,7 @@ impl Transport {
         self.wake();
     }
 
-    /// The state of registers and rings. The device must be paused, so that it goes with the memory.
+    /// The state of registers, rings and the device. The device must be paused, so that it goes with the memory.
     #[must_use]
     pub fn save(&self) -> Saved {
         let state = lock(&self.state);
@@ -301,6 +302,7 @@ impl Transport {
             ],
             features: state.driver_features,
             queues: state.queues.iter().map(SavedQueue::from).collect(),
+            device: state.device.save(),
         }
     }
 
@@ -328,6 +330,9 @@ impl Transport {
             .map(|(saved, queue)| saved.queue(queue.max_size(), event_idx))
             .collect::<Option<Vec<_>>>()
             .ok_or_else(wrong)?;
+        if !state.device.restore(&saved.device) {
+            return Err(wrong());
+        }
         state.queues = queues;
         [
             state.device_features_select,
