@@ -161,9 +161,12 @@ pub enum Wrong {
     /// It is not as it was written; where.
     #[error("is damaged: {0}")]
     Damaged(String),
-    /// It can't be read, or what it is read into can't be written.
+    /// It can't be read.
     #[error(transparent)]
     Host(io::Error),
+    /// The file that it is stored as can't be written.
+    #[error(transparent)]
+    Write(io::Error),
 }
 
 /// Why a snapshot can't be read: wrong in itself, or by the host.
@@ -274,7 +277,7 @@ pub fn take(name: &Name, path: &Path) -> Result<()> {
         )
     })?;
     let stored = client.call(&Request::Snapshot {}).and_then(|Nothing {}| {
-        store(client.stream(), (name, origin), file, path)?;
+        store(client.stream()?, (name, origin), file, path)?;
         fs::rename(&new, path)
             .map_err(|error| Error::call(format!("naming {}", path.display()), error))
     });
@@ -306,17 +309,19 @@ fn store(
             name: name.clone(),
             ..read_head(&mut from)?
         };
-        write_head(&mut to, &state)?;
+        write_head(&mut to, &state).map_err(Wrong::Write)?;
         read_memory(&mut from, |address, bytes| {
             records += 1;
-            Ok(write_record(&mut to, address, bytes)?)
+            write_record(&mut to, address, bytes).map_err(Wrong::Write)
         })?;
-        write_record(&mut to, records, &[])?;
-        to.flush()?;
-        Ok(to.get_ref().sync_all()?)
+        write_record(&mut to, records, &[])
+            .and_then(|()| to.flush())
+            .and_then(|()| to.get_ref().sync_all())
+            .map_err(Wrong::Write)
     };
     copy().map_err(|wrong| match wrong {
-        Wrong::Host(error) => Error::call(format!("writing {}", path.display()), error),
+        Wrong::Write(error) => Error::call(format!("writing {}", path.display()), error),
+        Wrong::Host(error) => Error::call(format!("reading what machine {name} writes"), error),
         wrong => Error::call(
             "the machine did not write all of it; what it said on standard error tells why",
             io::Error::other(format!("{wrong:?}")),

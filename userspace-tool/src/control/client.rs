@@ -5,7 +5,7 @@
 //! Who writes there is the machine's process, which may be its guest's by then: what comes from there is bounded, and
 //! its texts have no characters that a terminal obeys.
 
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -177,9 +177,15 @@ impl Client {
         }
     }
 
-    /// What the machine sends, while a stream lasts that it began.
-    pub fn stream(&mut self) -> &mut impl Read {
-        &mut self.stream
+    /// What the machine sends, while a stream lasts that it began. It may be silent for as long as it likes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Call`] where the kernel refuses.
+    pub fn stream(&mut self) -> Result<&mut BufReader<UnixStream>> {
+        let unbounded = self.stream.get_ref().set_read_timeout(None);
+        unbounded.map_err(failed("setting a socket"))?;
+        Ok(&mut self.stream)
     }
 
     /// The connection, for a stream.

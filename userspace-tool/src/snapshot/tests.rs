@@ -125,6 +125,38 @@ fn a_record_that_is_left_out_is_missed() {
     assert!(matches!(read(&bytes), Err(Wrong::Damaged(what)) if what.contains("missing")));
 }
 
+/// Stores what `from` gives as the file of a machine with 4 MiB, and tells what is wrong.
+fn error_of(from: impl Read, file: File) -> String {
+    let words = ["--kernel", "k", "--memory", "4M"]
+        .map(str::to_owned)
+        .to_vec();
+    let folder = "/".into();
+    let name = "web".parse().expect("a name");
+    let stored = store(
+        from,
+        (&name, Origin { words, folder }),
+        file,
+        Path::new("file"),
+    );
+    stored.expect_err("it can't be stored").to_string()
+}
+
+#[test]
+fn a_machine_that_fails_is_told_from_a_file_that_does() {
+    let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().expect("sockets");
+    let silent = theirs.set_read_timeout(Some(std::time::Duration::from_millis(1)));
+    silent.expect("a timeout");
+    ours.write_all(&written()[..100]).expect("it is taken");
+    let said = error_of(theirs, tempfile::tempfile().expect("a file"));
+    assert!(
+        said.starts_with("reading what machine web writes: "),
+        "{said}"
+    );
+    let full = File::options().write(true).open("/dev/full");
+    let said = error_of(&*written(), full.expect("it is there"));
+    assert!(said.starts_with("writing file: "), "{said}");
+}
+
 /// A machine that its guest has taken over may write any words; they would be run by 'rvisor restore'.
 #[test]
 fn a_machine_has_no_say_in_its_command_line() {
