@@ -4,14 +4,16 @@
 
 mod file;
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::Child;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, SyncSender};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use rustix::event::{poll, PollFd, PollFlags};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::io::retry_on_intr;
 use rustix::process::{pidfd_open, Pid, PidfdFlags};
 use serde_json::json;
 
@@ -29,7 +31,7 @@ const LINE: u64 = 4096;
 const ESC: u8 = 0x1b;
 /// How long a machine whose console has ended may take to say how.
 const GOODBYE: Duration = Duration::from_secs(5);
-/// How long standard output may take for the rest when all machines have ended.
+/// How long standard output may take for a line of the rest when all machines have ended.
 const REST: Duration = Duration::from_secs(2);
 
 /// Starts the machines of a file, all or none. Unless detached, shows what they say until all have ended; the first
@@ -51,37 +53,39 @@ pub fn up(options: &UpOptions) -> Result<u8> {
     }
     let width = machines.iter().map(|it| it.name.to_string().len()).max();
     let signals = Signals::catch()?;
-    // Dropped by each thread that has shown all of its machine.
-    let (shows, shown) = mpsc::channel::<()>();
-    let (mut names, mut processes) = (Vec::new(), Vec::new());
+    // Each line that is shown; the other ends go with the threads that have shown all of their machines.
+    let (shows, shown) = mpsc::sync_channel::<()>(1);
+    let (mut names, mut running) = (Vec::new(), Vec::new());
     for machine in &machines {
-        let status = match detach::start(&machine.words, options.file.parent()) {
-            Ok(Ok((name, process))) => {
-                names.push(name.clone());
-                processes.push(process);
-                if let Some(signal) = signals.take() {
-                    Ok(STATUS_SIGNAL.saturating_add(signal))
-                } else {
-                    say(format_args!("{name} runs"));
-                    if !options.detach {
-                        let screen = Screen::new(&name, width.unwrap_or(0), options.raw_console);
-                        let shows = shows.clone();
-                        thread::spawn(move || {
-                            show(&name, screen);
-                            drop(shows);
-                        });
-                    }
-                    continue;
+        let mut begin = || -> Result<Option<u8>> {
+            let (name, process) = match detach::start(&machine.words, options.file.parent())? {
+                Ok(started) => started,
+                Err(status) => {
+                    say(format_args!("{} did not start", machine.name));
+                    return Ok(Some(status));
                 }
+            };
+            names.push(name.clone());
+            if let Some(signal) = signals.take() {
+                return Ok(Some(STATUS_SIGNAL.saturating_add(signal)));
             }
-            Ok(Err(status)) => {
-                say(format_args!("{} did not start", machine.name));
-                Ok(status)
+            if !options.detach {
+                let ends = pidfd_open(Pid::from_child(&process), PidfdFlags::empty());
+                let ends = Arc::new(ends.map_err(failed("watching a machine"))?);
+                running.push((process, Arc::clone(&ends)));
+                let screen = Screen::new(&name, width.unwrap_or(0), options.raw_console);
+                let (name, shows) = (name.clone(), shows.clone());
+                thread::Builder::new()
+                    .spawn(move || show(&name, screen, &ends, &shows))
+                    .map_err(failed("starting a thread"))?;
             }
-            Err(error) => Err(error),
+            say(format_args!("{name} runs"));
+            Ok(None)
         };
-        end_all(&names, client::kill);
-        return status;
+        if let Some(status) = begin().transpose() {
+            end_all(&names, client::kill);
+            return status;
+        }
     }
     if options.detach {
         let started: Vec<_> = names.iter().map(|name| json!({ "name": name })).collect();
@@ -91,10 +95,10 @@ pub fn up(options: &UpOptions) -> Result<u8> {
         };
     }
     let timeout = Duration::from_secs(options.timeout.into());
-    let status = watch(&names, processes, &signals, timeout)?;
+    let status = watch(&names, running, &signals, timeout);
     drop(shows);
     // Where standard output takes nothing, the rest of it is lost.
-    let _ = shown.recv_timeout(REST);
+    while shown.recv_timeout(REST).is_ok() {}
     Ok(status)
 }
 
@@ -102,28 +106,25 @@ pub fn up(options: &UpOptions) -> Result<u8> {
 fn end_all(names: &[Name], end: impl Fn(&Name) -> Result<Ended> + Sync) {
     thread::scope(|scope| {
         for name in names {
-            // One that has gone meanwhile needs nothing.
-            scope.spawn(|| {
-                end(name)
-                    .map(drop)
-                    .or_else(|_| client::kill(name).map(drop))
-            });
+            let work = || {
+                // One that has gone meanwhile needs nothing.
+                let _ = end(name).or_else(|_| client::kill(name));
+            };
+            // One after the other where no threads can be had.
+            if thread::Builder::new().spawn_scoped(scope, work).is_err() {
+                work();
+            }
         }
     });
 }
 
-/// Waits for the ends of all machines, whatever becomes of what they print.
+/// Waits for the ends of all machines, whatever becomes of what they print. Returns the exit status.
 fn watch(
     names: &[Name],
-    processes: Vec<Child>,
+    mut running: Vec<(Child, Arc<OwnedFd>)>,
     signals: &Signals,
     timeout: Duration,
-) -> Result<u8> {
-    let watched = processes.into_iter().map(|process| {
-        let fd = pidfd_open(Pid::from_child(&process), PidfdFlags::empty());
-        Ok((process, fd.map_err(failed("watching a machine"))?))
-    });
-    let mut running: Vec<(Child, OwnedFd)> = watched.collect::<Result<_>>()?;
+) -> u8 {
     let (mut bad, mut signalled) = (None, None);
     while !running.is_empty() {
         let mut fds = vec![PollFd::new(signals, PollFlags::IN)];
@@ -140,51 +141,67 @@ fn watch(
             }
         });
         if let Some(signal) = signals.take() {
-            let names = names.to_vec();
             let first = signalled.replace(signal).is_none();
-            thread::spawn(move || match first {
-                true => end_all(&names, |name| client::stop(name, timeout)),
-                false => end_all(&names, client::kill),
-            });
+            let end = move |names: &[Name]| match first {
+                true => end_all(names, |name| client::stop(name, timeout)),
+                false => end_all(names, client::kill),
+            };
+            let all = names.to_vec();
+            // Without a thread a second signal has to wait.
+            if thread::Builder::new().spawn(move || end(&all)).is_err() {
+                end(names);
+            }
         }
     }
     let by_signal = signalled.map(|signal| STATUS_SIGNAL.saturating_add(signal));
-    Ok(bad.or(by_signal).unwrap_or(0))
+    bad.or(by_signal).unwrap_or(0)
 }
 
-/// Shows what a machine prints until it has ended, and how it did.
-fn show(name: &Name, mut screen: Screen) {
-    let lost = || {
-        let log = registry::folder(name).map(|folder| folder.join(registry::LOG));
-        let log = log.map_or_else(|error| error.to_string(), |log| log.display().to_string());
-        format!("it has ended; what it said then is in {log}")
+/// Shows what a machine prints until it has ended, which `ends` tells, and how it did. Tells `shows` of each line.
+fn show(name: &Name, mut screen: Screen, ends: &OwnedFd, shows: &SyncSender<()>) {
+    let mut show = |line: &[u8]| {
+        screen.show(line);
+        // One word of it is enough.
+        let _ = shows.try_send(());
     };
     let mut follow = || -> Result<Option<Ended>> {
         let mut end = Client::waiting(name)?;
         let mut console = Client::connect(name)?;
         let Nothing {} = console.call(&Request::Console {})?;
-        let mut lines = console.into_stream();
-        lines
-            .get_ref()
-            .set_read_timeout(None)
-            .map_err(failed("setting a socket"))?;
-        while let Some(line) = read_line(&mut lines) {
-            screen.show(&line);
+        let lines = console.stream()?;
+        while let Some(line) = read_line(lines) {
+            show(&line);
         }
         end.receive(Some(GOODBYE))
     };
-    // A machine can end before anybody listens, and without a word.
-    let outcome = follow()
-        .ok()
-        .flatten()
-        .map_or_else(lost, |ended| ended.outcome);
+    let outcome = match follow() {
+        Ok(Some(ended)) => ended.outcome,
+        // A machine can end before anybody listens, and without a word.
+        _ if has_ended(ends, GOODBYE) => {
+            let log = registry::folder(name).map(|folder| folder.join(registry::LOG));
+            let log = log.map_or_else(|error| error.to_string(), |log| log.display().to_string());
+            format!("it has ended; what it said then is in {log}")
+        }
+        Ok(None) => "its console has ended, and it does not say why".to_owned(),
+        Err(error) => format!("what it prints is no longer shown: {error}"),
+    };
     for line in outcome.lines() {
-        screen.show(format!("rvisor: {line}").as_bytes());
+        show(format!("rvisor: {line}").as_bytes());
     }
 }
 
+/// Whether the process of that pidfd ends within `patience`.
+fn has_ended(process: &OwnedFd, patience: Duration) -> bool {
+    let patience = Timespec {
+        tv_sec: patience.as_secs() as i64,
+        tv_nsec: patience.subsec_nanos().into(),
+    };
+    let mut fds = [PollFd::new(process, PollFlags::IN)];
+    retry_on_intr(|| poll(&mut fds, Some(&patience))).is_ok_and(|count| count > 0)
+}
+
 /// A line without its end, or a piece of a long one; `None` at the end of all.
-fn read_line(lines: &mut BufReader<impl Read>) -> Option<Vec<u8>> {
+fn read_line(lines: &mut impl BufRead) -> Option<Vec<u8>> {
     let mut line = Vec::new();
     let count = lines.take(LINE).read_until(b'\n', &mut line).ok()?;
     let end = line.iter().rposition(|byte| !b"\r\n".contains(byte));
@@ -262,10 +279,25 @@ mod tests {
     fn lines_are_bounded_pieces() {
         let long = "x".repeat(LINE as usize + 1);
         let text = format!("one\r\n\x1b[31mred\n\n{long}\nend");
-        let mut lines = BufReader::new(text.as_bytes());
+        let mut lines = text.as_bytes();
         let read: Vec<Vec<u8>> = std::iter::from_fn(|| read_line(&mut lines)).collect();
         let expected = ["one", "\x1b[31mred", "", &long[1..], "x", "end"];
         assert_eq!(read, expected.map(|line| line.as_bytes().to_vec()));
+    }
+
+    #[test]
+    fn only_a_process_that_has_ended_is_said_to_have() {
+        let mut child = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .expect("a process");
+        let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).expect("a pidfd");
+        assert!(!has_ended(&process, Duration::from_millis(50)));
+        drop(child.stdin.take());
+        assert!(has_ended(&process, GOODBYE));
+        child.wait().expect("it has ended");
+        assert!(has_ended(&process, Duration::ZERO));
     }
 
     #[test]
