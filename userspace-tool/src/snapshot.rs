@@ -15,16 +15,17 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 
-use crate::arguments::Origin;
+use crate::arguments::{self, Origin};
 use crate::control::{Client, Nothing, Request};
 use crate::devices::{self, virtio};
 use crate::error::{failed, Error, Result};
-use crate::layout::PAGE_SIZE;
+use crate::layout::{self, PAGE_SIZE};
 use crate::machine::saved;
 use crate::memory::Memory;
 use crate::registry::{self, Name};
@@ -229,6 +230,7 @@ fn read_memory(input: &mut impl Read, mut take: impl FnMut(u64, &[u8]) -> Read1<
     for records in 0_u64.. {
         let [address, length, sum] = read_words(input)?;
         let size = usize::try_from(length).ok();
+        let size = size.filter(|size| size % PAGE == 0);
         let Some(bytes) = size.and_then(|size| buffer.get_mut(..size)) else {
             return damaged(format!("a record of {length} bytes"));
         };
@@ -270,7 +272,7 @@ pub fn take(name: &Name, path: &Path) -> Result<()> {
     let origin = registry::origin(name)?;
     let file_name = path.file_name().unwrap_or_default().to_string_lossy();
     let new = path.with_file_name(format!(".{file_name}.{}", std::process::id()));
-    let file = File::create_new(&new).map_err(|error| {
+    let file = create(&new).map_err(|error| {
         Error::input(
             format!("{} can't be made: {error}", new.display()),
             "give a file in a folder that this user may write to",
@@ -293,6 +295,12 @@ pub fn take(name: &Name, path: &Path) -> Result<()> {
         .map_err(failed("writing the folder to the disk"))
 }
 
+/// A new file for the guest's memory, which is nobody else's to read.
+fn create(path: &Path) -> io::Result<File> {
+    let mut new = File::options();
+    new.write(true).create_new(true).mode(0o600).open(path)
+}
+
 /// Stores what a machine writes, with the name and origin that are known of it in place of those that it says.
 fn store(
     mut from: impl Read,
@@ -301,6 +309,8 @@ fn store(
     path: &Path,
 ) -> Result<()> {
     let mut to = BufWriter::with_capacity(RECORD, file);
+    let options = arguments::run_options(&origin.words, &origin.folder, None, false)?;
+    let mut left = options.memory.saturating_add(*layout::FIRMWARE_SIZE.end());
     let mut records = 0;
     let copy = || -> Read1<()> {
         let state = State {
@@ -312,6 +322,10 @@ fn store(
         write_head(&mut to, &state).map_err(Wrong::Write)?;
         read_memory(&mut from, |address, bytes| {
             records += 1;
+            match left.checked_sub(bytes.len() as u64) {
+                Some(less) => left = less,
+                None => return damaged("it has more memory than the machine"),
+            }
             write_record(&mut to, address, bytes).map_err(Wrong::Write)
         })?;
         write_record(&mut to, records, &[])

@@ -106,6 +106,10 @@ fn no_length_is_believed() {
     let mut bytes = written();
     bytes[24 + json + 8..][..8].copy_from_slice(&u64::MAX.to_le_bytes());
     assert!(matches!(read(&bytes), Err(Wrong::Damaged(_))));
+    // Bytes in place of pages would make a large file of little memory.
+    bytes.truncate(24 + json);
+    write_record(&mut bytes, 0, &[1]).expect("a vector takes all");
+    assert!(matches!(read(&bytes), Err(Wrong::Damaged(what)) if what.contains("1 bytes")));
 }
 
 #[test]
@@ -155,6 +159,44 @@ fn a_machine_that_fails_is_told_from_a_file_that_does() {
     let full = File::options().write(true).open("/dev/full");
     let said = error_of(&*written(), full.expect("it is there"));
     assert!(said.starts_with("writing file: "), "{said}");
+}
+
+#[test]
+fn the_file_is_its_users_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("file");
+    let found = create(&path).and_then(|file| file.metadata());
+    assert_eq!(
+        found.expect("it is made").permissions().mode() & 0o777,
+        0o600
+    );
+    assert!(create(&path).is_err());
+}
+
+#[test]
+fn a_machine_has_no_more_memory_than_it_was_made_with() {
+    let mut bytes = Vec::new();
+    write_head(&mut bytes, &state()).expect("a vector takes all");
+    let mut record = Vec::new();
+    write_record(&mut record, 0, &[1; RECORD]).expect("a vector takes all");
+    // With its firmware it may have 20 MiB.
+    let endless = bytes.into_iter().chain(record.into_iter().cycle());
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let said = error_of(Endless(endless), file.reopen().expect("the file"));
+    assert!(said.contains("more memory than the machine"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(file.as_file().metadata().expect("it is there").len() <= 21 * MIB);
+}
+
+/// The bytes of an iterator.
+struct Endless<I>(I);
+
+impl<I: Iterator<Item = u8>> Read for Endless<I> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let pairs = buffer.iter_mut().zip(&mut self.0);
+        Ok(pairs.map(|(byte, next)| *byte = next).count())
+    }
 }
 
 /// A machine that its guest has taken over may write any words; they would be run by 'rvisor restore'.
