@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The commands that are about machines which run already: `ps`, `stop`, `kill`, `pause` and `resume`.
+//! The commands that are about machines which run already: `ps`, `stop`, `kill`, `pause`, `resume` and
+//! `balloon`.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -91,10 +92,11 @@ pub fn stop(name: &Name, timeout: Duration) -> Result<Ended> {
     if timeout.is_zero() {
         return kill(name);
     }
-    // The guest may be quick.
-    let mut end = Client::waiting(name)?;
-    tell(name, &Request::PowerButton {})?;
-    match end.receive(Some(timeout))? {
+    match end_by(
+        &mut Client::connect(name)?,
+        &Request::PowerButton {},
+        timeout,
+    )? {
         Some(ended) => Ok(ended),
         None => {
             say(format_args!(
@@ -112,9 +114,8 @@ pub fn stop(name: &Name, timeout: Duration) -> Result<Ended> {
 ///
 /// [`Error::Input`] where no such machine runs, [`Error::Call`] where its process can't be killed.
 pub fn kill(name: &Name) -> Result<Ended> {
-    let mut end = Client::waiting(name)?;
-    Client::connect(name)?.send(&Request::Kill {})?;
-    if let Some(ended) = end.receive(Some(INSIST))? {
+    let mut end = Client::connect(name)?;
+    if let Some(ended) = end_by(&mut end, &Request::Kill {}, INSIST)? {
         return Ok(ended);
     }
     if let Some(process) = end.process()? {
@@ -127,6 +128,16 @@ pub fn kill(name: &Name) -> Result<Ended> {
         outcome: "it did not answer: its process was killed".to_owned(),
         status: STATUS_KILLED,
     })
+}
+
+/// Gives the machine a command and waits for its end, in one go, as it may be quick. Returns how it ended; `None` where
+/// one of both takes longer than `patience`.
+fn end_by(machine: &mut Client, request: &Request, patience: Duration) -> Result<Option<Ended>> {
+    machine.send(&[request, &Request::Wait {}])?;
+    match machine.receive(Some(patience))? {
+        Some(Nothing {}) => machine.receive(Some(patience)),
+        None => Ok(None),
+    }
 }
 
 /// Gives the machine a command without answer: `pause`, `resume`, `balloon`.

@@ -56,7 +56,7 @@ impl Client {
     /// As with [`Self::connect`].
     pub fn waiting(name: &Name) -> Result<Self> {
         let mut client = Self::connect(name)?;
-        client.send(&Request::Wait {}).map(|()| client)
+        client.send(&[&Request::Wait {}]).map(|()| client)
     }
 
     /// The client's side of that connection.
@@ -75,22 +75,26 @@ impl Client {
     ///
     /// The machine's own; [`Error::Call`] where it does not answer.
     pub fn call<R: DeserializeOwned>(&mut self, request: &Request) -> Result<R> {
-        self.send(request)?;
+        self.send(&[request])?;
         self.receive(Some(ANSWER))?
             .ok_or_else(|| self.lost(io::Error::other("it does not answer")))
     }
 
-    /// Gives a command whose answer [`Self::receive`] will read.
+    /// Gives commands whose answers [`Self::receive`] will read.
     ///
     /// # Errors
     ///
-    /// [`Error::Call`] where the machine does not take it.
-    pub fn send(&mut self, request: &Request) -> Result<()> {
-        let line = serde_json::to_string(request).map_err(failed("writing a command"))? + "\n";
+    /// [`Error::Call`] where the machine does not take them.
+    pub fn send(&mut self, requests: &[&Request]) -> Result<()> {
+        let mut lines = String::new();
+        for request in requests {
+            lines += &serde_json::to_string(request).map_err(failed("writing a command"))?;
+            lines.push('\n');
+        }
         let mut connection = self.stream.get_ref();
         connection
             .set_write_timeout(Some(ANSWER))
-            .and_then(|()| connection.write_all(line.as_bytes()))
+            .and_then(|()| connection.write_all(lines.as_bytes()))
             .map_err(|error| self.lost(error))
     }
 
@@ -136,7 +140,7 @@ impl Client {
             return Ok(None);
         }
         let line = std::mem::take(&mut self.line);
-        Ok(Some(plain(serde_json::from_slice(&line)?)))
+        Ok(Some(plain(serde_json::from_slice(&line)?, false)))
     }
 
     fn parse<T: DeserializeOwned>(&self, value: Value) -> Result<T> {
@@ -195,15 +199,25 @@ impl Client {
     }
 }
 
-/// The same without control characters but the ends of lines, in names of fields too.
-fn plain(value: Value) -> Value {
-    let text = |text: String| text.replace(|c: char| c.is_control() && c != '\n', "\u{fffd}");
+/// The same without control characters, in names of fields too. The end of a line becomes a space, but in how a machine
+/// ended, which may have several.
+fn plain(value: Value, lines: bool) -> Value {
+    let kept = move |c: char| match c {
+        '\n' if !lines => ' ',
+        '\n' => c,
+        c if c.is_control() => char::REPLACEMENT_CHARACTER,
+        c => c,
+    };
+    let text = |text: String| text.chars().map(kept).collect::<String>();
     match value {
         Value::String(it) => Value::String(text(it)),
-        Value::Array(values) => values.into_iter().map(plain).collect(),
+        Value::Array(values) => values.into_iter().map(|it| plain(it, lines)).collect(),
         Value::Object(fields) => fields
             .into_iter()
-            .map(|(name, value)| (text(name), plain(value)))
+            .map(|(name, value)| {
+                let lines = name == "outcome";
+                (text(name), plain(value, lines))
+            })
             .collect(),
         other => other,
     }

@@ -137,7 +137,7 @@ fn who_waits_learns_of_the_end_and_a_stream_ends() {
     let (told, tells) = mpsc::channel();
     let mut waiting = client(connect());
     let thread = thread::spawn(move || {
-        let sent = waiting.send(&Request::Wait {});
+        let sent = waiting.send(&[&Request::Wait {}]);
         let ended: Result<Option<Ended>> = sent.and_then(|()| waiting.receive(None));
         told.send(ended).expect("the test listens");
     });
@@ -158,6 +158,22 @@ fn who_waits_learns_of_the_end_and_a_stream_ends() {
         .expect("an answer");
     assert_eq!(ended.status, 0);
     thread.join().expect("no panic");
+}
+
+/// As 'rvisor stop' does it: a machine with one place left, whose guest is quick.
+#[test]
+fn a_command_and_the_wait_for_the_end_need_one_connection() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (server, connect) = server(folder.path());
+    let _others: Vec<UnixStream> = (1..CLIENTS).map(|_| connect()).collect();
+    let mut client = client(connect());
+    let sent = client.send(&[&Request::Status {}, &Request::Wait {}]);
+    sent.expect("they are taken");
+    let given: Option<u8> = client.receive(None).expect("an answer");
+    assert_eq!(given, Some(1));
+    server.finish(ended());
+    let told: Option<Ended> = client.receive(None).expect("an answer");
+    assert_eq!(told.map(|told| told.status), Some(0));
 }
 
 #[test]
@@ -194,15 +210,16 @@ fn hostile(line: impl AsRef<[u8]>) -> Client {
 
 #[test]
 fn what_a_machine_says_commands_no_terminal() {
-    let harmless = |text: &str| !text.chars().any(|c| c.is_control() && c != '\n');
+    let harmless = |text: &str| !text.chars().any(char::is_control);
     let line = r#"{"ok":{"outcome":"a\u001b[2Jb\n\u009b1m\u007f\r","status":0}}"#;
     let ended: Option<Ended> = hostile(line).receive(None).expect("an answer");
     let outcome = ended.expect("an answer").outcome;
     assert_eq!(outcome, "a\u{fffd}[2Jb\n\u{fffd}1m\u{fffd}\u{fffd}");
     for line in [
-        r#"{"error":{"cause":"a\u001b[2J","next":"b\u0007","status":2}}"#,
+        r#"{"error":{"cause":"a\u001b[2J\nrvisor: b","next":"b\u0007\n","status":2}}"#,
+        r#"{"error":{"cause":"a\nb","next":"","status":1}}"#,
         r#"{"error":{"cause":"a\u001b[2J","next":"b\u0007","status":1}}"#,
-        r#"{"\u001b[2J":1}"#,
+        r#"{"\u001b[2J\n":1}"#,
         r#"{"ok":{"outcome":"a","status":"\u001b[2J"}}"#,
         "{\"ok\":{\"\u{9b}2J\":7}}",
         "\x1b[2J",
