@@ -73,7 +73,7 @@ pub enum Request {
     /// Asks the guest to leave so many bytes of its memory to the host, in place of what it was asked for before; what
     /// it has left by then is `balloon` in [`crate::machine::Status`].
     Balloon {
-        /// At most the machine's memory, in bytes.
+        /// At most the machine's memory, in bytes; rounded up to whole pages of 4 KiB.
         bytes: u64,
     },
     /// Goes over into the machine's snapshot ([`crate::snapshot`]); it stands still meanwhile.

@@ -40,8 +40,9 @@ impl Balloon {
     }
 }
 
+/// Whole pages, that many bytes at least.
 fn pages(bytes: u64) -> u32 {
-    u32::try_from(bytes / PAGE_SIZE).unwrap_or(u32::MAX)
+    u32::try_from(bytes.div_ceil(PAGE_SIZE)).unwrap_or(u32::MAX)
 }
 
 impl Device for Balloon {
@@ -214,6 +215,8 @@ mod tests {
     #[test]
     fn the_target_reaches_the_driver_and_its_answer_the_host() {
         let driver = driver();
+        driver.transport.set_balloon(1);
+        assert_eq!(driver.read(register::VIRTIO_MMIO_CONFIG), 1);
         driver.transport.set_balloon(5 * MIB);
         assert_eq!(driver.read(register::VIRTIO_MMIO_CONFIG), 1280);
         assert_eq!(driver.read(register::VIRTIO_MMIO_INTERRUPT_STATUS), 2);
