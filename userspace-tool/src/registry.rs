@@ -3,7 +3,8 @@
 //! The machines that run: their names, and the folder with what they have for others.
 //!
 //! The folder is `rvisor` in `$XDG_RUNTIME_DIR`; where that is no folder of root's or the user's own, `/run/rvisor` for
-//! root, and `/tmp/rvisor-UID` for others. It is its user's alone. A machine has a folder of its name there, with
+//! root, and `/tmp/rvisor-UID` for others. For root that is also in place of `/run/user/0`, which sessions have and
+//! services don't. It is its user's alone. A machine has a folder of its name there, with
 //!
 //! - `lock`, locked by flock(2) for as long as its process lives: the name is taken while it is,
 //! - `sock`, where it takes commands (see [`crate::control`]),
@@ -110,11 +111,10 @@ impl fmt::Display for Name {
 pub fn directory() -> Result<PathBuf> {
     let uid = geteuid();
     let runtime = env::var_os("XDG_RUNTIME_DIR");
-    let path = match runtime.and_then(|runtime| own_folder(Path::new(&runtime), uid)) {
-        Some(runtime) => runtime.join("rvisor"),
-        None if uid.is_root() => PathBuf::from("/run/rvisor"),
-        None => PathBuf::from(format!("/tmp/rvisor-{}", uid.as_raw())),
-    };
+    let path = place(
+        runtime.and_then(|runtime| own_folder(Path::new(&runtime), uid)),
+        uid,
+    );
     let refused = |why: String| {
         Error::input(
             format!("the machines' folder {}: {why}", path.display()),
@@ -128,6 +128,15 @@ pub fn directory() -> Result<PathBuf> {
         return Err(refused("it is no folder of this user's alone".to_owned()));
     }
     Ok(path)
+}
+
+/// Where that user's folder is, with `runtime` for such things.
+fn place(runtime: Option<PathBuf>, uid: Uid) -> PathBuf {
+    match runtime {
+        Some(path) if !uid.is_root() || path != Path::new("/run/user/0") => path.join("rvisor"),
+        _ if uid.is_root() => "/run/rvisor".into(),
+        _ => format!("/tmp/rvisor-{}", uid.as_raw()).into(),
+    }
 }
 
 /// That folder without links in its path, where it is root's or that user's. Whoever becomes root by su(1) still has the
@@ -378,6 +387,20 @@ mod tests {
         let link = link.path().join("link");
         std::os::unix::fs::symlink(folder.path(), &link).expect("a link");
         assert_eq!(own_folder(&link, looks), None);
+    }
+
+    #[test]
+    fn roots_machines_are_in_one_place() {
+        let user = Uid::from_raw(1000);
+        for (runtime, uid, found) in [
+            (Some("/run/user/0"), Uid::ROOT, "/run/rvisor"),
+            (None, Uid::ROOT, "/run/rvisor"),
+            (Some("/tmp/own"), Uid::ROOT, "/tmp/own/rvisor"),
+            (Some("/run/user/1000"), user, "/run/user/1000/rvisor"),
+            (None, user, "/tmp/rvisor-1000"),
+        ] {
+            assert_eq!(place(runtime.map(PathBuf::from), uid), Path::new(found));
+        }
     }
 
     #[test]

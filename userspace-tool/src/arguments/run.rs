@@ -106,6 +106,9 @@ pub struct RunOptions {
     pub device: PathBuf,
 
     /// Return when the guest runs, and print the machine's name
+    ///
+    /// The machine runs on after the user's logout. For 'rvisor ps' and the like to find it then, the folder
+    /// /run/user/UID must stay: 'loginctl enable-linger' sees to that.
     #[arg(long)]
     pub detach: bool,
 
