@@ -140,8 +140,8 @@ impl Core {
         });
     }
 
-    /// Takes the event back that a failed VM entry was to deliver: the CPU leaves it in the VMCS, where
-    /// neither userspace nor the next event would find it.
+    /// Takes the event back that a VM entry was to deliver which failed, or which something to do first has put off:
+    /// it is left in the VMCS, where neither userspace nor the next event would find it.
     #[cold]
     pub(crate) fn take_back_injection(&mut self, vmcs: &mut CurrentVmcs<'_>) {
         let info = InterruptionInfo(vmcs.read32(Field32::ENTRY_INTERRUPTION_INFO));

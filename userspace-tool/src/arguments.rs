@@ -115,10 +115,12 @@ pub enum Command {
     ///
     /// A machine is known by the files lock, sock and, where it runs detached, log in the folder rvisor/NAME of
     /// $XDG_RUNTIME_DIR; where that is no folder of root's or this user's own, in /run/rvisor/NAME for root and
-    /// /tmp/rvisor-UID/NAME for others. The socket takes JSON, one object a line: {"command":"status"} is answered by
-    /// {"ok":{...}}, or by {"error":{"cause":"...","next":"...","status":2}}. Other commands: pause, resume,
-    /// power-button, kill, balloon (with "bytes"), stats, wait (answers when the machine has ended), and console,
-    /// snapshot and trace, whose bytes follow the answer.
+    /// /tmp/rvisor-UID/NAME for others. Root's are in /run/rvisor/NAME too where it is /run/user/0.
+    ///
+    /// The socket takes JSON, one object a line: {"command":"status"} is answered by {"ok":{...}}, or by
+    /// {"error":{"cause":"...","next":"...","status":2}}. Other commands: pause, resume, power-button, kill, balloon
+    /// (with "bytes"), stats, wait (answers when the machine has ended), and console, snapshot and trace, whose bytes
+    /// follow the answer.
     Ps {
         /// One JSON array instead of a table
         #[arg(long)]
@@ -172,14 +174,14 @@ pub enum Command {
     Balloon {
         /// The machine
         name: Name,
-        /// How much of its memory, in all; 0 gives it all back. K, M, G and T are powers of 1024
+        /// How much of its memory, in all, rounded up to 4 KiB; 0 gives it all back. K, M, G and T are powers of 1024
         #[arg(value_parser = size::parse)]
         size: u64,
     },
     /// Write a machine as it is to a file; it stands still meanwhile
     ///
     /// That is its memory without pages of zeros, its CPUs and its devices. The file is there when it is whole and on
-    /// the disk; where that fails, nothing is left of it.
+    /// the disk; where that fails, nothing is left of it. This user alone may read it.
     ///
     /// What is on the machine's disks is not in the file: copy them while the machine is paused.
     Snapshot {
@@ -216,11 +218,12 @@ pub enum Command {
         /// The folder
         directory: PathBuf,
     },
-    /// Tell what a machine has done so far: times, exits, memory
+    /// Tell what a machine has done so far: times, exits, memory, disks, networks
     ///
     /// Tells what a machine has done since its start: for each CPU the time that it ran on the host's CPUs, the part
     /// of that in the guest, the time that it waited for a CPU, and its exits to the hypervisor by their reason; the
-    /// time of the tool and the devices; and the memory that it has.
+    /// time of the tool and the devices; the memory that it has; and what its disks and network cards have passed on,
+    /// in bytes, and in requests and flushes or frames.
     ///
     /// Exits are counted by the hypervisor (KVM_GET_STATS_FD): on rvisor by the CPU's own reasons, on KVM by those
     /// that it counts. Times in the guest are the host kernel's, in steps of 10 ms. With --json all counters are
@@ -234,9 +237,9 @@ pub enum Command {
     },
     /// Show the machines on a screen that is made anew each second
     ///
-    /// Shows the machines that run, and of the chosen one each CPU and the exits a second by their reason. %CPU is of
-    /// one CPU of the host's, %GUEST the part in the guest, %WAIT the time that CPUs were ready and had to wait for
-    /// others. The screen is made anew each second. The arrows choose a machine, q or Ctrl-C ends it.
+    /// Shows the machines that run, and of the chosen one each CPU, the exits a second by their reason, and what its
+    /// disks and network cards pass on in a second. %CPU is of one CPU of the host's, %GUEST the part in the guest, %WAIT
+    /// the time that CPUs were ready and had to wait for others. The arrows choose a machine, q or Ctrl-C ends it.
     Top,
     /// Show a machine's exits as they happen
     ///
