@@ -237,9 +237,10 @@ pub enum Command {
     },
     /// Show the machines on a screen that is made anew each second
     ///
-    /// Shows the machines that run, and of the chosen one each CPU, the exits a second by their reason, and what its
-    /// disks and network cards pass on in a second. %CPU is of one CPU of the host's, %GUEST the part in the guest, %WAIT
-    /// the time that CPUs were ready and had to wait for others. The arrows choose a machine, q or Ctrl-C ends it.
+    /// Shows the machines that run, with what the disks and the network cards of each read and write, and receive and
+    /// send, in KiB a second; and of the chosen one each CPU and the exits a second by their reason. %CPU is of one CPU of
+    /// the host's, %GUEST the part in the guest, %WAIT the time that CPUs were ready and had to wait for others. The
+    /// arrows choose a machine, q or Ctrl-C ends it.
     Top,
     /// Show a machine's exits as they happen
     ///
