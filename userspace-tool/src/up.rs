@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::io::retry_on_intr;
-use rustix::process::{pidfd_open, Pid, PidfdFlags};
+use rustix::process::{kill_process, pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 use serde_json::json;
 
 use crate::arguments::UpOptions;
@@ -55,7 +55,7 @@ pub fn up(options: &UpOptions) -> Result<u8> {
     let signals = Signals::catch()?;
     // Each line that is shown; the other ends go with the threads that have shown all of their machines.
     let (shows, shown) = mpsc::sync_channel::<()>(1);
-    let (mut names, mut running) = (Vec::new(), Vec::new());
+    let (mut started, mut processes) = (Vec::new(), Vec::new());
     for machine in &machines {
         let mut begin = || -> Result<Option<u8>> {
             let (name, process) = match detach::start(&machine.words, options.file.parent())? {
@@ -65,14 +65,19 @@ pub fn up(options: &UpOptions) -> Result<u8> {
                     return Ok(Some(status));
                 }
             };
-            names.push(name.clone());
+            let id = Pid::from_child(&process);
+            let ends = pidfd_open(id, PidfdFlags::empty()).map_err(|error| {
+                // Nor are there descriptors to reach it otherwise.
+                let _ = kill_process(id, Signal::TERM);
+                Error::call("watching a machine", error)
+            })?;
+            let ends = Arc::new(ends);
+            started.push((name.clone(), Arc::clone(&ends)));
+            processes.push(process);
             if let Some(signal) = signals.take() {
                 return Ok(Some(STATUS_SIGNAL.saturating_add(signal)));
             }
             if !options.detach {
-                let ends = pidfd_open(Pid::from_child(&process), PidfdFlags::empty());
-                let ends = Arc::new(ends.map_err(failed("watching a machine"))?);
-                running.push((process, Arc::clone(&ends)));
                 let screen = Screen::new(&name, width.unwrap_or(0), options.raw_console);
                 let (name, shows) = (name.clone(), shows.clone());
                 thread::Builder::new()
@@ -83,32 +88,40 @@ pub fn up(options: &UpOptions) -> Result<u8> {
             Ok(None)
         };
         if let Some(status) = begin().transpose() {
-            end_all(&names, client::kill);
+            end_all(&started, client::kill);
             return status;
         }
     }
     if options.detach {
-        let started: Vec<_> = names.iter().map(|name| json!({ "name": name })).collect();
+        let started = started.iter().map(|(name, _)| json!({ "name": name }));
+        let started: Vec<_> = started.collect();
         return match options.json {
             true => client::print_json(&started).map(|()| 0),
             false => Ok(0),
         };
     }
     let timeout = Duration::from_secs(options.timeout.into());
-    let status = watch(&names, running, &signals, timeout);
+    let status = watch(&started, processes, &signals, timeout);
     drop(shows);
     // Where standard output takes nothing, the rest of it is lost.
     while shown.recv_timeout(REST).is_ok() {}
     Ok(status)
 }
 
+/// A machine that was started, and the pidfd of its process.
+type Started = (Name, Arc<OwnedFd>);
+
 /// Ends all these machines at the same time, by `end`, and waits for that.
-fn end_all(names: &[Name], end: impl Fn(&Name) -> Result<Ended> + Sync) {
+fn end_all(machines: &[Started], end: impl Fn(&Name) -> Result<Ended> + Sync) {
+    let end = &end;
     thread::scope(|scope| {
-        for name in names {
-            let work = || {
-                // One that has gone meanwhile needs nothing.
-                let _ = end(name).or_else(|_| client::kill(name));
+        for (name, process) in machines {
+            let work = move || {
+                // One that has gone meanwhile needs nothing; one that can't be reached, for want of descriptors, SIGTERM.
+                if end(name).or_else(|_| client::kill(name)).is_err() {
+                    let _ = pidfd_send_signal(process, Signal::TERM);
+                    has_ended(process, GOODBYE);
+                }
             };
             // One after the other where no threads can be had.
             if thread::Builder::new().spawn_scoped(scope, work).is_err() {
@@ -119,16 +132,16 @@ fn end_all(names: &[Name], end: impl Fn(&Name) -> Result<Ended> + Sync) {
 }
 
 /// Waits for the ends of all machines, whatever becomes of what they print. Returns the exit status.
-fn watch(
-    names: &[Name],
-    mut running: Vec<(Child, Arc<OwnedFd>)>,
-    signals: &Signals,
-    timeout: Duration,
-) -> u8 {
+fn watch(machines: &[Started], processes: Vec<Child>, signals: &Signals, timeout: Duration) -> u8 {
     let (mut bad, mut signalled) = (None, None);
+    let mut running: Vec<_> = processes.into_iter().zip(machines).collect();
     while !running.is_empty() {
         let mut fds = vec![PollFd::new(signals, PollFlags::IN)];
-        fds.extend(running.iter().map(|(_, fd)| PollFd::new(fd, PollFlags::IN)));
+        fds.extend(
+            running
+                .iter()
+                .map(|(_, (_, fd))| PollFd::new(fd, PollFlags::IN)),
+        );
         // A signal interrupts it, and is found below.
         let _ = poll(&mut fds, None);
         running.retain_mut(|(process, _)| match process.try_wait() {
@@ -142,14 +155,14 @@ fn watch(
         });
         if let Some(signal) = signals.take() {
             let first = signalled.replace(signal).is_none();
-            let end = move |names: &[Name]| match first {
-                true => end_all(names, |name| client::stop(name, timeout)),
-                false => end_all(names, client::kill),
+            let end = move |machines: &[Started]| match first {
+                true => end_all(machines, |name| client::stop(name, timeout)),
+                false => end_all(machines, client::kill),
             };
-            let all = names.to_vec();
+            let all = machines.to_vec();
             // Without a thread a second signal has to wait.
             if thread::Builder::new().spawn(move || end(&all)).is_err() {
-                end(names);
+                end(machines);
             }
         }
     }
