@@ -17,7 +17,7 @@ use kvm_bindings::{kvm_regs, kvm_segment};
 /// `{name}` in the code. Numeric labels work, but not ones of the digits 0 and 1 alone.
 #[macro_export]
 macro_rules! guest_code {
-    ($(#[$doc:meta])* $vis:vis $name:ident, $mode:ident, [$($line:literal),+ $(,)?] $(, $key:ident = $value:expr)* $(,)?) => {
+    ($(#[$doc:meta])* $vis:vis $name:ident, $mode:ident, [$($line:expr),+ $(,)?] $(, $key:ident = $value:expr)* $(,)?) => {
         $(#[$doc])*
         $vis fn $name() -> &'static [u8] {
             let (start, end): (*const u8, *const u8);
@@ -42,6 +42,30 @@ macro_rules! guest_code {
                 std::slice::from_raw_parts(start, end as usize - start as usize)
             }
         }
+    };
+}
+
+/// The instructions that set up both 8259s, for [`guest_code`]: vectors 0x20 and 0x28, the second one behind line 2 of
+/// the first, with this ICW4 (1: 8086 mode; 3: with automatic end of interrupt) and these masks. They use AL.
+#[macro_export]
+macro_rules! set_up_8259s {
+    ($icw4:literal, $master:literal, $slave:literal) => {
+        concat!(
+            "mov al, 0x11\n out 0x20, al\n out 0xa0, al\n",
+            "mov al, 0x20\n out 0x21, al\n",
+            "mov al, 0x28\n out 0xa1, al\n",
+            "mov al, 4\n out 0x21, al\n",
+            "mov al, 2\n out 0xa1, al\n",
+            "mov al, ",
+            $icw4,
+            "\n out 0x21, al\n out 0xa1, al\n",
+            "mov al, ",
+            $master,
+            "\n out 0x21, al\n",
+            "mov al, ",
+            $slave,
+            "\n out 0xa1, al\n",
+        )
     };
 }
 

@@ -10,7 +10,8 @@ use rvisor_tests::host::real_time;
 use rvisor_tests::layout::{COUNTS, DONE_PORT, IOAPIC, LAPIC};
 use rvisor_tests::raw::{expect_errno, ioctl_with, Errno};
 use rvisor_tests::{
-    check_eq, guest_code, uapi, Config, Context, Cpu, Device, EventFd, Machine, Outcome,
+    check_eq, guest_code, set_up_8259s, uapi, Config, Context, Cpu, Device, EventFd, Machine,
+    Outcome,
 };
 use std::os::fd::AsRawFd;
 
@@ -166,16 +167,7 @@ guest_code!(
     pic_guest,
     code32,
     [
-        "mov al, 0x11",
-        "out 0x20, al",
-        "mov al, 0x20",
-        "out 0x21, al",
-        "mov al, 4",
-        "out 0x21, al",
-        "mov al, 1",
-        "out 0x21, al",
-        "mov al, 0xef",
-        "out 0x21, al",
+        set_up_8259s!(1, 0xef, 0xff),
         "4: out {done}, al",
         "2: sti",
         "hlt",

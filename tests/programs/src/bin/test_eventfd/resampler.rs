@@ -9,7 +9,9 @@ use rvisor_tests::handlers::{count, Acknowledge};
 use rvisor_tests::host::{bind_to_cpu, real_time};
 use rvisor_tests::layout::{COUNTS, DATA, DONE_PORT, IOAPIC, LAPIC};
 use rvisor_tests::raw::expect_errno;
-use rvisor_tests::{check, check_eq, guest_code, Context, Device, EventFd, Fail, Machine, Outcome};
+use rvisor_tests::{
+    check, check_eq, guest_code, set_up_8259s, Context, Device, EventFd, Fail, Machine, Outcome,
+};
 use std::os::fd::AsRawFd;
 
 /// Where a guest is told that the waiter had its turn.
@@ -111,23 +113,7 @@ guest_code!(
     pic_guest,
     code32,
     [
-        "mov al, 0x11",
-        "out 0x20, al",
-        "out 0xa0, al",
-        "mov al, 0x20",
-        "out 0x21, al",
-        "mov al, 0x28",
-        "out 0xa1, al",
-        "mov al, 4",
-        "out 0x21, al",
-        "mov al, 2",
-        "out 0xa1, al",
-        "mov al, 1",
-        "out 0x21, al",
-        "out 0xa1, al",
-        "mov al, 0xfb",
-        "out 0x21, al",
-        "out 0xa1, al",
+        set_up_8259s!(1, 0xfb, 0xfb),
         // Line 10 is level-triggered.
         "mov dx, 0x4d1",
         "mov al, 4",
@@ -162,24 +148,8 @@ guest_code!(
     counting_guest,
     code32,
     [
-        "mov al, 0x11",
-        "out 0x20, al",
-        "out 0xa0, al",
-        "mov al, 0x20",
-        "out 0x21, al",
-        "mov al, 0x28",
-        "out 0xa1, al",
-        "mov al, 4",
-        "out 0x21, al",
-        "mov al, 2",
-        "out 0xa1, al",
         // Automatic end of interrupt.
-        "mov al, 3",
-        "out 0x21, al",
-        "out 0xa1, al",
-        "mov al, 0xfb",
-        "out 0x21, al",
-        "out 0xa1, al",
+        set_up_8259s!(3, 0xfb, 0xfb),
         "mov dx, 0x4d1",
         "mov al, 4",
         "out dx, al",

@@ -5,31 +5,14 @@ use crate::start;
 use rvisor_tests::guest::Mode;
 use rvisor_tests::handlers::{count, Acknowledge};
 use rvisor_tests::layout::{COUNTS, DONE_PORT};
-use rvisor_tests::{check, check_eq, guest_code, Context, Device, Outcome};
+use rvisor_tests::{check, check_eq, guest_code, set_up_8259s, Context, Device, Outcome};
 
 /// A guest that sets the PICs up (vectors 0x20 and 0x28) with these masks, says that it is ready, and
 /// halts until the vector's count is reached.
 macro_rules! pic_guest {
-    ($name:ident, $mode:ident, $master:expr, $slave:expr, $vector:expr, $wanted:expr, [$($line:literal),*]) => {
+    ($name:ident, $mode:ident, $master:literal, $slave:literal, $vector:expr, $wanted:expr, [$($line:literal),*]) => {
         guest_code!($name, $mode, [
-            "mov al, 0x11",
-            "out 0x20, al",
-            "out 0xa0, al",
-            "mov al, 0x20",
-            "out 0x21, al",
-            "mov al, 0x28",
-            "out 0xa1, al",
-            "mov al, 4",
-            "out 0x21, al",
-            "mov al, 2",
-            "out 0xa1, al",
-            "mov al, 1",
-            "out 0x21, al",
-            "out 0xa1, al",
-            "mov al, {master}",
-            "out 0x21, al",
-            "mov al, {slave}",
-            "out 0xa1, al",
+            set_up_8259s!(1, $master, $slave),
             $($line,)*
             "out {done}, al",
             "2: sti",
@@ -38,7 +21,7 @@ macro_rules! pic_guest {
             "cmp word ptr [{count}], {wanted}",
             "jb 2b",
             "out {done}, al",
-        ], master = $master, slave = $slave, count = COUNTS + 8 * $vector, wanted = $wanted, done = DONE_PORT);
+        ], count = COUNTS + 8 * $vector, wanted = $wanted, done = DONE_PORT);
     };
 }
 
@@ -48,8 +31,8 @@ macro_rules! timer_guest {
         pic_guest!(
             $name,
             $mode,
-            0xfe_u8 as i8,
-            0xff_u8 as i8,
+            0xfe,
+            0xff,
             0x20,
             3,
             [
@@ -90,7 +73,7 @@ pub(crate) fn timer_in_each_mode(device: &Device) -> Outcome {
     Ok(())
 }
 
-pic_guest!(line5, code32, 0xdf_u8 as i8, 0xff_u8 as i8, 0x25, 1, []);
+pic_guest!(line5, code32, 0xdf, 0xff, 0x25, 1, []);
 
 /// An edge that came while interrupts were off is kept, and gives one interrupt.
 pub(crate) fn edge_line(device: &Device) -> Outcome {
@@ -103,15 +86,7 @@ pub(crate) fn edge_line(device: &Device) -> Outcome {
     Ok(())
 }
 
-pic_guest!(
-    line10,
-    code32,
-    0xfb_u8 as i8,
-    0xfb_u8 as i8,
-    0x2a,
-    2,
-    ["nop"]
-);
+pic_guest!(line10, code32, 0xfb, 0xfb, 0x2a, 2, ["nop"]);
 
 /// The second PIC's interrupts come through line 2 of the first.
 pub(crate) fn slave_line(device: &Device) -> Outcome {
@@ -138,8 +113,8 @@ pub(crate) fn slave_line(device: &Device) -> Outcome {
 pic_guest!(
     only_timer,
     code32,
-    0xfe_u8 as i8,
-    0xff_u8 as i8,
+    0xfe,
+    0xff,
     0x20,
     2,
     [

@@ -2,7 +2,7 @@
 //! `rvisor stop`: a guest that minds its power button, and one that does not.
 
 use super::{check_line, Machines};
-use rvisor_tests::{check, guest_code, Device, Outcome};
+use rvisor_tests::{check, guest_code, set_up_8259s, Device, Outcome};
 use std::fs;
 use std::time::Instant;
 
@@ -36,25 +36,8 @@ guest_code!(
         "jmp 44b",
         "55: pop word ptr [0x29 * 4]",
         "mov word ptr [0x29 * 4 + 2], cs",
-        // Both 8259s: initialisation, vectors, cascade, 8086 mode; all masked but the cascade and IRQ 9.
-        "mov al, 0x11",
-        "out 0x20, al",
-        "out 0xa0, al",
-        "mov al, 0x20",
-        "out 0x21, al",
-        "mov al, 0x28",
-        "out 0xa1, al",
-        "mov al, 4",
-        "out 0x21, al",
-        "mov al, 2",
-        "out 0xa1, al",
-        "mov al, 1",
-        "out 0x21, al",
-        "out 0xa1, al",
-        "mov al, 0xfb",
-        "out 0x21, al",
-        "mov al, 0xfd",
-        "out 0xa1, al",
+        // All masked but the cascade and IRQ 9.
+        set_up_8259s!(1, 0xfb, 0xfd),
         // IRQ 9 is level-triggered.
         "mov dx, 0x4d1",
         "mov al, 2",
