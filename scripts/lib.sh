@@ -108,6 +108,9 @@ build_root_path() {
 	printf '%s/root-%s\n' "$RVISOR_CACHE" "$({ printf 'recipe 1\n'; grep -v '^#' "$RVISOR_SRC/scripts/packages"; } | key_of)"
 }
 
+# Where the build root has the tool's Rust: Debian's newest, beside the one that kernel and module are built with.
+TOOL_RUST=/opt/rust-web
+
 # Prints which of testhost's kernels "make HOST=..." means; it comes here as RVISOR_HOST.
 kernel_of_host() {
 	case ${RVISOR_HOST:-} in
@@ -118,12 +121,14 @@ kernel_of_host() {
 	esac
 }
 
-# cargo_in_root NAME COMMAND...: cargo in the build root with a target folder of that name. Each checkout has its
-# own: cargo tells a crate's copies in two checkouts apart by nothing but the files' times.
+# cargo_in_root NAME COMMAND...: cargo in the build root, for the crate in this folder, with a target folder of that
+# name. Each checkout has its own: cargo tells a crate's copies in two checkouts apart by nothing but the files' times.
 cargo_in_root() {
-	local name=$1
+	local name=$1 rust=()
 	shift
-	in_root env CARGO_TARGET_DIR="$RVISOR_BUILD/target/$name" cargo "$@"
+	[ "$PWD" != "$RVISOR_SRC/userspace-tool" ] ||
+		rust=(PATH="$TOOL_RUST/usr/bin:/usr/bin:/bin" LD_LIBRARY_PATH="$TOOL_RUST/usr/lib/x86_64-linux-gnu")
+	in_root env ${rust[@]+"${rust[@]}"} CARGO_TARGET_DIR="$RVISOR_BUILD/target/$name" cargo "$@"
 }
 
 # in_root COMMAND...: runs COMMAND in the build root, in this folder, with the checkout and the cache

@@ -17,10 +17,7 @@ const NEEDED: [(&str, &str); 3] = [
 
 /// Whether the CPU has VMX, be it on or not.
 pub(super) fn has_vmx() -> bool {
-    #[allow(unsafe_code)]
-    // SAFETY: Each CPU of 64 bits has this instruction, and it changes nothing but the registers of its result.
-    let leaf = unsafe { __cpuid(1) };
-    leaf.ecx & VMX != 0
+    __cpuid(1).ecx & VMX != 0
 }
 
 /// The lines about the CPU, by the kernel's `cpuinfo` and by whether the CPU itself says that it has VMX.
