@@ -42,7 +42,7 @@ pub fn check_size(bytes: u64) -> Result<()> {
     if bytes < LEAST {
         return wrong("is too small for any kernel");
     }
-    if bytes % layout::PAGE_SIZE != 0 {
+    if !bytes.is_multiple_of(layout::PAGE_SIZE) {
         return wrong("is no multiple of 4 KiB");
     }
     // A host without /proc says nothing; then mmap has the last word.

@@ -157,7 +157,7 @@ impl Block {
     fn place(&self, sector: u64, length: u64) -> Done<u64> {
         let offset = sector.checked_mul(SECTOR).ok_or(BROKEN)?;
         let end = offset.checked_add(length).ok_or(BROKEN)?;
-        if end > self.image.size || length % SECTOR != 0 {
+        if end > self.image.size || !length.is_multiple_of(SECTOR) {
             return Err(BROKEN);
         }
         Ok(offset)
@@ -192,7 +192,7 @@ impl Block {
     fn clear(&mut self, zero: bool, reader: &mut Reader<'_>, halt: Halt<'_>) -> Done<()> {
         let length = reader.available_bytes();
         let count = length / RANGE;
-        if length % RANGE != 0 || count > RANGES as usize || self.image.readonly {
+        if !length.is_multiple_of(RANGE) || count > RANGES as usize || self.image.readonly {
             return Err(BROKEN);
         }
         for _ in 0..count {

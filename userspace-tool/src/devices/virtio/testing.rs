@@ -277,7 +277,7 @@ fn torture_once(driver: &mut Driver, numbers: &mut Numbers) {
         let head = numbers.of(&[0, 1, 2, 3, 7, 15, 15, 0xffff]);
         driver.offer(queue, head);
     }
-    if numbers.next() % 16 == 0 {
+    if numbers.next().is_multiple_of(16) {
         let index = numbers.next() as u16;
         let at = GuestAddress(available(queue) + 2);
         driver.memory.write_obj(index, at).unwrap();

@@ -372,7 +372,8 @@ impl<'a> Tables<'a> {
 
     fn inside(&self, at: u64, length: u64) -> io::Result<()> {
         let end = at.checked_add(length).filter(|end| *end <= self.size);
-        if end.is_none() || at < self.cluster || at % self.cluster != 0 || length > TABLE {
+        if end.is_none() || at < self.cluster || !at.is_multiple_of(self.cluster) || length > TABLE
+        {
             return Err(invalid("a table lies outside the file"));
         }
         Ok(())
