@@ -3,161 +3,166 @@
 //! ACPI tables (ACPI specification 6.5): enough for an operating system to find the CPUs, the IOAPIC, the
 //! serial port and the virtio devices, to switch the machine off and to reset it.
 //!
-//! They are built here and not by the `acpi_tables` crate because its releases need a newer compiler
-//! than the kernel's and have neither a way to set the MADT's flags nor interrupt source overrides.
-//!
 //! Software that starts as a kernel finds them below 1 MiB. Firmware gets them where it has no other use for the
 //! memory, and the RSDP in a file ([`crate::devices::fwcfg`]), which it puts where its operating system looks.
 
-mod aml;
+use acpi_tables::aml::{
+    Device, Interrupt, Memory32Fixed, Name, Package, ResourceTemplate, Scope, IO, ZERO,
+};
+use acpi_tables::facs::FACS;
+use acpi_tables::fadt::{FADTBuilder, Flags, FADT};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::Aml;
 
 use crate::devices::power::{self, SCI};
+use crate::devices::serial;
 use crate::error::Result;
 use crate::layout;
 use crate::memory::Memory;
 
-const OEM_ID: &[u8; 6] = b"RVISOR";
-const OEM_TABLE_ID: &[u8; 8] = b"RVISORPC";
+const OEM_ID: [u8; 6] = *b"RVISOR";
+const OEM_TABLE_ID: [u8; 8] = *b"RVISORPC";
 const REVISION: u32 = 1;
 
-/// Interrupt flags of the MADT (table 5.26): active high, level-triggered.
-const ACTIVE_HIGH_LEVEL: u16 = 0b1101;
 /// The byte of the CMOS clock that holds the century.
 pub const CMOS_CENTURY: u8 = 0x32;
 
-/// Length of the header that every table but the FACS and the RSDP has (5.2.6).
-const HEADER: usize = 36;
-/// Where the checksum lies in it.
-const CHECKSUM: usize = 9;
-/// Where the RSDT lies behind the first byte of all, and the tables that it names.
-const RSDT: u32 = 64;
+/// Where the XSDT lies behind the RSDP, and the tables that it names.
+const XSDT_OFFSET: usize = 64;
 const FIRST_TABLE: usize = 128;
 
-/// The byte that makes `bytes` sum up to 0, where its own place holds 0.
-fn checksum(bytes: &[u8]) -> u8 {
-    bytes
-        .iter()
-        .fold(0u8, |sum, byte| sum.wrapping_add(*byte))
-        .wrapping_neg()
-}
-
-/// A table of that signature and revision with `body` behind its header.
-fn table(signature: &[u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
-    let length = (HEADER + body.len()) as u32;
-    let mut table = Vec::with_capacity(HEADER + body.len());
-    table.extend_from_slice(signature);
-    table.extend_from_slice(&length.to_le_bytes());
-    table.extend_from_slice(&[revision, 0]);
-    table.extend_from_slice(OEM_ID);
-    table.extend_from_slice(OEM_TABLE_ID);
-    table.extend_from_slice(&REVISION.to_le_bytes());
-    table.extend_from_slice(b"RVSR");
-    table.extend_from_slice(&REVISION.to_le_bytes());
-    table.extend_from_slice(body);
-    table[CHECKSUM] = checksum(&table);
-    table
+/// A table of that signature and revision, with zeroes behind its header (5.2.6).
+fn table(signature: &[u8; 4], length: u32, revision: u8) -> Sdt {
+    let header = 36 + length;
+    Sdt::new(*signature, header, revision, OEM_ID, OEM_TABLE_ID, REVISION)
 }
 
 /// The fixed ACPI description table (5.2.9), revision 6.5. Its 64-bit fields stay 0: those of 32 bits count then.
-fn fadt(facs: u32, dsdt: u32) -> Vec<u8> {
+fn fadt(facs: u32, dsdt: u32) -> FADT {
     // Table 5.9: there are legacy devices, and no VGA. The bit for a keyboard controller stays 0: what is
     // at its ports takes a reset only.
     const BOOT_ARCHITECTURE: u16 = (1 << 0) | (1 << 2);
-    // Table 5.10: WBINVD works, no sleep button, no wake by the clock, the timer has 32 bits, the reset
-    // register works. The power button is a fixed one.
-    const FLAGS: u32 = (1 << 0) | (1 << 5) | (1 << 6) | (1 << 8) | (1 << 10);
-    // A generic address structure (5.2.3.2): I/O space, 8 bits from bit 0 on, accessed as a byte.
-    const RESET_REGISTER: [u8; 4] = [1, 8, 0, 1];
-    const LENGTH: usize = 276;
-
-    let mut fadt = vec![0; LENGTH];
-    let mut put = |offset: usize, bytes: &[u8]| {
-        fadt[offset..offset + bytes.len()].copy_from_slice(bytes);
-    };
-    put(36, &facs.to_le_bytes());
-    put(40, &dsdt.to_le_bytes());
-    put(46, &u16::from(SCI).to_le_bytes());
-    put(56, &u32::from(power::PM1A_EVENT).to_le_bytes());
-    put(64, &u32::from(power::PM1A_CONTROL).to_le_bytes());
-    put(76, &u32::from(power::PM_TIMER).to_le_bytes());
-    put(88, &[power::PM1A_EVENT_SIZE, power::PM1A_CONTROL_SIZE]);
-    put(91, &[power::PM_TIMER_SIZE]);
+    // The power button is a fixed one. There is no sleep button, and the clock wakes nothing.
+    let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, REVISION)
+        .firmware_ctrl_32(facs)
+        .dsdt_32(dsdt)
+        .flag(Flags::Wbinvd)
+        .flag(Flags::SlpButton)
+        .flag(Flags::FixRtc)
+        .flag(Flags::TmrValExt)
+        .flag(Flags::ResetRegSup);
+    fadt.sci_int = u16::from(SCI).into();
+    fadt.pm1a_evt_blk = u32::from(power::PM1A_EVENT).into();
+    fadt.pm1a_cnt_blk = u32::from(power::PM1A_CONTROL).into();
+    fadt.pm_tmr_blk = u32::from(power::PM_TIMER).into();
+    fadt.pm1_evt_len = power::PM1A_EVENT_SIZE;
+    fadt.pm1_cnt_len = power::PM1A_CONTROL_SIZE;
+    fadt.pm_tmr_len = power::PM_TIMER_SIZE;
     // C2 and C3 take longer than any threshold: there are none.
-    put(96, &[0xff; 4]);
-    put(108, &[CMOS_CENTURY]);
-    put(109, &BOOT_ARCHITECTURE.to_le_bytes());
-    put(112, &FLAGS.to_le_bytes());
-    put(116, &RESET_REGISTER);
-    put(120, &power::RESET.to_le_bytes());
-    put(128, &[power::RESET_VALUE]);
-    put(131, &[5]);
-    table(b"FACP", 6, &fadt[HEADER..])
-}
-
-/// The firmware ACPI control structure (5.2.10), with nothing in it but its length and version.
-fn facs() -> Vec<u8> {
-    let mut facs = vec![0; 64];
-    facs[..4].copy_from_slice(b"FACS");
-    facs[4] = 64;
-    facs[32] = 2;
-    facs
+    fadt.p_lvl2_lat = u16::MAX.into();
+    fadt.p_lvl3_lat = u16::MAX.into();
+    fadt.century = CMOS_CENTURY;
+    fadt.iapc_boot_arch = BOOT_ARCHITECTURE.into();
+    let (space, access) = (AddressSpace::SystemIo, AccessSize::ByteAccess);
+    fadt.reset_reg = GAS::new(space, 8, 0, access, power::RESET.into());
+    fadt.reset_value = power::RESET_VALUE;
+    fadt.finalize()
 }
 
 /// The multiple APIC description table (5.2.12) for `cpus` CPUs whose APIC IDs are 0, 1, 2, …
-fn madt(cpus: u8) -> Vec<u8> {
-    // There are two 8259 as well.
+///
+/// The library's own has neither the flag for the 8259s nor the last two entries.
+fn madt(cpus: u8) -> Sdt {
     const PCAT_COMPAT: u32 = 1;
-    const ENABLED: u32 = 1;
-    let mut body = Vec::new();
-    body.extend_from_slice(&layout::LOCAL_APIC.to_le_bytes());
-    body.extend_from_slice(&PCAT_COMPAT.to_le_bytes());
+    // Table 5.26: active high, level-triggered.
+    const FLAGS: u8 = 0b1101;
+    let mut madt = table(b"APIC", 8, 5);
+    madt.write_u32(36, layout::LOCAL_APIC);
+    madt.write_u32(40, PCAT_COMPAT);
     for id in 0..cpus {
-        // Processor local APIC: type, length, processor UID, APIC ID.
-        body.extend_from_slice(&[0, 8, id, id]);
-        body.extend_from_slice(&ENABLED.to_le_bytes());
+        ProcessorLocalApic::new(id, id, EnabledStatus::Enabled).to_aml_bytes(&mut madt);
     }
-    // I/O APIC: type, length, ID, reserved; its address; its first GSI.
-    body.extend_from_slice(&[1, 12, 0, 0]);
-    body.extend_from_slice(&layout::IOAPIC.to_le_bytes());
-    body.extend_from_slice(&0_u32.to_le_bytes());
+    IoApic::new(0, layout::IOAPIC, 0).to_aml_bytes(&mut madt);
     // Interrupt source override of the SCI: type, length, ISA, source; GSI; flags. All others, the timer's
     // too, are the GSIs of the same number: so has KVM's default routing them.
-    body.extend_from_slice(&[2, 10, 0, SCI]);
-    body.extend_from_slice(&u32::from(SCI).to_le_bytes());
-    body.extend_from_slice(&ACTIVE_HIGH_LEVEL.to_le_bytes());
+    madt.append_slice(&[2, 10, 0, SCI, SCI, 0, 0, 0, FLAGS, 0]);
     // Local APIC NMI: type, length, all processors; flags; LINT1.
-    body.extend_from_slice(&[4, 6, 0xff, 0, 0, 1]);
-    table(b"APIC", 5, &body)
+    madt.append_slice(&[4, 6, 0xff, 0, 0, 1]);
+    madt
 }
 
-/// The root system description pointer (5.2.5.3) as ACPI 1.0 has it, of tables that lie at `start`: all know it,
-/// GRUB too, and no address here needs more than 32 bits.
+/// A device with its ID, which of that ID it is, and its resources.
+fn device(name: &str, id: &'static str, number: u8, resources: Vec<&dyn Aml>) -> Vec<u8> {
+    let id = Name::new("_HID".into(), &id);
+    let number = Name::new("_UID".into(), &number);
+    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(resources));
+    let mut code = Vec::new();
+    Device::new(name.into(), vec![&id, &number, &resources]).to_aml_bytes(&mut code);
+    code
+}
+
+/// Its ports are decoded in 16 bits and have no other base.
+fn serial_port() -> Vec<u8> {
+    let ports = IO::new(serial::BASE, serial::BASE, 1, serial::PORTS);
+    device("COM1", "PNP0501", 1, vec![&ports, &interrupt(serial::IRQ)])
+}
+
+/// Edge-triggered, active high, not shared.
+fn interrupt(gsi: u32) -> Interrupt {
+    Interrupt::new(true, true, false, false, gsi)
+}
+
+/// The virtio device with that number on the MMIO transport, by the ID that Linux looks for.
+fn virtio(index: usize) -> Vec<u8> {
+    let page = layout::virtio_page(index) as u32;
+    let memory = Memory32Fixed::new(true, page, layout::PAGE_SIZE as u32);
+    let interrupt = interrupt(layout::VIRTIO_GSIS[index]);
+    let name = format!("VR{index:02}");
+    device(&name, "LNRO0005", index as u8, vec![&memory, &interrupt])
+}
+
+/// The differentiated system description table (5.2.11.1): how to switch off, the serial port, and so many virtio
+/// devices.
+fn dsdt(virtio_devices: usize) -> Sdt {
+    let off = power::SLEEP_TYPE_OFF;
+    let mut dsdt = table(b"DSDT", 0, 2);
+    Name::new("_S5_".into(), &Package::new(vec![&off, &off, &ZERO, &ZERO])).to_aml_bytes(&mut dsdt);
+    let mut devices = serial_port();
+    devices.extend((0..virtio_devices).flat_map(virtio));
+    dsdt.append_slice(&Scope::raw("\\_SB_".into(), devices));
+    dsdt
+}
+
+/// The root system description pointer (5.2.5.3) of tables that lie at `start`.
 #[must_use]
-pub fn rsdp(start: u64) -> [u8; 20] {
-    let mut rsdp = [0; 20];
-    rsdp[..8].copy_from_slice(b"RSD PTR ");
-    rsdp[9..15].copy_from_slice(OEM_ID);
-    rsdp[16..].copy_from_slice(&(start as u32 + RSDT).to_le_bytes());
-    rsdp[8] = checksum(&rsdp);
+pub fn rsdp(start: u64) -> Vec<u8> {
+    let mut rsdp = Vec::new();
+    Rsdp::new(OEM_ID, start + XSDT_OFFSET as u64).to_aml_bytes(&mut rsdp);
     rsdp
 }
 
 /// The tables for `cpus` CPUs and so many virtio devices, as they lie from the address `start` on, RSDP first.
 fn tables(start: u64, cpus: u8, virtio_devices: usize) -> Vec<u8> {
-    let mut all = rsdp(start).to_vec();
+    let mut all = rsdp(start);
     all.resize(FIRST_TABLE, 0);
-    let mut place = |table: Vec<u8>| {
+    let mut place = |table: &dyn Aml| {
         // The FACS must lie at a multiple of 64; the others are glad of it.
         all.resize(all.len().next_multiple_of(64), 0);
         let address = start as u32 + all.len() as u32;
-        all.extend(table);
+        table.to_aml_bytes(&mut all);
         address
     };
-    let facs = place(facs());
-    let dsdt = place(table(b"DSDT", 2, &aml::definition_block(virtio_devices)));
-    let entries = [place(fadt(facs, dsdt)), place(madt(cpus))];
-    let rsdt = table(b"RSDT", 1, &entries.map(u32::to_le_bytes).concat());
-    all[RSDT as usize..][..rsdt.len()].copy_from_slice(&rsdt);
+    let (facs, dsdt) = (place(&FACS::new()), place(&dsdt(virtio_devices)));
+    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, REVISION);
+    xsdt.add_entry(place(&fadt(facs, dsdt)).into());
+    xsdt.add_entry(place(&madt(cpus)).into());
+    let mut bytes = Vec::new();
+    xsdt.to_aml_bytes(&mut bytes);
+    all[XSDT_OFFSET..][..bytes.len()].copy_from_slice(&bytes);
     all
 }
 

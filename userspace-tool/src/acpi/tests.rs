@@ -21,13 +21,21 @@ fn sum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
 }
 
-/// Follows RSDP and RSDT to the tables, checking every signature, length and checksum on the way.
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+/// Follows RSDP and XSDT to the tables, checking every signature, length and checksum on the way.
 fn found(cpus: u8) -> BTreeMap<String, Vec<u8>> {
     let memory = tables(START, cpus, MOST_DEVICES);
     assert!(memory.len() as u64 <= layout::ACPI_SIZE);
-    let rsdp = &memory[..20];
-    assert_eq!((&rsdp[..8], rsdp[15]), (b"RSD PTR ".as_slice(), 0));
-    assert_eq!((sum(rsdp), rsdp), (0, super::rsdp(START).as_slice()));
+    let rsdp = &memory[..36];
+    assert_eq!((&rsdp[..8], rsdp[15]), (b"RSD PTR ".as_slice(), 2));
+    assert_eq!((sum(&rsdp[..20]), sum(rsdp)), (0, 0));
+    assert_eq!(
+        (rsdp, u32_at(rsdp, 20)),
+        (super::rsdp(START).as_slice(), 36)
+    );
 
     let at = |address: u32| &memory[address as usize - START as usize..];
     let read = |address: u32| {
@@ -38,11 +46,11 @@ fn found(cpus: u8) -> BTreeMap<String, Vec<u8>> {
             table.to_vec(),
         )
     };
-    let (signature, rsdt) = read(u32_at(rsdp, 16));
-    assert_eq!(signature, "RSDT");
-    let mut found: BTreeMap<_, _> = rsdt[36..]
-        .chunks(4)
-        .map(|entry| read(u32_at(entry, 0)))
+    let (signature, xsdt) = read(u64_at(rsdp, 24) as u32);
+    assert_eq!(signature, "XSDT");
+    let mut found: BTreeMap<_, _> = xsdt[36..]
+        .chunks(8)
+        .map(|entry| read(u64_at(entry, 0) as u32))
         .collect();
     let fadt = &found["FACP"];
     let facs = u32_at(fadt, 36);
@@ -103,4 +111,36 @@ fn the_fadt_names_the_registers() {
     assert_ne!(u32_at(fadt, 112) & (1 << 10), 0);
     // What has 64 bits is left to the fields of 32.
     assert!(fadt[132..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn the_serial_port_is_as_a_disassembler_has_it() {
+    // Device (COM1) { _HID "PNP0501", _UID 1, _CRS { IO (Decode16, 0x3f8, 0x3f8, 1, 8)
+    // Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive) {4} } }.
+    let expected = [
+        &[0x5b, 0x82, 0x35],
+        b"COM1\x08_HID\x0dPNP0501\0\x08_UID\x01\x08_CRS".as_slice(),
+        &[0x11, 0x16, 0x0a, 19],
+        &[0x47, 1, 0xf8, 3, 0xf8, 3, 1, 8],
+        &[0x89, 6, 0, 0b0011, 1, 4, 0, 0, 0, 0x79, 0],
+    ];
+    assert_eq!(serial_port(), expected.concat());
+}
+
+#[test]
+fn the_dsdt_names_switching_off_and_each_device() {
+    let dsdt = &found(1)["DSDT"];
+    let expected = [
+        b"\x08_S5_".as_slice(),
+        &[0x12, 8, 4, 0x0a, 5, 0x0a, 5, 0, 0],
+    ]
+    .concat();
+    assert_eq!(dsdt[36..][..expected.len()], expected);
+    // All the rest is the scope, whose length has two bytes.
+    let scope = &dsdt[36 + expected.len()..];
+    assert_eq!((scope[0], &scope[3..8]), (0x10, b"\\_SB_".as_slice()));
+    let length = usize::from(scope[1] & 0xf) | usize::from(scope[2]) << 4;
+    assert_eq!((scope[1] >> 6, length), (1, scope.len() - 1));
+    let devices: Vec<u8> = (0..MOST_DEVICES).flat_map(virtio).collect();
+    assert_eq!(scope[8..], [serial_port(), devices].concat());
 }

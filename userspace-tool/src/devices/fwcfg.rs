@@ -44,7 +44,7 @@ impl FwCfg {
         map.extend(e820(acpi, acpi + layout::ACPI_SIZE, layout::Kind::Reserved));
         let mut files = vec![
             ("etc/e820", map),
-            (RSDP, acpi::rsdp(acpi).to_vec()),
+            (RSDP, acpi::rsdp(acpi)),
             ("etc/table-loader", place_rsdp()),
         ];
         if screen {

@@ -75,7 +75,8 @@ pub fn restore(
     begin(options)?;
     let sizes = layout::FIRMWARE_SIZE;
     if state.cpus.len() as u64 != u64::from(options.cpus)
-        || state.rom != 0 && (!sizes.contains(&state.rom) || !state.rom.is_multiple_of(layout::PAGE_SIZE))
+        || state.rom != 0
+            && (!sizes.contains(&state.rom) || !state.rom.is_multiple_of(layout::PAGE_SIZE))
     {
         return Err(Error::input(
             "the snapshot's state is not that of its machine",
