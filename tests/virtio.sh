@@ -110,6 +110,20 @@ test_discard_gives_room_back() {
 	check "$before KiB are $after after 4 MiB were discarded" test "$after" -le $((before - 4000))
 }
 
+# What the guest has written takes room before, and none behind.
+test_discard_gives_room_back_with_qcow2() {
+	empty_qcow2
+	guest 'dd if=/dev/urandom of=/dev/vda bs=64k count=64 conv=fsync 2>/dev/null; sync; echo written; sleep 4
+		blkdiscard -l 4194304 /dev/vda && echo discarded' --disk $WORK/image &
+	runner=$!
+	wait_for 60 grep -q written $LOG
+	before=$(du -k $WORK/image | cut -f 1)
+	wait $runner || return
+	said discarded || return
+	after=$(du -k $WORK/image | cut -f 1)
+	check "$before KiB are $after after 4 MiB were discarded" test "$after" -le $((before - 4000))
+}
+
 test_several_disks_keep_their_names() {
 	for disk in 1 2 3; do
 		raw disk$disk $disk
@@ -227,5 +241,5 @@ test_free_memory_goes_back() {
 	check "$before KiB were $after 8 seconds after 100 MiB were freed" test $result -eq 0
 }
 
-run_tests raw_disk qcow2_disk readonly_disk discard_gives_room_back several_disks_keep_their_names \
+run_tests raw_disk qcow2_disk readonly_disk discard_gives_room_back discard_gives_room_back_with_qcow2 several_disks_keep_their_names \
 	a_disk_in_use_is_refused a_full_disk_waits a_full_disk_waits_with_qcow2 disk_counters random_bytes balloon_takes_memory free_memory_goes_back

@@ -206,7 +206,7 @@ impl Block {
                 (true, flags @ 0..=blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP) => {
                     self.image.zero(offset, length, flags != 0, halt)?;
                 }
-                (false, 0) => self.image.discard(offset, length)?,
+                (false, 0) => self.image.discard(offset, length, halt)?,
                 _ => return Err(UNSUPPORTED),
             }
         }

@@ -8,9 +8,8 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 
-use imago::format::drivers::FormatDriverInstance;
 use imago::qcow2::Qcow2;
-use imago::SyncFormatAccess;
+use imago::{FormatAccess, Mapping};
 use rustix::fs::{fallocate, flock, FallocateFlags, FlockOperation};
 use rustix::io::Errno;
 
@@ -32,7 +31,8 @@ pub enum Format {
 
 enum Access {
     Raw(File),
-    Qcow2(Box<SyncFormatAccess<imago::file::File>>),
+    /// By the library, and its file.
+    Qcow2(Box<FormatAccess<imago::file::File>>, File),
 }
 
 /// A disk's file, open and locked.
@@ -104,7 +104,7 @@ impl Image {
     pub(super) fn read(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
         match &self.access {
             Access::Raw(file) => file.read_exact_at(bytes, offset),
-            Access::Qcow2(image) => guarded(|| image.read(bytes, offset)),
+            Access::Qcow2(image, _) => guarded(|| image.read(bytes, offset)),
         }
     }
 
@@ -120,7 +120,7 @@ impl Image {
         }
         match &self.access {
             Access::Raw(file) => file.write_all_at(bytes, offset),
-            Access::Qcow2(image) => guarded(|| image.write(bytes, offset)),
+            Access::Qcow2(image, _) => guarded(|| image.write(bytes, offset)),
         }
     }
 
@@ -132,14 +132,14 @@ impl Image {
         if self.broken {
             return Err(io::Error::other("an earlier flush failed"));
         }
-        if let Access::Qcow2(image) = &self.access {
+        if let Access::Qcow2(image, _) = &self.access {
             let written = guarded(|| image.flush());
             self.broken = matches!(&written, Err(error) if !is_full(error));
             written?;
         }
         let synchronized = match &self.access {
             Access::Raw(file) => file.sync_data(),
-            Access::Qcow2(image) => guarded(|| image.sync()),
+            Access::Qcow2(image, _) => guarded(|| image.sync()),
         };
         #[cfg(test)]
         let synchronized = match SYNC_FULL.get() {
@@ -150,20 +150,14 @@ impl Image {
         synchronized.map_err(|error| io::Error::other(error.to_string()))
     }
 
-    /// Gives the room of a range back, where that is possible. What is read there afterwards is anything.
-    pub(super) fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        match &self.access {
-            Access::Raw(file) => match punch(file, offset, length) {
-                Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
-                result => result,
-            },
-            // The library can't.
-            Access::Qcow2(_) => Ok(()),
-        }
+    /// Gives the room of a range back, where that is possible. What is read there afterwards is anything. Stops at
+    /// `halt`, with [`ErrorKind::Interrupted`].
+    pub(super) fn discard(&self, offset: u64, length: u64, halt: Halt<'_>) -> io::Result<()> {
+        self.release(offset, length, halt, |_, _| Ok(()))
     }
 
-    /// Fills a range with zeroes, and with `unmap` gives its room back where that is possible. Stops at `halt`, with
-    /// [`ErrorKind::Interrupted`].
+    /// Fills a range with zeroes, and with `unmap` gives its room back where that is possible. Stops as
+    /// [`Self::discard`] does.
     pub(super) fn zero(
         &self,
         offset: u64,
@@ -171,19 +165,62 @@ impl Image {
         unmap: bool,
         halt: Halt<'_>,
     ) -> io::Result<()> {
-        if let (Access::Raw(file), true) = (&self.access, unmap) {
-            match punch(file, offset, length) {
-                Err(error) if error.kind() == ErrorKind::Unsupported => {}
-                result => return result,
+        let fill = |offset: u64, length: u64| {
+            let zeroes = vec![0; BUFFER];
+            let end = offset + length;
+            let mut at = offset;
+            while at < end {
+                halted(halt)?;
+                let count = (end - at).min(BUFFER as u64);
+                self.write(&zeroes[..count as usize], at)?;
+                at += count;
             }
+            Ok(())
+        };
+        match unmap {
+            true => self.release(offset, length, halt, fill),
+            false => fill(offset, length),
         }
-        let zeroes = vec![0; BUFFER];
+    }
+
+    /// Makes holes of a range, which read as zeroes, and has `other` see to parts where that is not possible.
+    ///
+    /// A qcow2 image goes on mapping the range to the same room of its file, which the host has then. Nothing of its
+    /// tables changes: the library would give the room to other sectors before the host's disk knows that it
+    /// was free, and after a loss of power both had it.
+    fn release(
+        &self,
+        offset: u64,
+        length: u64,
+        halt: Halt<'_>,
+        other: impl Fn(u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
         let end = offset + length;
         let mut at = offset;
         while at < end {
             halted(halt)?;
-            let count = (end - at).min(BUFFER as u64);
-            self.write(&zeroes[..count as usize], at)?;
+            let (hole, count) = match &self.access {
+                Access::Raw(file) => (punch(file, at, end - at), end - at),
+                Access::Qcow2(image, file) => {
+                    let (mapping, count) = guarded(|| image.get_mapping(at, end - at))?;
+                    let hole = match mapping {
+                        Mapping::Zero { .. } => Ok(()),
+                        Mapping::Raw {
+                            offset,
+                            writable: true,
+                            ..
+                        } => punch(file, offset, count),
+                        Mapping::Eof { .. } => Err(ErrorKind::UnexpectedEof.into()),
+                        // It is compressed, or a snapshot has it too.
+                        _ => Err(ErrorKind::Unsupported.into()),
+                    };
+                    (hole, count)
+                }
+            };
+            match hole {
+                Err(error) if error.kind() == ErrorKind::Unsupported => other(at, count)?,
+                result => result?,
+            }
             at += count;
         }
         Ok(())
@@ -192,7 +229,7 @@ impl Image {
     /// Writes what the library still holds. A raw file has nothing of that kind.
     pub(super) fn close(&mut self) -> io::Result<()> {
         match &self.access {
-            Access::Qcow2(image) if !self.readonly => guarded(|| image.flush()),
+            Access::Qcow2(image, _) if !self.readonly => guarded(|| image.flush()),
             _ => Ok(()),
         }
     }
@@ -302,21 +339,24 @@ fn open_qcow2(file: File, path: &Path, readonly: bool) -> Result<(Access, u64)> 
             "repair it by 'qemu-img check -r all'; nothing that the guest has flushed is lost",
         ));
     }
-    let file = imago::file::File::try_from(file).map_err(damaged)?;
-    let image: Qcow2<_> = guarded(|| Qcow2::open_image_sync(file, !readonly)).map_err(damaged)?;
-    let other = image.implicit_backing_file().cloned();
-    if let Some(other) = other.or(image.implicit_external_data_file().cloned()) {
+    let storage = file.try_clone().and_then(imago::file::File::try_from);
+    let storage = storage.map_err(damaged)?;
+    let image: Qcow2<_> = guarded(|| Qcow2::open_image(storage, !readonly)).map_err(damaged)?;
+    let other = image.implicit_backing_file();
+    let other = other.or(image.implicit_external_data_file());
+    if other.is_some() || image.requires_external_data_file() {
         return Err(Error::input(
             format!(
-                "--disk {} is only a part of a disk, the other being {other:?}",
-                path.display()
+                "--disk {} is only a part of a disk, the other being {:?}",
+                path.display(),
+                other.map_or("unknown", String::as_str)
             ),
             "make one image of both by 'qemu-img convert -O qcow2'",
         ));
     }
+    let image = Box::new(FormatAccess::new(image));
     let size = image.size();
-    let access = SyncFormatAccess::new(image).map_err(damaged)?;
-    Ok((Access::Qcow2(Box::new(access)), size))
+    Ok((Access::Qcow2(image, file), size))
 }
 
 /// What the library takes on trust of a qcow2 image (docs/interop/qcow2.rst of QEMU): where its tables lie.
@@ -343,27 +383,25 @@ impl<'a> Tables<'a> {
     fn read(file: &'a File) -> io::Result<Self> {
         let mut header = [0; 104];
         file.read_exact_at(&mut header, 0)?;
-        let word = |at: usize| {
-            u64::from(u32::from_be_bytes(
-                [0, 1, 2, 3].map(|byte| header[at + byte]),
-            ))
-        };
-        let long = |at: usize| (word(at) << 32) | word(at + 4);
-        let order = if word(4) < 3 { 4 } else { word(96) };
-        if !(9..=21).contains(&word(20)) || !(3..=6).contains(&order) {
+        // The header in words of 32 bits.
+        let (words, _) = header.as_chunks();
+        let word = |index: usize| u64::from(u32::from_be_bytes(words[index]));
+        let long = |index| (word(index) << 32) | word(index + 1);
+        let order = if word(1) < 3 { 4 } else { word(24) };
+        if !(9..=21).contains(&word(5)) || !(3..=6).contains(&order) {
             return Err(invalid("clusters or refcounts have an unknown size"));
         }
         let mut tables = Self {
             file,
-            cluster: 1 << word(20),
+            cluster: 1 << word(5),
             size: raw_size(file)?,
             width: 1 << (order - 3),
             l1: Vec::new(),
             refcounts: Vec::new(),
             block: (0, Vec::new()),
         };
-        tables.l1 = tables.entries(long(40), word(36) * 8)?;
-        tables.refcounts = tables.entries(long(48), word(56) * tables.cluster)?;
+        tables.l1 = tables.entries(long(10), word(9) * 8)?;
+        tables.refcounts = tables.entries(long(12), word(14) * tables.cluster)?;
         for block in tables.refcounts.iter().filter(|block| **block != 0) {
             tables.inside(*block, tables.cluster)?;
         }
@@ -384,17 +422,19 @@ impl<'a> Tables<'a> {
         self.inside(at, length)?;
         let mut bytes = vec![0; length as usize];
         self.file.read_exact_at(&mut bytes, at)?;
-        let entry = |entry: &[u8]| {
-            entry
-                .iter()
-                .fold(0, |all, byte| (all << 8) | u64::from(*byte))
-        };
-        Ok(bytes.chunks_exact(8).map(entry).collect())
+        let (entries, _) = bytes.as_chunks();
+        Ok(entries.iter().copied().map(u64::from_be_bytes).collect())
     }
 
-    /// Whether all that is used is counted as used. It is not where a writer was killed between two flushes;
-    /// the library would then use the same room twice.
+    /// Whether all that is used is counted as used; the library would else use the same room twice. It is not where
+    /// a writer was killed: the library names a new table before it writes that the table's room is used. Nor where
+    /// the host lost power: between the two it does not wait for the disk.
     fn is_counted(&mut self) -> io::Result<bool> {
+        for block in self.refcounts.clone() {
+            if block != 0 && !self.has_count(block)? {
+                return Ok(false);
+            }
+        }
         for l1_entry in self.l1.clone() {
             let table = l1_entry & OFFSET;
             if table == 0 {

@@ -34,9 +34,10 @@ impl Files {
     }
 
     fn raw(&self) -> Disk {
-        let file = fs::File::create(self.path()).unwrap();
+        let path = self.0.path().join("raw");
+        let file = fs::File::create(&path).unwrap();
         file.set_len(SIZE).unwrap();
-        disk(&self.path())
+        disk(&path)
     }
 
     fn qcow2(&self) -> Disk {
@@ -176,6 +177,19 @@ fn qemu_check(path: &std::path::Path) -> bool {
     }
 }
 
+/// Has QEMU read an image.
+#[allow(clippy::print_stderr)]
+fn qemu_compare(path: &std::path::Path, expected: &[u8]) {
+    let raw = path.with_extension("expected");
+    fs::write(&raw, expected).unwrap();
+    let mut compare = Command::new("qemu-img");
+    let compare = compare.args(["compare", "-f", "raw", "-F", "qcow2"]);
+    match compare.args([&raw, path]).output() {
+        Ok(output) => assert!(output.status.success(), "{output:?}"),
+        Err(error) => eprintln!("SKIP the comparison of the image: qemu-img: {error}"),
+    }
+}
+
 #[test]
 fn qcow2_writes_are_read() {
     let files = Files::new();
@@ -199,10 +213,18 @@ fn what_a_killed_tool_has_flushed_is_there() {
     // Before the first flush the image has a table whose room nobody counts.
     assert_eq!(tell(&mut driver, OUT, 0, &[1; 512]), OK);
     fs::copy(&disk.path, &copy.path).unwrap();
-    let error = Block::open(&copy).err().unwrap().to_string();
-    assert!(error.contains("qemu-img check -r all"), "{error}");
-    assert!(qemu_check(&copy.path));
-    start(&copy);
+    let repaired = || {
+        let error = Block::open(&copy).err().unwrap().to_string();
+        assert!(error.contains("qemu-img check -r all"), "{error}");
+        assert!(qemu_check(&copy.path));
+        start(&copy);
+    };
+    repaired();
+    // So it is with a table of the counts themselves.
+    let mut image = empty_qcow2();
+    image[2 * CLUSTER as usize + 5] = 0;
+    fs::write(&copy.path, image).unwrap();
+    repaired();
     for round in 1..20_u8 {
         assert_eq!(tell(&mut driver, OUT, 0, &[round; 512]), OK);
         assert_eq!(tell(&mut driver, FLUSH, 0, &[]), OK);
@@ -253,20 +275,90 @@ fn a_readonly_disk_takes_no_writes() {
     }
 }
 
+/// A disk full of data, of which all but a sector is discarded or filled with zeroes: the host gets the room, the
+/// sector stays as it was, and what is written again takes no more room than at first.
+fn room_is_given_back(disk: &Disk, kind: u32, flags: u32) {
+    let blocks = || fs::metadata(&disk.path).unwrap().blocks();
+    let mut driver = start(disk);
+    let fill = |driver: &mut Driver| {
+        for sector in (0..SIZE / 512).step_by(256) {
+            assert_eq!(tell(driver, OUT, sector, &[7; 256 * 512]), OK);
+        }
+        assert_eq!(tell(driver, FLUSH, 0, &[]), OK);
+        fs::metadata(&disk.path).unwrap().len()
+    };
+    let length = fill(&mut driver);
+    let full = blocks();
+    // The ranges begin and end within a cluster.
+    let end = SIZE / 512;
+    for (from, to) in [(0, 1001), (1002, end)] {
+        let range = range(from, (to - from) as u32, flags);
+        assert_eq!(tell(&mut driver, kind, 0, &range), OK);
+    }
+    assert_eq!(tell(&mut driver, FLUSH, 0, &[]), OK);
+    assert!(blocks() < full / 4, "{} blocks of {full}", blocks());
+    assert_eq!(read(&mut driver, 1001, 512).unwrap(), [7; 512]);
+    let zeroes = read(&mut driver, 1002, 512 * 256).unwrap();
+    assert!(zeroes.iter().all(|byte| *byte == 0));
+    drop(driver);
+    if disk.format == Some(Format::Qcow2) {
+        let mut expected = vec![0; SIZE as usize];
+        expected[1001 * 512..][..512].fill(7);
+        assert!(!qemu_check(&disk.path));
+        qemu_compare(&disk.path, &expected);
+    }
+    let mut driver = start(disk);
+    assert_eq!(fill(&mut driver), length);
+    assert!(blocks() <= full, "{} blocks of {full}", blocks());
+}
+
 #[test]
 fn discarded_room_is_given_back() {
+    for (kind, flags) in [(DISCARD, 0), (ZERO, 1)] {
+        let files = Files::new();
+        for (mut disk, format) in [(files.raw(), Format::Raw), (files.qcow2(), Format::Qcow2)] {
+            disk.format = Some(format);
+            room_is_given_back(&disk, kind, flags);
+        }
+    }
+}
+
+/// Where an image has data compressed, or shares it with a snapshot, zeroes are written over it.
+#[test]
+#[allow(clippy::print_stderr)]
+fn room_without_a_hole_is_filled_with_zeroes() {
     let files = Files::new();
-    let disk = files.raw();
-    fs::write(&disk.path, vec![7; SIZE as usize]).unwrap();
-    let full = fs::metadata(&disk.path).unwrap().blocks();
-    let mut driver = start(&disk);
-    assert_eq!(
-        tell(&mut driver, DISCARD, 0, &range(0, SIZE as u32 / 512, 0)),
-        OK
-    );
-    let metadata = fs::metadata(&disk.path).unwrap();
-    assert_eq!(metadata.len(), SIZE);
-    assert!(metadata.blocks() < full / 4, "{} blocks", metadata.blocks());
+    let raw = files.raw();
+    fs::write(&raw.path, vec![7; SIZE as usize]).unwrap();
+    for (compress, snapshot) in [("-c", false), ("-q", true)] {
+        let disk = disk(&files.path());
+        let run = |arguments: &[&str]| {
+            let mut command = Command::new("qemu-img");
+            command.args(arguments).arg(&disk.path).output()
+        };
+        let from = raw.path.to_str().unwrap();
+        let convert = ["convert", "-q", compress, "-f", "raw", "-O", "qcow2", from];
+        if let Err(error) = run(&convert) {
+            eprintln!("SKIP: qemu-img: {error}");
+            return;
+        }
+        if snapshot {
+            run(&["snapshot", "-c", "before"]).unwrap();
+        }
+        let mut driver = start(&disk);
+        let (from, to) = (100, SIZE / 512 - 300);
+        let range = range(from, (to - from) as u32, 1);
+        assert_eq!(tell(&mut driver, ZERO, 0, &range), OK);
+        drop(driver);
+        let mut expected = vec![7; SIZE as usize];
+        expected[512 * from as usize..512 * to as usize].fill(0);
+        assert!(!qemu_check(&disk.path));
+        qemu_compare(&disk.path, &expected);
+        if snapshot {
+            run(&["snapshot", "-a", "before"]).unwrap();
+            qemu_compare(&disk.path, &[7; SIZE as usize]);
+        }
+    }
 }
 
 #[test]
