@@ -35,10 +35,10 @@ pub const CMOS_CENTURY: u8 = 0x32;
 const XSDT_OFFSET: usize = 64;
 const FIRST_TABLE: usize = 128;
 
-/// A table of that signature and revision, with zeroes behind its header (5.2.6).
-fn table(signature: &[u8; 4], length: u32, revision: u8) -> Sdt {
-    let header = 36 + length;
-    Sdt::new(*signature, header, revision, OEM_ID, OEM_TABLE_ID, REVISION)
+/// A table of that signature and revision, with so many bytes of zeroes behind its header of 36 (5.2.6).
+fn table(signature: &[u8; 4], body: u32, revision: u8) -> Sdt {
+    let length = 36 + body;
+    Sdt::new(*signature, length, revision, OEM_ID, OEM_TABLE_ID, REVISION)
 }
 
 /// The fixed ACPI description table (5.2.9), revision 6.5. Its 64-bit fields stay 0: those of 32 bits count then.
