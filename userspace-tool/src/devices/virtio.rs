@@ -14,8 +14,6 @@ pub mod mmio;
 pub mod net;
 mod rings;
 pub mod rng;
-#[cfg(test)]
-pub(crate) mod testing;
 
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
@@ -270,3 +268,6 @@ impl Bus {
         Some((device, offset % layout::PAGE_SIZE))
     }
 }
+
+#[cfg(test)]
+mod tests;

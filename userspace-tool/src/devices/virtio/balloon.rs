@@ -155,7 +155,7 @@ fn give_up(memory: &Memory, start: u64, length: u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{self, Driver, BUFFERS};
+    use super::super::tests::{self, Driver, BUFFERS};
     use super::*;
     use crate::size::MIB;
     use virtio_bindings::virtio_mmio as register;
@@ -245,6 +245,6 @@ mod tests {
 
     #[test]
     fn hostile_rings_do_no_harm() {
-        testing::torture(|| Box::new(Balloon::new(u64::MAX)));
+        tests::torture(|| Box::new(Balloon::new(u64::MAX)));
     }
 }

@@ -44,7 +44,7 @@ impl Device for Rng {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{self, Driver};
+    use super::super::tests::{self, Driver};
     use super::*;
 
     #[test]
@@ -59,6 +59,6 @@ mod tests {
 
     #[test]
     fn hostile_rings_do_no_harm() {
-        testing::torture(|| Box::new(Rng));
+        tests::torture(|| Box::new(Rng));
     }
 }

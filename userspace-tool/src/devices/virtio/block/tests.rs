@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use tempfile::TempDir;
 
-use super::super::testing::{self, Driver, Numbers};
+use super::super::tests::{self, Driver, Numbers};
 use super::*;
 use crate::devices::lock;
 use crate::size::MIB;
@@ -462,9 +462,9 @@ fn damaged_images_are_refused_or_do_no_harm() {
 fn hostile_rings_do_no_harm() {
     let files = Files::new();
     let raw = files.raw();
-    testing::torture(|| Box::new(Block::open(&raw).unwrap()));
+    tests::torture(|| Box::new(Block::open(&raw).unwrap()));
     let qcow2 = files.qcow2();
-    testing::torture(|| Box::new(Block::open(&qcow2).unwrap()));
+    tests::torture(|| Box::new(Block::open(&qcow2).unwrap()));
 }
 
 /// A full host: the write is not answered, and done when there is room.

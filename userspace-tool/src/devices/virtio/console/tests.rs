@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 
-use super::super::testing::{self, Driver, BUFFERS};
+use super::super::tests::{self, Driver, BUFFERS};
 use super::*;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -65,7 +65,7 @@ fn what_is_typed_waits_for_the_guest() {
 
 #[test]
 fn hostile_rings_do_no_harm() {
-    testing::torture(|| {
+    tests::torture(|| {
         let null = std::fs::OpenOptions::new()
             .write(true)
             .open("/dev/null")

@@ -5,7 +5,7 @@
 use std::thread;
 use std::time::Instant;
 
-use super::super::testing::Driver;
+use super::super::tests::Driver;
 use super::super::{Bus, Rings};
 use super::*;
 use crate::layout;

@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 
-use super::super::testing::{self, Driver, BUFFERS};
+use super::super::tests::{self, Driver, BUFFERS};
 use super::*;
 use crate::net::NetOptions;
 use vm_memory::{Bytes, GuestAddress};
@@ -203,7 +203,7 @@ fn a_frame_that_has_no_room_on_the_link_is_sent_later() {
 #[test]
 fn hostile_rings_do_no_harm() {
     let peers = std::cell::RefCell::new(Vec::new());
-    testing::torture(|| {
+    tests::torture(|| {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("link");
         let options = NetOptions::parse(&format!("socket={}", path.display())).unwrap();

@@ -132,15 +132,15 @@ impl Driver {
 
     /// Serves the device until it wants no more.
     pub(crate) fn serve(&self, queue: usize) {
-        let mut todo = 1 << queue;
-        while todo != 0 {
-            todo = self.transport.serve(todo, &|| false).unwrap().again;
-        }
+        self.serve_all(1 << queue);
     }
 
     /// Serves what the device's source has become ready for.
     pub(crate) fn serve_source(&self) {
-        let mut todo = 1 << super::mmio::SOURCE;
+        self.serve_all(1 << super::mmio::SOURCE);
+    }
+
+    fn serve_all(&self, mut todo: u64) {
         while todo != 0 {
             todo = self.transport.serve(todo, &|| false).unwrap().again;
         }
