@@ -32,7 +32,7 @@ use crate::registry::{self, Name};
 
 const MAGIC: [u8; 8] = *b"rvisorVM";
 /// Counted up with each change of the format or of what is in the state.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// The most that the state of a machine has, in bytes.
 const LARGEST: u32 = 64 << 20;
 /// The most bytes of one record.

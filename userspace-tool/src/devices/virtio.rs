@@ -78,9 +78,8 @@ fn broken(error: std::io::Error) -> Fault {
 
 /// One kind of virtio device.
 ///
-/// All methods are called with the device's lock held, [`process`](Self::process) and
-/// [`ready`](Self::ready) by its worker thread. What comes from the guest is hostile: nothing there may
-/// panic, loop without a bound or allocate as much as a guest says.
+/// All methods are called with the device's lock held, [`process`](Self::process) by its worker thread. What comes
+/// from the guest is hostile: nothing there may panic, loop without a bound or allocate as much as a guest says.
 pub trait Device: Send {
     /// The device's number (virtio 1.3, chapter 5).
     fn id(&self) -> u32;
@@ -118,20 +117,11 @@ pub trait Device: Send {
     /// [`Fault::Guest`] stops the device until its reset, [`Fault::Host`] ends the guest.
     fn process(&mut self, queue: usize, rings: &mut Rings<'_>) -> std::result::Result<(), Fault>;
 
-    /// A file of the host's that the worker watches beside the kicks. Asked for once, at the start.
+    /// A file of the host's that the worker watches beside the kicks. Asked for once, at the start. Each time that it
+    /// becomes readable or writable all queues are processed, and once for that: what is not read until the file would
+    /// block must be remembered and read when a queue is processed that gives room.
     fn source(&self) -> Option<BorrowedFd<'_>> {
         None
-    }
-
-    /// [`source`](Self::source) may have become readable or writable. That is told once, when it becomes so:
-    /// what is not read until the file would block must be remembered and read at the next
-    /// [`process`](Self::process) that gives room.
-    ///
-    /// # Errors
-    ///
-    /// As with [`process`](Self::process).
-    fn ready(&mut self, _rings: &mut Rings<'_>) -> std::result::Result<(), Fault> {
-        Ok(())
     }
 
     /// What it counts, under the names that [`crate::stat`] tells. Asked for once, at the start.

@@ -126,10 +126,6 @@ impl Device for Console {
     fn source(&self) -> Option<BorrowedFd<'_>> {
         Some(self.keyboard.device.as_fd())
     }
-
-    fn ready(&mut self, rings: &mut Rings<'_>) -> Result<(), Fault> {
-        self.receive(rings)
-    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -35,14 +35,8 @@ const VENDOR: u32 = u32::from_le_bytes(*b"RVSR");
 /// Features that all devices here offer: no legacy driver, indirect descriptors, event indices.
 const FEATURES: u64 =
     bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_RING_F_INDIRECT_DESC) | bit(VIRTIO_RING_F_EVENT_IDX);
-/// All queues and the source of a device, as bits.
-const EVERYTHING: u64 = u64::MAX;
-/// The bit of the source.
-pub(super) const SOURCE: u32 = 62;
-/// The number of the event that wakes the worker for everything.
-const WAKE: u32 = 63;
-/// The most queues of a device.
-const QUEUES: usize = 16;
+/// All queues of a device, a bit each.
+pub(super) const EVERYTHING: u64 = u64::MAX;
 
 /// A device on the transport.
 pub struct Transport {
@@ -56,8 +50,6 @@ pub struct Transport {
     kicks: Vec<EventFd>,
     wake: EventFd,
     memory: Memory,
-    /// What is wrong was said once.
-    told: AtomicBool,
 }
 
 /// What the driver and the worker change, one after the other.
@@ -69,6 +61,8 @@ struct State {
     driver_features: u64,
     queue_select: u32,
     paused: bool,
+    /// What is wrong was said once.
+    told: bool,
 }
 
 /// The state of a transport, as it is kept outside.
@@ -85,14 +79,21 @@ pub struct Saved {
 
 /// The state of a queue, as it is kept outside.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-struct SavedQueue {
-    size: u16,
-    ready: bool,
+struct SavedQueue(#[serde(with = "QueueFields")] QueueState);
+
+/// How [`QueueState`] is kept outside.
+#[derive(Deserialize, Serialize)]
+#[serde(remote = "QueueState")]
+struct QueueFields {
+    max_size: u16,
     next_avail: u16,
     next_used: u16,
-    descriptors: u64,
-    available: u64,
-    used: u64,
+    event_idx_enabled: bool,
+    size: u16,
+    ready: bool,
+    desc_table: u64,
+    avail_ring: u64,
+    used_ring: u64,
 }
 
 fn eventfd() -> Result<EventFd> {
@@ -109,7 +110,6 @@ impl Transport {
         let queues = device
             .queue_sizes()
             .iter()
-            .take(QUEUES)
             .map(|size| Queue::new(*size))
             .collect::<std::result::Result<Vec<_>, _>>()
             .map_err(|error| Error::call("making a queue", io::Error::other(error)))?;
@@ -124,7 +124,6 @@ impl Transport {
             kicks,
             wake: eventfd()?,
             memory,
-            told: AtomicBool::new(false),
             state: Mutex::new(State {
                 device,
                 queues,
@@ -133,6 +132,7 @@ impl Transport {
                 driver_features: 0,
                 queue_select: 0,
                 paused: false,
+                told: false,
             }),
         })
     }
@@ -301,7 +301,11 @@ impl Transport {
                 state.queue_select,
             ],
             features: state.driver_features,
-            queues: state.queues.iter().map(SavedQueue::from).collect(),
+            queues: state
+                .queues
+                .iter()
+                .map(|it| SavedQueue(it.state()))
+                .collect(),
             device: state.device.save(),
         }
     }
@@ -322,14 +326,21 @@ impl Transport {
         if saved.queues.len() != state.queues.len() || saved.features & !state.offered() != 0 {
             return Err(wrong());
         }
-        let event_idx = saved.features & bit(VIRTIO_RING_F_EVENT_IDX) != 0;
+        let event_idx_enabled = saved.features & bit(VIRTIO_RING_F_EVENT_IDX) != 0;
         let queues = saved
             .queues
             .iter()
             .zip(&state.queues)
-            .map(|(saved, queue)| saved.queue(queue.max_size(), event_idx))
-            .collect::<Option<Vec<_>>>()
-            .ok_or_else(wrong)?;
+            .map(|(saved, queue)| {
+                Queue::try_from(QueueState {
+                    max_size: queue.max_size(),
+                    event_idx_enabled,
+                    ..saved.0
+                })
+            });
+        let queues = queues
+            .collect::<std::result::Result<_, _>>()
+            .map_err(|_| wrong())?;
         if !state.device.restore(&saved.device) {
             return Err(wrong());
         }
@@ -368,10 +379,10 @@ impl Transport {
         let mut todo = 0;
         let mut retry = None;
         while !control.ended() {
-            let timeout = if todo != 0 {
-                Some(Duration::ZERO)
-            } else {
+            let timeout = if todo == 0 {
                 retry
+            } else {
+                Some(Duration::ZERO)
             };
             todo |= wait(&events, timeout)
                 .map_err(|error| Error::call(format!("waiting for {}", self.name), error))?;
@@ -379,10 +390,11 @@ impl Transport {
                 todo = EVERYTHING;
             }
             let finished = self.serve(todo, &|| control.ended() || control.paused())?;
-            (todo, retry) = (finished.again, finished.retry);
-            if let Some(reason) = finished.stuck {
+            todo = finished.again;
+            retry = finished.stuck.map(|(delay, reason)| {
                 stuck(&reason);
-            }
+                delay
+            });
         }
         if let Err(error) = lock(&self.state).device.close() {
             // How the guest ended is decided, and this is not why.
@@ -391,24 +403,25 @@ impl Transport {
         Ok(())
     }
 
-    /// What the worker waits for. Edges: each write to an eventfd is one, so that nobody must read it.
+    /// What the worker waits for, with the queues that each event is for. Edges: each write to an eventfd is one, so
+    /// that nobody must read it.
     fn watch(&self) -> io::Result<Epoll> {
         let events = Epoll::new()?;
-        let add = |file: RawFd, number: u32, set: EventSet| {
-            let event = EpollEvent::new(set | EventSet::EDGE_TRIGGERED, number.into());
+        let add = |file: RawFd, queues: u64, set: EventSet| {
+            let event = EpollEvent::new(set | EventSet::EDGE_TRIGGERED, queues);
             events.ctl(ControlOperation::Add, file, event)
         };
-        for (queue, kick) in (0..).zip(&self.kicks) {
-            add(kick.as_raw_fd(), queue, EventSet::IN)?;
+        for (queue, kick) in self.kicks.iter().enumerate() {
+            add(kick.as_raw_fd(), 1 << queue, EventSet::IN)?;
         }
-        add(self.wake.as_raw_fd(), WAKE, EventSet::IN)?;
+        add(self.wake.as_raw_fd(), EVERYTHING, EventSet::IN)?;
         if let Some(source) = lock(&self.state).device.source() {
-            add(source.as_raw_fd(), SOURCE, EventSet::IN | EventSet::OUT)?;
+            add(source.as_raw_fd(), EVERYTHING, EventSet::IN | EventSet::OUT)?;
         }
         Ok(events)
     }
 
-    /// Serves the queues and the source that have a bit in `todo`, until `halt`. Says what is to be done next.
+    /// Serves the queues that have a bit in `todo`, until `halt`. Says what is to be done next.
     ///
     /// # Errors
     ///
@@ -427,10 +440,6 @@ impl Transport {
             rings.next_share();
             result = result.and_then(|()| state.device.process(queue, &mut rings));
         }
-        if todo & (1 << SOURCE) != 0 {
-            rings.next_share();
-            result = result.and_then(|()| state.device.ready(&mut rings));
-        }
         match result.and_then(|()| rings.finish()) {
             Ok(finished) => {
                 if finished.interrupt {
@@ -442,7 +451,7 @@ impl Transport {
             Err(Fault::Guest(reason)) => {
                 self.status.fetch_or(NEEDS_RESET, Ordering::SeqCst);
                 self.raise(register::VIRTIO_MMIO_INT_CONFIG);
-                if !self.told.swap(true, Ordering::SeqCst) {
+                if !std::mem::replace(&mut state.told, true) {
                     say(format_args!(
                         "{} stops until the guest resets it: {reason}",
                         self.name
@@ -459,20 +468,16 @@ impl Transport {
     }
 }
 
-/// Waits for events, no longer than `timeout`. Returns their bits.
+/// Waits for events, no longer than `timeout`. Returns the queues that they are for.
 fn wait(events: &Epoll, timeout: Option<Duration>) -> io::Result<u64> {
     let timeout = timeout.map_or(-1, |timeout| {
         i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX)
     });
     let mut list = [EpollEvent::default(); 8];
     match events.wait(timeout, &mut list) {
-        Ok(count) => Ok(list.iter().take(count).fold(0, |bits, event| {
-            if event.data() == u64::from(WAKE) {
-                EVERYTHING
-            } else {
-                bits | (1 << (event.data() % 64))
-            }
-        })),
+        Ok(count) => Ok(list[..count]
+            .iter()
+            .fold(0, |all, event| all | event.data())),
         // The signal that tells of the guest's end.
         Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(0),
         Err(error) => Err(error),
@@ -569,38 +574,6 @@ impl State {
         self.queues.iter_mut().for_each(Queue::reset);
         self.driver_features = 0;
         self.queue_select = 0;
-    }
-}
-
-impl From<&Queue> for SavedQueue {
-    fn from(queue: &Queue) -> Self {
-        Self {
-            size: queue.size(),
-            ready: queue.ready(),
-            next_avail: queue.next_avail(),
-            next_used: queue.next_used(),
-            descriptors: queue.desc_table(),
-            available: queue.avail_ring(),
-            used: queue.used_ring(),
-        }
-    }
-}
-
-impl SavedQueue {
-    /// The queue, where one of `max_size` can have this state.
-    fn queue(&self, max_size: u16, event_idx_enabled: bool) -> Option<Queue> {
-        Queue::try_from(QueueState {
-            max_size,
-            next_avail: self.next_avail,
-            next_used: self.next_used,
-            event_idx_enabled,
-            size: self.size,
-            ready: self.ready,
-            desc_table: self.descriptors,
-            avail_ring: self.available,
-            used_ring: self.used,
-        })
-        .ok()
     }
 }
 

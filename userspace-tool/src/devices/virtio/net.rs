@@ -76,8 +76,9 @@ impl Net {
         }
     }
 
-    /// Sends what the guest has made available.
+    /// Sends what the guest has made available, behind what is left of the frame before.
     fn transmit(&mut self, rings: &mut Rings<'_>) -> Result<(), Fault> {
+        self.link.flush();
         while let Some(chain) = rings.pop(TRANSMIT)? {
             let mut reader = chain.clone().reader(rings.memory())?;
             // What is longer than any frame is lost.
@@ -221,12 +222,6 @@ impl Device for Net {
 
     fn source(&self) -> Option<BorrowedFd<'_>> {
         Some(self.link.as_fd())
-    }
-
-    fn ready(&mut self, rings: &mut Rings<'_>) -> Result<(), Fault> {
-        self.link.flush();
-        self.receive(rings)?;
-        self.transmit(rings)
     }
 }
 

@@ -31,27 +31,21 @@ pub struct Rings<'a> {
     memory: &'a Memory,
     left: u32,
     halt: Halt<'a>,
-    /// Queues that have more chains than the device may take at once, a bit each.
-    again: u64,
     /// Queues with used chains that the driver was not told of, a bit each.
     used: u64,
-    /// Whatever the driver says of its wish for one, an interrupt is due.
-    interrupt: bool,
-    retry: Option<Duration>,
-    stuck: Option<String>,
+    finished: Finished,
 }
 
-#[derive(Default)]
 /// What is to be done when all calls of a device have ended.
+#[derive(Default)]
 pub(super) struct Finished {
     /// The driver is to be interrupted.
     pub(super) interrupt: bool,
     /// The queues that want another call, a bit each.
     pub(super) again: u64,
-    /// When all queues want a call, whatever happens.
-    pub(super) retry: Option<Duration>,
-    /// Why the device can't go on before the user has done something.
-    pub(super) stuck: Option<String>,
+    /// Why the device can't go on before the user has done something, and after how long all queues want another
+    /// call, whatever happens.
+    pub(super) stuck: Option<(Duration, String)>,
 }
 
 impl<'a> Rings<'a> {
@@ -61,11 +55,8 @@ impl<'a> Rings<'a> {
             memory,
             left: BATCH,
             halt,
-            again: 0,
             used: 0,
-            interrupt: false,
-            retry: None,
-            stuck: None,
+            finished: Finished::default(),
         }
     }
 
@@ -82,7 +73,7 @@ impl<'a> Rings<'a> {
 
     /// Has `queue` processed again at once, or when the machine goes on.
     pub fn again(&mut self, queue: usize) {
-        self.again |= 1 << queue;
+        self.finished.again |= 1 << queue;
     }
 
     /// Takes the next chain from `queue`, if there is one, the call has not taken its share, and the machine is not
@@ -164,21 +155,15 @@ impl<'a> Rings<'a> {
         }
         // The index that the driver looks at moves with the last one alone. The queue does not count the others
         // when it finds out whether the driver has asked for an interrupt at one of them.
-        self.interrupt |= !others.is_empty();
+        self.finished.interrupt |= !others.is_empty();
         ring.set_next_used(next);
         self.push(queue, last, *length)
-    }
-
-    /// Has all queues processed again after `delay`, if nothing happens before.
-    pub fn retry_after(&mut self, delay: Duration) {
-        self.retry = Some(self.retry.map_or(delay, |other| other.min(delay)));
     }
 
     /// The device can't go on before the user has done what `reason` says: the guest is to be paused, and
     /// all queues are processed again when it goes on, or after `delay`.
     pub fn stuck(&mut self, delay: Duration, reason: String) {
-        self.retry_after(delay);
-        self.stuck = Some(reason);
+        self.finished.stuck = Some((delay, reason));
     }
 
     /// A call of the device has ended: the next one has a share of its own.
@@ -191,18 +176,12 @@ impl<'a> Rings<'a> {
     /// # Errors
     ///
     /// A ring is none.
-    pub(super) fn finish(self) -> Result<Finished, Fault> {
-        let mut interrupt = self.interrupt;
+    pub(super) fn finish(mut self) -> Result<Finished, Fault> {
         for (index, queue) in self.queues.iter_mut().enumerate() {
             if self.used & (1 << index) != 0 {
-                interrupt |= queue.needs_notification(self.memory)?;
+                self.finished.interrupt |= queue.needs_notification(self.memory)?;
             }
         }
-        Ok(Finished {
-            interrupt,
-            again: self.again,
-            retry: self.retry,
-            stuck: self.stuck,
-        })
+        Ok(self.finished)
     }
 }

@@ -137,7 +137,7 @@ impl Driver {
 
     /// Serves what the device's source has become ready for.
     pub(crate) fn serve_source(&self) {
-        self.serve_all(1 << super::mmio::SOURCE);
+        self.serve_all(super::mmio::EVERYTHING);
     }
 
     fn serve_all(&self, mut todo: u64) {

@@ -476,8 +476,9 @@ fn a_full_disk_loses_nothing() {
     image::FULL.set(true);
     driver.put_request(0, &[&head(OUT, 4), &[5; 512][..]], 1);
     let finished = driver.transport.serve(1, &|| false).unwrap();
-    assert!(finished.stuck.unwrap().contains("no room"));
-    assert_eq!((driver.used(0), finished.retry), (0, Some(RETRY)));
+    let (delay, reason) = finished.stuck.unwrap();
+    assert!(reason.contains("no room"));
+    assert_eq!((driver.used(0), delay), (0, RETRY));
     image::FULL.set(false);
     driver.serve(0);
     assert_eq!(driver.used(0), 1);

@@ -170,7 +170,7 @@ fn the_state_goes_on_in_another_transport() {
     driver.transport = other;
     driver.request(0, &[&[1]], 0);
 
-    saved.queues[0].size = 3;
+    saved.queues[0].0.size = 3;
     assert!(driver.transport.restore(&saved).is_err());
     saved.queues.pop();
     assert!(driver.transport.restore(&saved).is_err());
