@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::acpi;
 use crate::arguments::RunOptions;
-use crate::error::{Error, Result};
+use crate::error::{failed, Error, Result};
 use crate::layout;
 use crate::memory::Memory;
 use entry::Entry;
@@ -100,5 +100,5 @@ impl Software {
 pub(crate) fn write(memory: &Memory, address: u64, bytes: &[u8]) -> Result<()> {
     memory
         .write_slice(bytes, GuestAddress(address))
-        .map_err(|e| Error::call("writing to the guest's memory", std::io::Error::other(e)))
+        .map_err(failed("writing to the guest's memory"))
 }

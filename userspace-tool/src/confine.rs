@@ -8,7 +8,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io;
 
 use landlock::{
     Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
@@ -176,7 +175,7 @@ fn become_user(uid: Uid, gid: Gid) -> Result<()> {
         .and_then(|()| set_parent_process_death_signal(signal))
         .map_err(failed(what))?;
     if signal.is_some() && getppid() != parent {
-        return Err(Error::call(what, io::Error::other("the parent has ended")));
+        return Err(Error::call(what, "the parent has ended"));
     }
     Ok(())
 }
@@ -208,7 +207,7 @@ fn restrict_files(folder: &File) -> Result<()> {
             .restrict_self()?;
         Ok(())
     };
-    restrict().map_err(|e| Error::call("restricting files by Landlock", io::Error::other(e)))
+    restrict().map_err(failed("restricting files by Landlock"))
 }
 
 /// Answers every system call with EPERM but those of [`CALLS`], KVM's and the terminal's ioctls, and what makes and
@@ -219,7 +218,7 @@ fn restrict_calls() -> Result<()> {
         apply_filter(&without_clone3()?)?;
         apply_filter(&filter()?)
     };
-    restrict().map_err(|e| Error::call("restricting system calls by seccomp", io::Error::other(e)))
+    restrict().map_err(failed("restricting system calls by seccomp"))
 }
 
 /// Has clone3 answer ENOSYS: then the C library makes its threads by clone, whose arguments [`filter`] sees.
@@ -265,6 +264,7 @@ fn filter() -> std::result::Result<BpfProgram, seccompiler::BackendError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io;
     use std::net::TcpListener;
     use std::process::Command;
     use std::thread;

@@ -20,7 +20,7 @@ use rustix::pipe::{pipe_with, PipeFlags};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::devices::virtio::console::Keyboard;
-use crate::devices::{serial_failed, Ports};
+use crate::devices::Ports;
 use crate::error::{failed, Result};
 use crate::machine::Control;
 use crate::outcome::Outcome;
@@ -160,7 +160,9 @@ impl Input {
         let room = serial.fifo_capacity().min(self.waiting.len());
         if room > 0 {
             let (bytes, _) = self.waiting.make_contiguous().split_at(room);
-            let taken = serial.enqueue_raw_bytes(bytes).map_err(serial_failed)?;
+            let taken = serial
+                .enqueue_raw_bytes(bytes)
+                .map_err(failed("the serial port"))?;
             self.waiting.drain(..taken);
         }
         Ok(())

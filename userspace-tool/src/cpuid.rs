@@ -10,7 +10,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm};
 
-use crate::error::{failed, Error, Result};
+use crate::error::{failed, Result};
 
 /// Leaf 1, ECX: the local APIC's timer has a mode with a TSC deadline.
 const TSC_DEADLINE: u32 = 1 << 24;
@@ -36,7 +36,7 @@ impl Template {
     ///
     /// # Errors
     ///
-    /// [`Error::Call`] where the hypervisor does not tell.
+    /// [`crate::error::Error::Call`] where the hypervisor does not tell.
     pub fn new(kvm: &Kvm, cpus: u32) -> Result<Self> {
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -52,15 +52,11 @@ impl Template {
     ///
     /// # Errors
     ///
-    /// [`Error::Call`] where there are more leaves than a call can take.
+    /// [`crate::error::Error::Call`] where there are more leaves than a call can take.
     pub fn for_cpu(&self, apic_id: u32) -> Result<CpuId> {
         debug_assert!(apic_id < self.cpus);
-        CpuId::from_entries(&self.entries_for(apic_id)).map_err(|e| {
-            Error::call(
-                "listing the CPU's features",
-                std::io::Error::other(format!("{e:?}")),
-            )
-        })
+        CpuId::from_entries(&self.entries_for(apic_id))
+            .map_err(failed("listing the CPU's features"))
     }
 
     fn entries_for(&self, apic_id: u32) -> Vec<kvm_cpuid_entry2> {

@@ -61,7 +61,7 @@ pub fn start(
     match status.code().and_then(|code| u8::try_from(code).ok()) {
         // It ends with its guest, which never ran.
         Some(code) => Ok(Err(code.max(1))),
-        None => Err(Error::call(what, io::Error::other(status.to_string()))),
+        None => Err(Error::call(what, status.to_string())),
     }
 }
 

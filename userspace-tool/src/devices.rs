@@ -191,7 +191,7 @@ impl Ports {
                 for byte in data {
                     serial
                         .write((port - serial::BASE) as u8, *byte)
-                        .map_err(serial_failed)?;
+                        .map_err(failed("the serial port"))?;
                 }
             }
             debug::PORT => {
@@ -247,9 +247,4 @@ impl Ports {
             _ => lock(&self.power).read(port, data),
         }
     }
-}
-
-/// A serial port's failure as ours.
-pub(crate) fn serial_failed(error: vm_superio::serial::Error<std::io::Error>) -> Error {
-    Error::call("the serial port", std::io::Error::other(error))
 }

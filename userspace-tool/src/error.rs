@@ -31,10 +31,13 @@ pub enum Error {
     Call {
         /// What was to be done.
         what: String,
-        /// The kernel's answer.
-        source: std::io::Error,
+        /// The kernel's answer, or a library's.
+        source: Source,
     },
 }
+
+/// Why a call failed.
+type Source = Box<dyn std::error::Error + Send + Sync>;
 
 /// How long standard error may take for a line.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -93,7 +96,7 @@ impl Error {
     }
 
     /// A failed call: `what` was to be done, `source` is what came back.
-    pub fn call(what: impl Display, source: impl Into<std::io::Error>) -> Self {
+    pub fn call(what: impl Display, source: impl Into<Source>) -> Self {
         Self::Call {
             what: what.to_string(),
             source: source.into(),
@@ -110,7 +113,7 @@ impl Error {
     }
 }
 
-/// Names a failed call of `kvm-ioctls` or `vmm-sys-util`: `.map_err(failed("what was to be done"))`.
-pub fn failed<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Error {
+/// Names a failed call: `.map_err(failed("what was to be done"))`.
+pub fn failed<E: Into<Source>>(what: &'static str) -> impl FnOnce(E) -> Error {
     move |source| Error::call(what, source)
 }

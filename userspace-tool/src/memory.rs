@@ -105,7 +105,7 @@ pub fn give(vm: &VmFd, memory: &Memory) -> Result<()> {
         let rom = layout::is_rom(region.start_addr().raw_value());
         let host = memory
             .get_host_address(region.start_addr())
-            .map_err(|e| Error::call("finding the guest's memory", std::io::Error::other(e)))?;
+            .map_err(failed("finding the guest's memory"))?;
         let slot = kvm_userspace_memory_region {
             slot,
             flags: if rom && protect { KVM_MEM_READONLY } else { 0 },

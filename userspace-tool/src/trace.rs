@@ -137,8 +137,7 @@ fn read(cpu: u32, mut file: &File, reasons: &[String]) -> Result<Vec<u8>> {
     for record in bytes[..count].chunks_exact(RECORD) {
         let exit = Exit::new(cpu, record);
         if reasons.is_empty() || reasons.contains(&exit.reason) {
-            serde_json::to_writer(&mut lines, &exit)
-                .map_err(|e| Error::call("writing the trace", io::Error::other(e)))?;
+            serde_json::to_writer(&mut lines, &exit).map_err(failed("writing the trace"))?;
             lines.push(b'\n');
         }
     }

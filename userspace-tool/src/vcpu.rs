@@ -17,7 +17,7 @@ use crate::boot::{entry, Start};
 use crate::cpuid::Template;
 use crate::devices::virtio::Bus;
 use crate::devices::{lock, Ports};
-use crate::error::{failed, Error, Result};
+use crate::error::{failed, Result};
 use crate::machine::{saved, Control};
 use crate::outcome::Outcome;
 use crate::stat::counters::Counters;
@@ -58,7 +58,7 @@ impl Vcpu {
     ///
     /// # Errors
     ///
-    /// [`Error::Call`] where the hypervisor refuses.
+    /// [`crate::error::Error::Call`] where the hypervisor refuses.
     pub fn new(vm: &VmFd, id: u32, cpuid: &Template, start: Start) -> Result<Self> {
         let vcpu = Self::with(vm, id, &cpuid.for_cpu(id)?)?;
         if let Start::Kernel(entry) = start {
@@ -76,7 +76,8 @@ impl Vcpu {
     ///
     /// # Errors
     ///
-    /// [`Error::Input`] where the hypervisor does not offer its features, [`Error::Call`] where it refuses.
+    /// [`crate::error::Error::Input`] where the hypervisor does not offer its features, [`crate::error::Error::Call`]
+    /// where it refuses.
     pub fn restored(vm: &VmFd, id: u32, saved: &saved::Cpu) -> Result<Self> {
         Self::with(vm, id, &saved.cpuid()?)
     }
@@ -130,7 +131,7 @@ impl Vcpu {
     ///
     /// # Errors
     ///
-    /// [`Error::Call`] where a device fails.
+    /// [`crate::error::Error::Call`] where a device fails.
     pub fn run(&self, ports: &Ports, bus: &Bus, control: &Control) -> Result<()> {
         self.meter.get_or_init(Meter::of_this_thread);
         let mut fd = self.fd();
@@ -207,8 +208,7 @@ fn set_msrs(fd: &VcpuFd) -> Result<()> {
             data,
             ..Default::default()
         };
-        let msrs = Msrs::from_entries(&[entry])
-            .map_err(|e| Error::call("listing MSRs", io::Error::other(format!("{e:?}"))))?;
+        let msrs = Msrs::from_entries(&[entry]).map_err(failed("listing MSRs"))?;
         fd.set_msrs(&msrs).map_err(failed("setting a CPU's MSRs"))?;
     }
     Ok(())

@@ -14,7 +14,7 @@ use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, ReadVolatile};
 use super::entry::{Entry, Mode};
 use super::image::Image;
 use super::write;
-use crate::error::{Error, Result};
+use crate::error::{failed, Error, Result};
 use crate::layout::{self, HIGH_MEMORY};
 use crate::memory::Memory;
 use crate::size::{self, MIB};
@@ -123,7 +123,7 @@ impl Kernel {
         }
         memory
             .write_obj(parameters, GuestAddress(layout::ZERO_PAGE))
-            .map_err(|e| Error::call("writing the zero page", io::Error::other(e)))?;
+            .map_err(failed("writing the zero page"))?;
         Ok(entry)
     }
 
@@ -220,7 +220,7 @@ impl Kernel {
         let length = usize::try_from(initrd.size).unwrap_or(usize::MAX);
         let mut target = memory
             .get_slice(GuestAddress(start), length)
-            .map_err(|e| Error::call("placing the initrd", io::Error::other(e)))?;
+            .map_err(failed("placing the initrd"))?;
         let read = initrd.file.read_exact_volatile(&mut target);
         read.map_err(|e| initrd.unreadable(&io::Error::other(e)))?;
         Ok(Some((start, initrd.size)))

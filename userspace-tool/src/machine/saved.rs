@@ -133,8 +133,7 @@ fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>> {
                 ..Default::default()
             })
             .collect();
-        let mut msrs = Msrs::from_entries(&entries)
-            .map_err(|e| Error::call("listing MSRs", std::io::Error::other(format!("{e:?}"))))?;
+        let mut msrs = Msrs::from_entries(&entries).map_err(failed("listing MSRs"))?;
         let done = fd.get_msrs(&mut msrs).map_err(failed("reading MSRs"))?;
         read.extend(msrs.as_slice().iter().take(done));
         // The first one that was not read is none of this CPU's.

@@ -2,7 +2,6 @@
 
 //! A machine from its parts to its end.
 
-use std::io;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
@@ -220,9 +219,8 @@ impl Base {
             control.end(Outcome::Host(error));
         }
         // There always is one: each thread that ends for a reason of its own gives it, a panic included.
-        let outcome = outcomes.recv().unwrap_or_else(|e| {
-            Outcome::Host(Error::call("watching the guest", io::Error::other(e)))
-        });
+        let outcome = outcomes.recv();
+        let outcome = outcome.unwrap_or_else(|e| Outcome::Host(failed("watching the guest")(e)));
         machine.join(&wake);
         let outcome = match (machine.output.finish(), outcome) {
             // The guest's end came before it was seen that its last words are lost.
@@ -328,7 +326,7 @@ fn spawn(
     let thread = thread::Builder::new().name(name.to_owned()).spawn(move || {
         // A panic leaves nothing broken behind: all that the closure leaves behind is the guest, which ends.
         let result = catch_unwind(AssertUnwindSafe(|| work(&of_thread)));
-        let panicked = |_| Err(Error::call(what, io::Error::other("it panicked")));
+        let panicked = |_| Err(Error::call(what, "it panicked"));
         if let Err(error) = result.unwrap_or_else(panicked) {
             of_thread.control.end(Outcome::Host(error));
         }

@@ -112,7 +112,7 @@ impl Transport {
             .iter()
             .map(|size| Queue::new(*size))
             .collect::<std::result::Result<Vec<_>, _>>()
-            .map_err(|error| Error::call("making a queue", io::Error::other(error)))?;
+            .map_err(failed("making a queue"))?;
         let kicks = queues.iter().map(|_| eventfd()).collect::<Result<_>>()?;
         Ok(Self {
             name: device.name(),
