@@ -2,11 +2,13 @@
 
 //! A Linux kernel, as a bzImage or in ELF form, with what it finds in memory (Documentation/arch/x86/boot.rst).
 
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use libc::{EI_CLASS, ELFCLASS64, EM_X86_64, PT_INTERP, PT_TLS};
+use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header, XLF_KERNEL_64};
+use linux_loader::elf::{Elf64_Ehdr, Elf64_Phdr};
 use linux_loader::loader::elf::Error as ElfError;
 use linux_loader::loader::{BzImage, Elf, Error as LoaderError, KernelLoader};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, ReadVolatile};
@@ -27,25 +29,10 @@ const MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
 const VERSION_LEAST: u16 = 0x020a;
 /// Version 2.12 brought `xloadflags`.
 const VERSION_XLOADFLAGS: u16 = 0x020c;
-/// `xloadflags`: there is a 64-bit entry at offset 0x200.
-const XLF_KERNEL_64: u16 = 1;
 /// Where the 64-bit entry lies in the loaded kernel.
 const ENTRY_64: u64 = 0x200;
 /// `type_of_loader` of a boot loader without a number of its own.
 const LOADER_UNDEFINED: u8 = 0xff;
-/// The class and machine fields of an ELF header, and their values for x86-64.
-const ELF_CLASS: usize = 4;
-const ELF_CLASS_64: u8 = 2;
-const ELF_MACHINE: usize = 18;
-const ELF_MACHINE_X86_64: [u8; 2] = [62, 0];
-/// Where an ELF header keeps the place and number of the program headers, and a program header's size.
-const ELF_PHOFF: usize = 32;
-const ELF_PHNUM: usize = 56;
-const ELF_PHENTSIZE: usize = 56;
-/// Program headers that only what runs under a kernel has: an interpreter, thread-local storage.
-const ELF_OF_PROGRAMS: [u32; 2] = [3, 7];
-/// How much of an ELF file is looked at.
-const ELF_HEAD: u64 = 640;
 /// The highest address of an initial RAM disk, and the longest command line, of a kernel that does not say (one in ELF
 /// form): those of every x86-64 Linux.
 const INITRD_MOST: u32 = 0x7fff_ffff;
@@ -141,7 +128,7 @@ impl Kernel {
             run_address(&self.header, load).saturating_add(self.header.init_size.into());
         let end = loaded.kernel_end.max(unpacked_end);
         fits(memory_size, end)?;
-        let (version, flags) = (self.header.version, self.header.xloadflags);
+        let (version, flags) = (self.header.version, u32::from(self.header.xloadflags));
         let entry = if version >= VERSION_XLOADFLAGS && flags & XLF_KERNEL_64 != 0 {
             Entry {
                 mode: Mode::Long,
@@ -234,23 +221,14 @@ impl Image {
             let name = self.path.display();
             Err(Error::input(format!("{name} {what}"), next))
         };
-        let mut header = setup_header::default();
-        match self.file.read_exact_at(header.as_mut_slice(), SETUP_HEADER) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                header = setup_header::default();
-            }
-            Err(error) => return Err(self.unreadable(&error)),
-        }
-        let mut head = Vec::new();
-        let read = (&self.file).take(ELF_HEAD).read_to_end(&mut head);
-        read.map_err(|error| self.unreadable(&error))?;
-        if head.starts_with(b"\x7fELF") {
-            return match elf_fault(&head) {
+        let elf: Elf64_Ehdr = self.part(0)?;
+        if elf.e_ident.starts_with(b"\x7fELF") {
+            return match self.elf_fault(&elf) {
                 Some(what) => refused(what, NOT_A_KERNEL),
                 None => Ok((Form::Elf, header_of_elf())),
             };
         }
+        let header: setup_header = self.part(SETUP_HEADER)?;
         let (magic, version) = (header.header, header.version);
         if magic != MAGIC {
             return refused("is not a kernel", NOT_A_KERNEL);
@@ -261,6 +239,31 @@ impl Image {
             return refused(&what, "give a newer kernel");
         }
         Ok((Form::BzImage, header))
+    }
+
+    /// What lies at `offset`; all zeroes where the file ends before.
+    fn part<T: ByteValued + Default>(&self, offset: u64) -> Result<T> {
+        let mut part = T::default();
+        match self.file.read_exact_at(part.as_mut_slice(), offset) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(T::default()),
+            Err(error) => Err(self.unreadable(&error)),
+            Ok(()) => Ok(part),
+        }
+    }
+
+    /// Why an ELF file with that header is no kernel.
+    fn elf_fault(&self, header: &Elf64_Ehdr) -> Option<&'static str> {
+        if (header.e_ident[EI_CLASS], header.e_machine) != (ELFCLASS64, EM_X86_64) {
+            return Some("is an ELF file, but none for x86-64");
+        }
+        let size = size_of::<Elf64_Phdr>() as u64;
+        let mut parts = (0..u64::from(header.e_phnum)).map_while(|number| {
+            let offset = header.e_phoff.checked_add(number * size)?;
+            self.part::<Elf64_Phdr>(offset).ok()
+        });
+        // Only what runs under a kernel has an interpreter or thread-local storage.
+        let is_program = parts.any(|part| [PT_INTERP, PT_TLS].contains(&part.p_type));
+        is_program.then_some("is a program, not a kernel")
     }
 
     fn broken(&self, error: &LoaderError) -> Error {
@@ -280,38 +283,6 @@ fn header_of_elf() -> setup_header {
         cmdline_size: COMMAND_LINE_MOST,
         ..Default::default()
     }
-}
-
-/// Why an ELF file that begins with `head` is no kernel.
-fn elf_fault(head: &[u8]) -> Option<&'static str> {
-    let x86_64 = head.get(ELF_CLASS) == Some(&ELF_CLASS_64)
-        && head.get(ELF_MACHINE..ELF_MACHINE + 2) == Some(&ELF_MACHINE_X86_64[..]);
-    if !x86_64 {
-        return Some("is an ELF file, but none for x86-64");
-    }
-    is_program(head).then_some("is a program, not a kernel")
-}
-
-/// Whether a 64-bit ELF file is a program for some system, by those of its program headers that are in `head`.
-fn is_program(head: &[u8]) -> bool {
-    let field = |at: usize, size: usize| -> Option<u64> {
-        let bytes = head.get(at..at.checked_add(size)?)?;
-        Some(
-            bytes
-                .iter()
-                .rev()
-                .fold(0, |value, byte| (value << 8) | u64::from(*byte)),
-        )
-    };
-    let (Some(first), Some(count)) = (field(ELF_PHOFF, 8), field(ELF_PHNUM, 2)) else {
-        return false;
-    };
-    (0..count as usize)
-        .map_while(|number| {
-            let at = usize::try_from(first).ok()?;
-            field(at.checked_add(number * ELF_PHENTSIZE)?, 4)
-        })
-        .any(|kind| ELF_OF_PROGRAMS.map(u64::from).contains(&kind))
 }
 
 /// Where a kernel loaded at `load` unpacks itself to (boot.rst, fields `init_size` and `pref_address`).
@@ -363,12 +334,16 @@ fn low(value: u64) -> u32 {
 mod tests {
     use super::*;
 
-    fn elf(class: u8, machine: [u8; 2]) -> Vec<u8> {
-        let mut head = vec![0; 64];
-        head[..4].copy_from_slice(b"\x7fELF");
-        head[ELF_CLASS] = class;
-        head[ELF_MACHINE..ELF_MACHINE + 2].copy_from_slice(&machine);
-        head
+    /// An ELF header of that class and machine, which tells of `count` program headers at `offset`.
+    fn elf(class: u8, machine: u16, offset: u64, count: u16) -> Vec<u8> {
+        let mut header = Elf64_Ehdr {
+            e_machine: machine,
+            e_phoff: offset,
+            e_phnum: count,
+            ..Default::default()
+        };
+        header.e_ident[..5].copy_from_slice(&[0x7f, b'E', b'L', b'F', class]);
+        header.as_slice().to_vec()
     }
 
     /// The form of a file with that content.
@@ -381,7 +356,7 @@ mod tests {
 
     #[test]
     fn forms_are_told_apart() {
-        assert_eq!(form(&elf(2, [0x3e, 0])).ok(), Some(Form::Elf));
+        assert_eq!(form(&elf(2, 0x3e, 0, 0)).ok(), Some(Form::Elf));
         let mut head = vec![0; 1024];
         assert!(form(&head).is_err());
         head[0x202..0x206].copy_from_slice(b"HdrS");
@@ -393,8 +368,8 @@ mod tests {
 
     #[test]
     fn other_machines_and_short_files_are_no_kernels() {
-        assert!(form(&elf(1, [0x3e, 0])).is_err());
-        assert!(form(&elf(2, [0xb7, 0])).is_err());
+        assert!(form(&elf(1, 0x3e, 0, 0)).is_err());
+        assert!(form(&elf(2, 0xb7, 0, 0)).is_err());
         for head in [b"".as_slice(), b"\x7fELF", b"#!/bin/sh\n"] {
             assert!(form(head).is_err());
         }
@@ -402,22 +377,27 @@ mod tests {
 
     #[test]
     fn a_program_is_no_kernel() {
-        // One program header behind the ELF header: PT_LOAD as a kernel has, then PT_INTERP, PT_TLS.
-        let with = |kind: u8| {
-            let mut head = elf(2, [0x3e, 0]);
-            head[ELF_PHOFF] = 64;
-            head[ELF_PHNUM] = 1;
-            head.push(kind);
-            head.extend([0; ELF_PHENTSIZE - 1]);
-            elf_fault(&head)
+        // Program headers behind the ELF header: PT_LOAD as a kernel has, then PT_INTERP, PT_TLS.
+        let with = |kinds: &[u32]| {
+            let mut file = elf(2, 0x3e, 64, kinds.len() as u16);
+            for kind in kinds {
+                let header = Elf64_Phdr {
+                    p_type: *kind,
+                    ..Default::default()
+                };
+                file.extend_from_slice(header.as_slice());
+            }
+            form(&file).map_err(|error| error.to_string())
         };
-        assert_eq!(with(1), None);
-        assert!(with(3).is_some());
-        assert!(with(7).is_some());
-        let mut wild = elf(2, [0x3e, 0]);
-        wild[ELF_PHOFF..ELF_PHOFF + 8].fill(0xff);
-        wild[ELF_PHNUM..ELF_PHNUM + 2].fill(0xff);
-        assert_eq!(elf_fault(&wild), None);
+        assert_eq!(with(&[1; 40]), Ok(Form::Elf));
+        for kinds in [&[3][..], &[7], &[1, 1, 3], &[&[1; 40][..], &[7]].concat()] {
+            let error = with(kinds).expect_err("a program");
+            assert!(error.contains("is a program"), "{error}");
+        }
+        // Headers that are nowhere tell nothing.
+        for offset in [64, 1 << 40, u64::MAX, u64::MAX - 0xffff] {
+            assert_eq!(form(&elf(2, 0x3e, offset, 0xffff)).ok(), Some(Form::Elf));
+        }
     }
 
     #[test]
