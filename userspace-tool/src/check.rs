@@ -7,8 +7,6 @@ mod cpu;
 use std::fs;
 use std::path::Path;
 
-use kvm_ioctls::Cap;
-
 use crate::arguments::DEFAULT_DEVICE;
 use crate::error::{print, Error, Result};
 use crate::hypervisor;
@@ -111,7 +109,7 @@ fn api(device: &Path) -> Vec<Finding> {
         .filter(|(cap, _)| !kvm.check_extension(*cap))
         .map(|(_, name)| *name)
         .collect();
-    let most = kvm.check_extension_int(Cap::MaxVcpus);
+    let most = kvm.get_max_vcpus();
     let capabilities = match lacks.as_slice() {
         [] => Ok(format!("API: all that a PC needs, up to {most} CPUs")),
         lacks => missing(

@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::Kvm;
 
 use crate::arguments::DEFAULT_DEVICE;
 use crate::error::{Error, Result};
@@ -91,40 +91,23 @@ fn how_to_load(device: &Path) -> String {
     }
 }
 
-/// Checks the number of CPUs against what the hypervisor takes.
+/// Checks the number of CPUs against what `kvm` takes; without it, against what any guest can have.
 ///
 /// # Errors
 ///
-/// [`Error::Input`] for none, or more than it takes.
-pub fn check_cpus(kvm: &Kvm, cpus: u32) -> Result<()> {
-    let most = u32::try_from(kvm.check_extension_int(Cap::MaxVcpus))
-        .unwrap_or(0)
-        .clamp(1, MAX_CPUS);
-    if cpus > most {
-        return Err(too_many_cpus(cpus, most));
-    }
-    Ok(())
-}
-
-/// Checks what can be said of the number of CPUs without a hypervisor.
-///
-/// # Errors
-///
-/// [`Error::Input`] for none, or more than any guest can have.
-pub fn check_cpus_early(cpus: u32) -> Result<()> {
+/// [`Error::Input`] for none, or more than that.
+pub fn check_cpus(cpus: u32, kvm: Option<&Kvm>) -> Result<()> {
+    let most = kvm.map_or(usize::MAX, Kvm::get_max_vcpus);
+    let most = u32::try_from(most).unwrap_or(MAX_CPUS).clamp(1, MAX_CPUS);
     match cpus {
         0 => Err(Error::input(
             "--cpus 0 leaves the guest without a CPU",
             "give 1 or more",
         )),
-        1..=MAX_CPUS => Ok(()),
-        _ => Err(too_many_cpus(cpus, MAX_CPUS)),
+        _ if cpus <= most => Ok(()),
+        _ => Err(Error::input(
+            format!("--cpus {cpus} is more than a guest can have here"),
+            format!("give {most} or less"),
+        )),
     }
-}
-
-fn too_many_cpus(cpus: u32, most: u32) -> Error {
-    Error::input(
-        format!("--cpus {cpus} is more than a guest can have here"),
-        format!("give {most} or less"),
-    )
 }

@@ -96,7 +96,7 @@ fn begin(options: &RunOptions) -> Result<()> {
     if options.detached {
         detach::begin()?;
     }
-    hypervisor::check_cpus_early(options.cpus)
+    hypervisor::check_cpus(options.cpus, None)
 }
 
 /// What a machine has that needs no hypervisor.
@@ -255,7 +255,7 @@ impl Base {
 /// hypervisor.
 fn create_vm(options: &RunOptions, memory: &Memory) -> Result<(Kvm, Arc<VmFd>)> {
     let kvm = hypervisor::open(&options.device)?;
-    hypervisor::check_cpus(&kvm, options.cpus)?;
+    hypervisor::check_cpus(options.cpus, Some(&kvm))?;
     if let Some((_, name)) = NEEDED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
         return Err(Error::input(
             format!("this hypervisor lacks {name}, without which no PC can be built"),
