@@ -10,7 +10,7 @@ mod user;
 use std::fmt;
 use std::path::PathBuf;
 
-pub use link::{Link, Offloads};
+pub use link::Link;
 
 /// The bytes in front of each frame on a virtio network card (virtio 1.2, 5.1.6: `virtio_net_hdr_v1`).
 pub const HEADER: usize = 12;

@@ -2,42 +2,33 @@
 
 //! This host's end of a network card, whatever it is joined to.
 
+use std::fmt::Display;
 use std::fs::{self, File};
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::fs::{flock, FlockOperation};
-use rustix::io::Errno;
+use rustix::io::{retry_on_intr, Errno};
 use rustix::net::sockopt::socket_peercred;
-use rustix::net::{accept_with, SocketFlags};
+use rustix::net::{
+    accept_with, connect, socket_with, AddressFamily, SocketAddrUnix, SocketFlags, SocketType,
+};
 use rustix::process::geteuid;
 
 use super::stream::Stream;
 use super::{tap, user, Joined, Mac, NetOptions, HEADER};
 use crate::error::{failed, say, Error, Result};
+use crate::registry;
 
-/// How long another machine may take to look who is at a path, and how often that is looked at.
-const PATIENCE: Duration = Duration::from_secs(5);
-const TRY_AGAIN: Duration = Duration::from_millis(10);
 /// How many of those who come are looked at in a row.
 const COMERS: usize = 16;
-
-/// What of a frame the one who gets it does, so that it need not be done before.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Offloads {
-    /// The checksums of TCP and UDP.
-    pub checksum: bool,
-    /// Cutting TCP over IPv4 into segments.
-    pub segments4: bool,
-    /// The same over IPv6.
-    pub segments6: bool,
-}
+/// The file in the machines' folder that is locked by one that looks who is at a path. No machine has such a name.
+const LOCK: &str = ".net";
+/// Those of all sockets here.
+const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 
 /// The other side is gone, or what it sends is no frame.
 #[derive(Debug, PartialEq, Eq)]
@@ -63,18 +54,13 @@ pub(super) trait Wire: AsFd + Send {
         Ok(true)
     }
 
-    /// Whether something is left.
-    fn has_rest(&self) -> bool {
-        false
+    /// What the other side can do with a frame beside passing it on, as features of a network card.
+    fn features(&self) -> u64 {
+        0
     }
 
-    /// Whether the other side can do more with a frame than pass it on.
-    fn has_offloads(&self) -> bool {
-        false
-    }
-
-    /// Says which work is left to the guest in frames that come.
-    fn set_offloads(&self, _offloads: Offloads) {}
+    /// Says which features of a card the driver has accepted: what work is left to it in frames that come.
+    fn accept_features(&self, _features: u64) {}
 }
 
 /// One end of a network.
@@ -115,17 +101,7 @@ impl Link {
                 link.join(Box::new(tap::open(name)?));
             }
             Joined::User(forward) => link.join(Box::new(Stream::new(user::start(forward)?))),
-            Joined::Socket(path) => match meet(path)? {
-                Met::Other(socket) => {
-                    role = "second";
-                    link.join(Box::new(Stream::new(socket.into())));
-                }
-                Met::Nobody(socket) => {
-                    role = "first";
-                    link.watch(&socket);
-                    link.listener = Some((socket, path.clone()));
-                }
-            },
+            Joined::Socket(path) => role = link.meet(path)?,
         }
         let mac = options.mac.unwrap_or_else(|| {
             let host = fs::read_to_string("/etc/machine-id").unwrap_or_default();
@@ -134,16 +110,56 @@ impl Link {
         Ok((link, mac))
     }
 
-    /// Whether the other side can do more with a frame than pass it on.
-    #[must_use]
-    pub fn has_offloads(&self) -> bool {
-        self.wire.as_ref().is_some_and(|wire| wire.has_offloads())
+    /// Joins the machine that waits at `path`, or waits there. Says which of the two it is. Nothing here blocks, so the
+    /// others that want their turn do not wait for long.
+    fn meet(&mut self, path: &Path) -> Result<&'static str> {
+        let cause = format!("--net socket={}", path.display());
+        let refused = |error: &dyn Display| {
+            Error::input(
+                format!("{cause}: {error}"),
+                "give a path in a folder of yours, shorter than 108 bytes",
+            )
+        };
+        let _turn = take_turn()?;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, FLAGS, None)
+            .map_err(failed("making a socket"))?;
+        match SocketAddrUnix::new(path).and_then(|address| connect(&socket, &address)) {
+            Ok(()) if is_trusted(&socket) => {
+                self.join(Box::new(Stream::new(socket)));
+                return Ok("second");
+            }
+            Ok(()) => return Err(refused(&"another user waits there")),
+            Err(Errno::NOENT) => {}
+            Err(Errno::CONNREFUSED) => {
+                let file = fs::symlink_metadata(path).map_err(|e| refused(&e))?;
+                if !file.file_type().is_socket() {
+                    return Err(Error::input(
+                        format!("{cause}: that file is no socket"),
+                        "give a path where nothing is",
+                    ));
+                }
+                // Left behind by one that was killed.
+                fs::remove_file(path).map_err(|e| refused(&e))?;
+            }
+            Err(error) => return Err(refused(&error)),
+        }
+        let socket = UnixListener::bind(path).map_err(|e| refused(&e))?;
+        socket.set_nonblocking(true).map_err(|e| refused(&e))?;
+        self.watch(&socket);
+        self.listener = Some((socket, path.to_owned()));
+        Ok("first")
     }
 
-    /// Says which work is left to the guest in frames that come. Without offloads it does nothing.
-    pub fn set_offloads(&mut self, offloads: Offloads) {
+    /// What the other side can do with a frame beside passing it on, as features of a network card.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.wire.as_ref().map_or(0, |wire| wire.features())
+    }
+
+    /// Says which features of a card the driver has accepted.
+    pub fn accept_features(&self, features: u64) {
         if let Some(wire) = &self.wire {
-            wire.set_offloads(offloads);
+            wire.accept_features(features);
         }
     }
 
@@ -174,10 +190,10 @@ impl Link {
         let Some(wire) = &mut self.wire else {
             return true;
         };
-        match wire.send(packet) {
-            Ok(taken) => {
-                let room = taken && !wire.has_rest();
-                self.await_room(!room);
+        let sent = wire.send(packet);
+        match sent.and_then(|taken| Ok((taken, wire.flush()?))) {
+            Ok((taken, whole)) => {
+                self.await_room(!taken || !whole);
                 taken
             }
             Err(Gone) => {
@@ -226,9 +242,8 @@ impl Link {
         let Some((listener, _)) = self.listener.as_ref().filter(|_| self.wire.is_none()) else {
             return;
         };
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         for _ in 0..COMERS {
-            let Ok(socket) = accept_with(listener, flags) else {
+            let Ok(socket) = accept_with(listener, FLAGS) else {
                 return;
             };
             if is_trusted(&socket) {
@@ -270,99 +285,22 @@ impl Drop for Link {
     }
 }
 
-/// Who was at a path.
-enum Met {
-    Other(UnixStream),
-    Nobody(UnixListener),
-}
-
-/// Joins the machine that waits at `path`, or waits there.
-fn meet(path: &Path) -> Result<Met> {
-    let shown = path.display();
-    let refused = |error: io::Error| {
-        Error::input(
-            format!("--net socket={shown}: {error}"),
-            "give a path in a folder of yours, shorter than 108 bytes",
-        )
-    };
-    let _turn = Turn::wait(path, PATIENCE).map_err(refused)?;
-    match UnixStream::connect(path) {
-        Ok(socket) => {
-            if !is_trusted(&socket) {
-                return Err(refused(io::Error::other("another user waits there")));
-            }
-            socket.set_nonblocking(true).map_err(refused)?;
-            return Ok(Met::Other(socket));
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            let file = fs::symlink_metadata(path).map_err(refused)?;
-            if !file.file_type().is_socket() {
-                return Err(Error::input(
-                    format!("--net socket={shown}: that file is no socket"),
-                    "give a path where nothing is",
-                ));
-            }
-            // Left behind by one that was killed.
-            fs::remove_file(path).map_err(refused)?;
-        }
-        Err(error) => return Err(refused(error)),
-    }
-    let socket = UnixListener::bind(path).map_err(refused)?;
-    socket.set_nonblocking(true).map_err(refused)?;
-    Ok(Met::Nobody(socket))
-}
-
 /// Whether the other side is root's or this user's: whoever it is sees all that the guest sends.
 fn is_trusted(socket: impl AsFd) -> bool {
     socket_peercred(socket).is_ok_and(|peer| peer.uid.is_root() || peer.uid == geteuid())
 }
 
-/// Held by one machine at a time that looks who is at a path: of two that start at once, the second meets the first.
-struct Turn {
-    path: PathBuf,
-    _lock: File,
-}
-
-impl Turn {
-    /// Others may hold it for ever where they may write to the folder, so it is waited for no longer than `patience`.
-    fn wait(path: &Path, patience: Duration) -> io::Result<Self> {
-        let mut path = path.as_os_str().to_owned();
-        path.push(".lock");
-        let path = PathBuf::from(path);
-        let deadline = Instant::now() + patience;
-        loop {
-            let lock = File::options()
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-                .open(&path)?;
-            match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-                // Who held it before has removed it.
-                Ok(()) => {
-                    let locked = lock.metadata()?.ino();
-                    if fs::symlink_metadata(&path).is_ok_and(|found| found.ino() == locked) {
-                        return Ok(Self { path, _lock: lock });
-                    }
-                }
-                Err(Errno::WOULDBLOCK) => {}
-                Err(error) => return Err(error.into()),
-            }
-            if Instant::now() >= deadline {
-                let why = format!("{} stays locked by another process", path.display());
-                return Err(io::Error::other(why));
-            }
-            thread::sleep(TRY_AGAIN);
-        }
-    }
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
-    }
+/// Waits until no other machine of this user looks who is at a path, and lets none look before the file is dropped: of
+/// two that start at once, the second meets the first.
+fn take_turn() -> Result<File> {
+    let path = registry::directory()?.join(LOCK);
+    let mut lock = File::options();
+    let lock = lock.write(true).create(true).truncate(false).open(&path);
+    let locked = lock.and_then(|lock| {
+        retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive))?;
+        Ok(lock)
+    });
+    locked.map_err(|error| Error::call(format!("locking {}", path.display()), error))
 }
 
 #[cfg(test)]

@@ -120,10 +120,6 @@ impl Wire for Stream {
         }
         Ok(self.rest.is_empty())
     }
-
-    fn has_rest(&self) -> bool {
-        !self.rest.is_empty()
-    }
 }
 
 impl AsFd for Stream {

@@ -8,16 +8,26 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use rustix::net::{socket, AddressFamily, SocketType};
+use virtio_bindings::virtio_net as card;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_val};
 
 use super::link::{Gone, Wire};
-use super::{Offloads, HEADER, LONGEST_FRAME, SHORTEST_FRAME};
+use super::{HEADER, LONGEST_FRAME, SHORTEST_FRAME};
+use crate::devices::virtio::bit;
 use crate::error::{failed, say, Error, Result};
 
 const DEVICE: &str = "/dev/net/tun";
 /// From linux/sockios.h: an interface's flags.
 const SIOCGIFFLAGS: libc::Ioctl = 0x8913;
 const SIOCSIFFLAGS: libc::Ioctl = 0x8914;
+
+/// The work that the guest and this host leave to one another: checksums, cutting TCP into segments.
+const OFFLOADS: u64 = bit(card::VIRTIO_NET_F_CSUM)
+    | bit(card::VIRTIO_NET_F_HOST_TSO4)
+    | bit(card::VIRTIO_NET_F_HOST_TSO6)
+    | bit(card::VIRTIO_NET_F_GUEST_CSUM)
+    | bit(card::VIRTIO_NET_F_GUEST_TSO4)
+    | bit(card::VIRTIO_NET_F_GUEST_TSO6);
 
 /// `struct ifreq`: an interface's name, and a union that begins with its flags.
 #[repr(C)]
@@ -153,18 +163,20 @@ impl Wire for Tap {
         Ok(true)
     }
 
-    fn has_offloads(&self) -> bool {
-        true
+    fn features(&self) -> u64 {
+        OFFLOADS
     }
 
-    fn set_offloads(&self, offloads: Offloads) {
+    fn accept_features(&self, features: u64) {
         let flags = [
-            (offloads.checksum, libc::TUN_F_CSUM),
-            (offloads.segments4, libc::TUN_F_TSO4),
-            (offloads.segments6, libc::TUN_F_TSO6),
+            (card::VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
+            (card::VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
+            (card::VIRTIO_NET_F_GUEST_TSO6, libc::TUN_F_TSO6),
         ];
-        let wanted = flags.iter().filter(|(on, _)| *on);
-        let wanted = wanted.fold(0, |all, (_, flag)| all | *flag as libc::c_int);
+        let accepted = flags
+            .iter()
+            .filter(|(feature, _)| features & bit(*feature) != 0);
+        let wanted = accepted.fold(0, |all, (_, flag)| all | *flag as libc::c_int);
         // A TAP that does not know one of them goes on doing the work itself.
         let _ = set(&self.file, libc::TUNSETOFFLOAD, wanted);
     }

@@ -6,13 +6,10 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
-use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-};
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF};
 
 use super::{bit, broken, Counter, Device, Fault, Rings};
-use crate::net::{Link, Mac, Offloads, HEADER, LONGEST_FRAME, SHORTEST_FRAME};
+use crate::net::{Link, Mac, HEADER, LONGEST_FRAME, SHORTEST_FRAME};
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
@@ -22,14 +19,6 @@ const NUMBER_OF_BUFFERS: std::ops::Range<usize> = 10..12;
 /// The most buffers that a frame is put into, which one call can take: the longest one in buffers of 1,536 bytes
 /// takes 43.
 const MOST_BUFFERS: usize = 48;
-
-/// The work that one side leaves to the other: checksums, cutting TCP into segments.
-const OFFLOADS: u64 = bit(VIRTIO_NET_F_CSUM)
-    | bit(VIRTIO_NET_F_HOST_TSO4)
-    | bit(VIRTIO_NET_F_HOST_TSO6)
-    | bit(VIRTIO_NET_F_GUEST_CSUM)
-    | bit(VIRTIO_NET_F_GUEST_TSO4)
-    | bit(VIRTIO_NET_F_GUEST_TSO6);
 
 /// The network card.
 pub struct Net {
@@ -172,12 +161,7 @@ impl Device for Net {
     }
 
     fn features(&self) -> u64 {
-        let offloads = if self.link.has_offloads() {
-            OFFLOADS
-        } else {
-            0
-        };
-        bit(VIRTIO_NET_F_MAC) | bit(VIRTIO_NET_F_MRG_RXBUF) | offloads
+        bit(VIRTIO_NET_F_MAC) | bit(VIRTIO_NET_F_MRG_RXBUF) | self.link.features()
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -189,18 +173,12 @@ impl Device for Net {
     }
 
     fn activate(&mut self, features: u64) {
-        let has = |feature| features & bit(feature) != 0;
-        self.mergeable = has(VIRTIO_NET_F_MRG_RXBUF);
-        self.link.set_offloads(Offloads {
-            checksum: has(VIRTIO_NET_F_GUEST_CSUM),
-            segments4: has(VIRTIO_NET_F_GUEST_TSO4),
-            segments6: has(VIRTIO_NET_F_GUEST_TSO6),
-        });
+        self.mergeable = features & bit(VIRTIO_NET_F_MRG_RXBUF) != 0;
+        self.link.accept_features(features);
     }
 
     fn reset(&mut self) {
-        self.mergeable = false;
-        self.link.set_offloads(Offloads::default());
+        self.activate(0);
     }
 
     fn process(&mut self, queue: usize, rings: &mut Rings<'_>) -> Result<(), Fault> {

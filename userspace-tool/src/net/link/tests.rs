@@ -2,7 +2,8 @@
 
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::thread;
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::process::Uid;
@@ -183,41 +184,32 @@ fn what_is_at_the_path_is_looked_at() {
 }
 
 #[test]
-fn machines_take_turns_and_wait_for_none_for_ever() {
+fn of_machines_that_start_at_once_one_waits_and_the_others_come() {
+    for _ in 0..20 {
+        let folder = tempfile::tempdir().expect("a folder");
+        // All of them find one that a killed machine left.
+        drop(UnixListener::bind(folder.path().join("link")).expect("a socket"));
+        let text = at(&folder);
+        let links: Vec<Link> = thread::scope(|scope| {
+            let starts = [(); 8].map(|()| scope.spawn(|| open(&text).0));
+            let ends = starts.map(|start| start.join().expect("a machine"));
+            ends.into()
+        });
+        let waiting = links.iter().filter(|link| link.listener.is_some()).count();
+        assert_eq!(waiting, 1);
+    }
+}
+
+#[test]
+fn a_place_that_is_full_holds_nobody_up() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("link");
-    // Whoever has the folder itself locked is in nobody's way.
-    let opened = File::open(folder.path()).expect("the folder");
-    flock(&opened, FlockOperation::LockExclusive).expect("a lock");
-    drop(open(&at(&folder)));
-    let turn = Turn::wait(&path, Duration::ZERO).expect("nobody has it");
-    let error = Turn::wait(&path, Duration::from_millis(30)).err();
-    let error = error.expect("another one has it").to_string();
-    assert!(error.contains("link.lock stays locked"), "{error}");
-    drop(turn);
-    drop(Turn::wait(&path, Duration::ZERO).expect("nobody has it any more"));
-    assert!(!folder.path().join("link.lock").exists());
-    std::os::unix::fs::symlink("precious", folder.path().join("link.lock")).expect("a link");
-    assert!(Turn::wait(&path, Duration::ZERO).is_err());
-    assert!(!folder.path().join("precious").exists());
-    // Of machines that start at once, one waits and the others come.
-    let (_first, listeners) = {
-        let folder = tempfile::tempdir().expect("a folder");
-        let text = at(&folder);
-        let starts: Vec<_> = (0..8)
-            .map(|_| {
-                let text = text.clone();
-                thread::spawn(move || open(&text).0)
-            })
-            .collect();
-        let links: Vec<Link> = starts
-            .into_iter()
-            .map(|start| start.join().expect("a machine"))
-            .collect();
-        let waiting = links.iter().filter(|link| link.listener.is_some()).count();
-        (links, waiting)
-    };
-    assert_eq!(listeners, 1);
+    let listener = UnixListener::bind(&path).expect("a socket");
+    rustix::net::listen(&listener, 0).expect("room for one");
+    let _waits = UnixStream::connect(&path).expect("a connection");
+    let error = Link::open(&options(&at(&folder)), "test", 0).err();
+    let error = error.expect("there is no room").to_string();
+    assert!(error.contains("temporarily unavailable"), "{error}");
 }
 
 #[test]
