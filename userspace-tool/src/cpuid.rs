@@ -25,7 +25,7 @@ const LEVEL_CORE: u32 = 2;
 #[derive(Debug)]
 pub struct Template {
     /// What the hypervisor supports.
-    supported: Vec<kvm_cpuid_entry2>,
+    supported: CpuId,
     cpus: u32,
     /// KVM tells the timer's mode with a TSC deadline by a capability: it takes the in-kernel local APIC.
     deadline: bool,
@@ -38,11 +38,10 @@ impl Template {
     ///
     /// [`crate::error::Error::Call`] where the hypervisor does not tell.
     pub fn new(kvm: &Kvm, cpus: u32) -> Result<Self> {
-        let supported = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(failed("asking which CPU features guests can have"))?;
         Ok(Self {
-            supported: supported.as_slice().to_vec(),
+            supported: kvm
+                .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+                .map_err(failed("asking which CPU features guests can have"))?,
             cpus,
             deadline: kvm.check_extension(Cap::TscDeadlineTimer),
         })
@@ -54,21 +53,19 @@ impl Template {
     ///
     /// [`crate::error::Error::Call`] where there are more leaves than a call can take.
     pub fn for_cpu(&self, apic_id: u32) -> Result<CpuId> {
-        debug_assert!(apic_id < self.cpus);
-        CpuId::from_entries(&self.entries_for(apic_id))
-            .map_err(failed("listing the CPU's features"))
-    }
-
-    fn entries_for(&self, apic_id: u32) -> Vec<kvm_cpuid_entry2> {
         let cpus = self.cpus;
-        let leaf_0 = self.supported.iter().find(|entry| entry.function == 0);
+        debug_assert!(apic_id < cpus);
+        let mut cpuid = self.supported.clone();
+        let leaf_0 = cpuid.as_slice().iter().find(|entry| entry.function == 0);
         let most_leaf = leaf_0.map_or(0, |entry| entry.eax);
-        let mut entries = self.supported.clone();
-        entries.retain(|entry| !is_topology(entry.function));
-        for leaf in [0xb, 0x1f].into_iter().filter(|leaf| *leaf <= most_leaf) {
-            entries.extend(topology(leaf, cpus));
+        cpuid.retain(|entry| !is_topology(entry.function));
+        let leaves = [0xb, 0x1f].into_iter().filter(|leaf| *leaf <= most_leaf);
+        for level in leaves.flat_map(|leaf| topology(leaf, cpus)) {
+            cpuid
+                .push(level)
+                .map_err(failed("listing the CPU's features"))?;
         }
-        for entry in &mut entries {
+        for entry in cpuid.as_mut_slice() {
             match entry.function {
                 1 => {
                     let ids = cpus.next_power_of_two().min(0xff);
@@ -92,7 +89,7 @@ impl Template {
                 _ => {}
             }
         }
-        entries
+        Ok(cpuid)
     }
 }
 
@@ -162,14 +159,19 @@ mod tests {
             entry(0x8000_0000, 0, 0x8000_0008),
         ];
         Template {
-            supported: supported.to_vec(),
+            supported: CpuId::from_entries(&supported).expect("they are few"),
             cpus,
             deadline: true,
         }
     }
 
-    fn find(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
+    fn entries_for(template: &Template, apic_id: u32) -> CpuId {
+        template.for_cpu(apic_id).expect("they are few")
+    }
+
+    fn find(entries: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
         let mut found = entries
+            .as_slice()
             .iter()
             .filter(|e| (e.function, e.index) == (function, index));
         let first = *found.next().expect("the leaf is there");
@@ -184,7 +186,7 @@ mod tests {
     fn each_cpu_has_its_own_apic_id() {
         let template = template(3);
         for id in 0..3 {
-            let entries = template.entries_for(id);
+            let entries = entries_for(&template, id);
             assert_eq!(find(&entries, 1, 0).ebx >> 24, id);
             for level in 0..3 {
                 assert_eq!(find(&entries, 0xb, level).edx, id);
@@ -194,7 +196,7 @@ mod tests {
 
     #[test]
     fn what_is_not_the_topologys_stays() {
-        let entries = template(3).entries_for(2);
+        let entries = entries_for(&template(3), 2);
         let leaf_1 = find(&entries, 1, 0);
         assert_eq!((leaf_1.eax, leaf_1.ebx & 0xffff), (0x306d4, 0x0800));
         assert_ne!(leaf_1.edx & SSE2, 0);
@@ -204,7 +206,7 @@ mod tests {
     #[test]
     fn the_topology_levels_count_threads_then_cores() {
         for (cpus, bits) in [(1, 0), (2, 1), (3, 2), (8, 3), (254, 8)] {
-            let entries = template(cpus).entries_for(0);
+            let entries = entries_for(&template(cpus), 0);
             let (smt, core, end) = (
                 find(&entries, 0xb, 0),
                 find(&entries, 0xb, 1),
@@ -218,19 +220,22 @@ mod tests {
 
     #[test]
     fn a_leaf_above_the_highest_is_not_made_up() {
-        let entries = template(2).entries_for(0);
-        assert!(entries.iter().all(|entry| entry.function != 0x1f));
+        let entries = entries_for(&template(2), 0);
+        assert!(entries
+            .as_slice()
+            .iter()
+            .all(|entry| entry.function != 0x1f));
     }
 
     #[test]
     fn one_cpu_is_no_hyperthreading() {
-        assert_eq!(find(&template(1).entries_for(0), 1, 0).edx & HTT, 0);
-        assert_ne!(find(&template(2).entries_for(0), 1, 0).edx & HTT, 0);
+        assert_eq!(find(&entries_for(&template(1), 0), 1, 0).edx & HTT, 0);
+        assert_ne!(find(&entries_for(&template(2), 0), 1, 0).edx & HTT, 0);
     }
 
     #[test]
     fn caches_are_shared_from_the_third_level_on() {
-        let entries = template(4).entries_for(0);
+        let entries = entries_for(&template(4), 0);
         let sharing = |index| ((find(&entries, 4, index).eax >> 14) & 0xfff) + 1;
         assert_eq!((sharing(0), sharing(3)), (1, 4));
         assert_eq!((find(&entries, 4, 0).eax >> 26) + 1, 4);
@@ -241,11 +246,11 @@ mod tests {
         let supported = [entry(0, 0, 1), entry(1, 0, 0)];
         for deadline in [false, true] {
             let template = Template {
-                supported: supported.to_vec(),
+                supported: CpuId::from_entries(&supported).expect("they are few"),
                 cpus: 1,
                 deadline,
             };
-            let entries = template.entries_for(0);
+            let entries = entries_for(&template, 0);
             assert_eq!(find(&entries, 1, 0).ecx & TSC_DEADLINE != 0, deadline);
         }
     }
