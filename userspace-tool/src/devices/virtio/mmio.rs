@@ -56,13 +56,19 @@ pub struct Transport {
 struct State {
     device: Box<dyn Device>,
     queues: Vec<Queue>,
+    registers: Registers,
+    paused: bool,
+    /// What is wrong was said once.
+    told: bool,
+}
+
+/// What the driver has written to the registers.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+struct Registers {
     device_features_select: u32,
     driver_features_select: u32,
     driver_features: u64,
     queue_select: u32,
-    paused: bool,
-    /// What is wrong was said once.
-    told: bool,
 }
 
 /// The state of a transport, as it is kept outside.
@@ -71,8 +77,7 @@ pub struct Saved {
     status: u32,
     interrupts: u32,
     generation: u32,
-    selects: [u32; 3],
-    features: u64,
+    registers: Registers,
     queues: Vec<SavedQueue>,
     device: Vec<u8>,
 }
@@ -127,10 +132,7 @@ impl Transport {
             state: Mutex::new(State {
                 device,
                 queues,
-                device_features_select: 0,
-                driver_features_select: 0,
-                driver_features: 0,
-                queue_select: 0,
+                registers: Registers::default(),
                 paused: false,
                 told: false,
             }),
@@ -291,21 +293,13 @@ impl Transport {
     #[must_use]
     pub fn save(&self) -> Saved {
         let state = lock(&self.state);
+        let queues = state.queues.iter().map(|queue| SavedQueue(queue.state()));
         Saved {
             status: self.status.load(Ordering::SeqCst),
             interrupts: self.interrupts.load(Ordering::SeqCst),
             generation: self.generation.load(Ordering::SeqCst),
-            selects: [
-                state.device_features_select,
-                state.driver_features_select,
-                state.queue_select,
-            ],
-            features: state.driver_features,
-            queues: state
-                .queues
-                .iter()
-                .map(|it| SavedQueue(it.state()))
-                .collect(),
+            registers: state.registers.clone(),
+            queues: queues.collect(),
             device: state.device.save(),
         }
     }
@@ -323,10 +317,11 @@ impl Transport {
             )
         };
         let mut state = lock(&self.state);
-        if saved.queues.len() != state.queues.len() || saved.features & !state.offered() != 0 {
+        let features = saved.registers.driver_features;
+        if saved.queues.len() != state.queues.len() || features & !state.offered() != 0 {
             return Err(wrong());
         }
-        let event_idx_enabled = saved.features & bit(VIRTIO_RING_F_EVENT_IDX) != 0;
+        let event_idx_enabled = features & bit(VIRTIO_RING_F_EVENT_IDX) != 0;
         let queues = saved
             .queues
             .iter()
@@ -345,14 +340,9 @@ impl Transport {
             return Err(wrong());
         }
         state.queues = queues;
-        [
-            state.device_features_select,
-            state.driver_features_select,
-            state.queue_select,
-        ] = saved.selects;
-        state.driver_features = saved.features;
+        state.registers = saved.registers.clone();
         if saved.status & DRIVER_OK != 0 {
-            state.device.activate(saved.features);
+            state.device.activate(features);
         }
         self.status.store(saved.status, Ordering::SeqCst);
         self.interrupts.store(saved.interrupts, Ordering::SeqCst);
@@ -495,10 +485,10 @@ impl State {
     }
 
     fn read_register(&self, offset: u32) -> u32 {
-        let queue = self.queues.get(self.queue_select as usize);
+        let queue = self.queues.get(self.registers.queue_select as usize);
         match offset {
             register::VIRTIO_MMIO_DEVICE_ID => self.device.id(),
-            register::VIRTIO_MMIO_DEVICE_FEATURES => half(self.device_features_select)
+            register::VIRTIO_MMIO_DEVICE_FEATURES => half(self.registers.device_features_select)
                 .map_or(0, |shift| (self.offered() >> shift) as u32),
             register::VIRTIO_MMIO_QUEUE_NUM_MAX => queue.map_or(0, |queue| queue.max_size().into()),
             register::VIRTIO_MMIO_QUEUE_READY => queue.map_or(0, |queue| queue.ready().into()),
@@ -507,14 +497,15 @@ impl State {
     }
 
     fn write_register(&mut self, offset: u32, value: u32, status: u32) {
+        let registers = &mut self.registers;
         match offset {
-            register::VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_select = value,
-            register::VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_select = value,
-            register::VIRTIO_MMIO_QUEUE_SEL => self.queue_select = value,
+            register::VIRTIO_MMIO_DEVICE_FEATURES_SEL => registers.device_features_select = value,
+            register::VIRTIO_MMIO_DRIVER_FEATURES_SEL => registers.driver_features_select = value,
+            register::VIRTIO_MMIO_QUEUE_SEL => registers.queue_select = value,
             register::VIRTIO_MMIO_DRIVER_FEATURES if status & FEATURES_OK == 0 => {
-                if let Some(shift) = half(self.driver_features_select) {
-                    self.driver_features &= !(0xffff_ffff << shift);
-                    self.driver_features |= u64::from(value) << shift;
+                if let Some(shift) = half(registers.driver_features_select) {
+                    registers.driver_features &= !(0xffff_ffff << shift);
+                    registers.driver_features |= u64::from(value) << shift;
                 }
             }
             _ if status & DRIVER_OK == 0 => self.write_queue(offset, value),
@@ -524,7 +515,7 @@ impl State {
 
     /// The driver tells where the selected queue is. The queue takes no value that can't be right.
     fn write_queue(&mut self, offset: u32, value: u32) {
-        let Some(queue) = self.queues.get_mut(self.queue_select as usize) else {
+        let Some(queue) = self.queues.get_mut(self.registers.queue_select as usize) else {
             return;
         };
         if offset == register::VIRTIO_MMIO_QUEUE_READY {
@@ -552,28 +543,28 @@ impl State {
 
     /// Whether the driver has taken no feature that was not offered, and the one that is needed.
     fn accepts_features(&self) -> bool {
-        self.driver_features & !self.offered() == 0
-            && self.driver_features & bit(VIRTIO_F_VERSION_1) != 0
+        let features = self.registers.driver_features;
+        features & !self.offered() == 0 && features & bit(VIRTIO_F_VERSION_1) != 0
     }
 
     /// Starts the device, where the rings that are ready lie in the guest's `memory`.
     fn activate(&mut self, memory: &Memory) -> bool {
-        let event_idx = self.driver_features & bit(VIRTIO_RING_F_EVENT_IDX) != 0;
+        let features = self.registers.driver_features;
+        let event_idx = features & bit(VIRTIO_RING_F_EVENT_IDX) != 0;
         for queue in self.queues.iter_mut().filter(|queue| queue.ready()) {
             if !queue.is_valid(memory) {
                 return false;
             }
             queue.set_event_idx(event_idx);
         }
-        self.device.activate(self.driver_features);
+        self.device.activate(features);
         true
     }
 
     fn reset(&mut self) {
         self.device.reset();
         self.queues.iter_mut().for_each(Queue::reset);
-        self.driver_features = 0;
-        self.queue_select = 0;
+        self.registers = Registers::default();
     }
 }
 
