@@ -119,22 +119,24 @@ impl NetOptions {
     ///
     /// What is wrong with it and what would be right, in one line.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let mut words = text.split(',');
-        let joined = match words.next().map(key_and_value) {
-            Some(("tap", Some(name))) => Joined::Tap(interface_name(name)?),
-            Some(("user", None)) => Joined::User(Vec::new()),
-            Some(("socket", Some(path))) if !path.is_empty() => Joined::Socket(path.into()),
+        let mut words = text
+            .split(',')
+            .map(|word| word.split_once('=').unwrap_or((word, "")));
+        let joined = match words.next() {
+            Some(("tap", name)) => Joined::Tap(interface_name(name)?),
+            Some(("user", "")) => Joined::User(Vec::new()),
+            Some(("socket", path)) if !path.is_empty() => Joined::Socket(path.into()),
             _ => return Err("it begins with tap=NAME, user or socket=PATH".to_owned()),
         };
         let mut options = Self { joined, mac: None };
         for word in words {
-            match (key_and_value(word), &mut options.joined) {
-                (("mac", Some(mac)), _) => options.mac = Some(Mac::parse(mac)?),
-                (("forward", Some(ports)), Joined::User(forward)) => forward.push(ports_of(ports)?),
+            match (word, &mut options.joined) {
+                (("mac", mac), _) => options.mac = Some(Mac::parse(mac)?),
+                (("forward", ports), Joined::User(forward)) => forward.push(ports_of(ports)?),
                 (("forward", _), _) => {
                     return Err("forward=HOST:GUEST goes with user alone".to_owned())
                 }
-                _ => {
+                ((word, _), _) => {
                     return Err(format!(
                         "'{word}' is unknown; there are mac= and, with user, forward="
                     ))
@@ -145,24 +147,15 @@ impl NetOptions {
     }
 }
 
-fn key_and_value(word: &str) -> (&str, Option<&str>) {
-    word.split_once('=')
-        .map_or((word, None), |(key, value)| (key, Some(value)))
-}
-
 fn interface_name(name: &str) -> Result<String, String> {
     let right = |c: char| c.is_ascii_graphic() && !"/:%".contains(c);
-    if name.is_empty()
-        || name.len() > LONGEST_NAME
-        || !name.chars().all(right)
-        || name == "."
-        || name == ".."
-    {
-        return Err(format!(
-            "tap={name} names no interface; a name has at most {LONGEST_NAME} letters and digits, such as tap0"
-        ));
+    let length = (1..=LONGEST_NAME).contains(&name.len());
+    if length && name.chars().all(right) && ![".", ".."].contains(&name) {
+        return Ok(name.to_owned());
     }
-    Ok(name.to_owned())
+    Err(format!(
+        "tap={name} names no interface; a name has at most {LONGEST_NAME} letters and digits, such as tap0"
+    ))
 }
 
 fn ports_of(text: &str) -> Result<Forward, String> {
@@ -209,7 +202,7 @@ mod tests {
         for (text, part) in [
             ("", "begins with"),
             ("bridge=br0", "begins with"),
-            ("tap", "begins with"),
+            ("tap", "names no interface"),
             ("user=me", "begins with"),
             ("socket=", "begins with"),
             ("tap=", "names no interface"),
@@ -221,9 +214,11 @@ mod tests {
             ("user,forward=80", "no pair of ports"),
             ("user,forward=0:80", "no pair of ports"),
             ("user,forward=80:65536", "no pair of ports"),
-            ("user,speed=1", "'speed=1' is unknown"),
+            ("user,speed=1", "'speed' is unknown"),
             ("user,", "'' is unknown"),
             ("user,mac=", "no MAC address"),
+            ("user,mac", "no MAC address"),
+            ("user,forward", "no pair of ports"),
             ("user,mac=02:00:00:00:00", "no MAC address"),
             ("user,mac=02:00:00:00:00:00:00", "no MAC address"),
             ("user,mac=02:00:00:00:00:0g", "no MAC address"),
