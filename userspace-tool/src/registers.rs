@@ -4,9 +4,9 @@
 //! go on.
 
 use kvm_bindings::{
-    kvm_dtable, kvm_regs, kvm_run, kvm_segment, kvm_sregs, KVM_INTERNAL_ERROR_DELIVERY_EV,
-    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
-    KVM_INTERNAL_ERROR_SIMUL_EX, KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON,
+    kvm_regs, kvm_run, kvm_sregs, KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_INTERNAL_ERROR_SIMUL_EX,
+    KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -19,81 +19,14 @@ pub fn report(vcpu: &VcpuFd) -> String {
     }
 }
 
+/// As the structures of KVM's API tell it themselves, in hexadecimal, four registers or one segment to a line.
 fn text(regs: &kvm_regs, sregs: &kvm_sregs) -> String {
-    let mut out = format!(
-        "registers\n  rip {:016x}  rflags {:016x}",
-        regs.rip, regs.rflags
-    );
-    let general = [
-        ("rax", regs.rax),
-        ("rbx", regs.rbx),
-        ("rcx", regs.rcx),
-        ("rdx", regs.rdx),
-        ("rsi", regs.rsi),
-        ("rdi", regs.rdi),
-        ("rsp", regs.rsp),
-        ("rbp", regs.rbp),
-        ("r8 ", regs.r8),
-        ("r9 ", regs.r9),
-        ("r10", regs.r10),
-        ("r11", regs.r11),
-        ("r12", regs.r12),
-        ("r13", regs.r13),
-        ("r14", regs.r14),
-        ("r15", regs.r15),
-        ("cr0", sregs.cr0),
-        ("cr2", sregs.cr2),
-        ("cr3", sregs.cr3),
-        ("cr4", sregs.cr4),
-        ("cr8", sregs.cr8),
-        ("efer", sregs.efer),
-        ("apic", sregs.apic_base),
-    ];
-    for row in general.chunks(4) {
-        let row = row
-            .iter()
-            .map(|(name, value)| format!("  {name} {value:016x}"));
-        out += &format!("\n{}", row.collect::<String>());
-    }
-    let segments = [
-        ("cs", &sregs.cs),
-        ("ss", &sregs.ss),
-        ("ds", &sregs.ds),
-        ("es", &sregs.es),
-        ("fs", &sregs.fs),
-        ("gs", &sregs.gs),
-        ("tr", &sregs.tr),
-        ("ldt", &sregs.ldt),
-    ];
-    for (name, segment) in segments {
-        out += &format!("\n  {name:3} {}", segment_text(segment));
-    }
-    for (name, kvm_dtable { base, limit, .. }) in [("gdt", &sregs.gdt), ("idt", &sregs.idt)] {
-        out += &format!("\n  {name} base {base:016x} limit {limit:04x}");
-    }
-    out
-}
-
-fn segment_text(segment: &kvm_segment) -> String {
-    let kvm_segment {
-        base,
-        limit,
-        selector,
-        type_,
-        present,
-        dpl,
-        db,
-        s,
-        l,
-        g,
-        unusable,
-        ..
-    } = segment;
-    format!(
-        "{selector:04x} base {base:016x} limit {limit:08x} type {type_:x} s {s} dpl {dpl} p {present} \
-         l {l} db {db} g {g}{}",
-        if *unusable != 0 { " unusable" } else { "" }
-    )
+    let general = format!("{regs:x?}");
+    let general: Vec<_> = general.split(", ").collect();
+    let rows = general.chunks(4).map(|row| row.join(", "));
+    let segments = format!("{sregs:x?}").replace("}, ", "},\n  ");
+    let general = rows.collect::<Vec<_>>().join(",\n  ");
+    format!("registers\n  {general}\n  {segments}")
 }
 
 /// What the hypervisor told with `KVM_EXIT_INTERNAL_ERROR` in `run`: the reason, the instruction's bytes
@@ -193,11 +126,13 @@ mod tests {
         };
         let text = text(&regs, &sregs);
         for part in [
-            "rip 0000000012345678",
-            "r15 000000000000feed",
-            "cr3 000000000abcd000",
+            " rip: 12345678,",
+            " r15: feed,",
+            "\n  ldt: kvm_segment { base: 0,",
+            " cr3: abcd000,",
         ] {
             assert!(text.contains(part), "{part} in {text}");
         }
+        assert!(text.lines().all(|line| line.len() <= 160), "{text}");
     }
 }
