@@ -94,32 +94,31 @@ pub fn write_tables(memory: &Memory, mode: Mode) -> Result<()> {
     }
 }
 
-/// A flat segment with the descriptor at `selector`.
-fn segment(selector: u16, mode: Mode) -> kvm_segment {
-    let code = selector == BOOT_CS;
-    let long = code && mode == Mode::Long;
+/// What a CPU has of a flat segment that is described so at `selector` (SDM volume 3, figure 3-8).
+fn segment(selector: u16, descriptors: &[u64]) -> kvm_segment {
+    let descriptor = descriptors[usize::from(selector) / size_of::<u64>()];
+    let bits = |at: u32, count: u32| ((descriptor >> at) & ((1 << count) - 1)) as u8;
     kvm_segment {
-        base: 0,
-        limit: 0xffff_ffff,
+        limit: u32::MAX,
         selector,
-        // Read, accessed; execute or write.
-        type_: if code { 0xb } else { 0x3 },
-        present: 1,
-        dpl: 0,
-        db: u8::from(!long),
-        s: 1,
-        l: u8::from(long),
-        g: 1,
+        type_: bits(40, 4),
+        s: bits(44, 1),
+        dpl: bits(45, 2),
+        present: bits(47, 1),
+        l: bits(53, 1),
+        db: bits(54, 1),
+        g: bits(55, 1),
         ..Default::default()
     }
 }
 
 fn enter_mode(sregs: &mut kvm_sregs, mode: Mode) {
-    sregs.cs = segment(BOOT_CS, mode);
-    let data = segment(BOOT_DS, mode);
+    let descriptors = descriptors(mode);
+    sregs.cs = segment(BOOT_CS, &descriptors);
+    let data = segment(BOOT_DS, &descriptors);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.gdt.base = layout::GDT;
-    sregs.gdt.limit = size_of_val(&descriptors(mode)) as u16 - 1;
+    sregs.gdt.limit = size_of_val(&descriptors) as u16 - 1;
     sregs.cr0 = CR0;
     if mode == Mode::Long {
         sregs.cr0 |= CR0_PAGING;
@@ -201,23 +200,17 @@ mod tests {
     }
 
     #[test]
-    fn segments_agree_with_their_descriptors() {
-        for (selector, mode) in [
-            (BOOT_CS, Mode::Long),
-            (BOOT_CS, Mode::Protected),
-            (BOOT_DS, Mode::Long),
-            (BOOT_DS, Mode::Protected),
-        ] {
-            let descriptor = descriptors(mode)[usize::from(selector / 8)];
-            let segment = segment(selector, mode);
-            // SDM volume 3, figure 3-8.
-            assert_eq!(((descriptor >> 40) & 0xf) as u8, segment.type_);
-            assert_eq!(((descriptor >> 44) & 1) as u8, segment.s);
-            assert_eq!(((descriptor >> 45) & 3) as u8, segment.dpl);
-            assert_eq!(((descriptor >> 47) & 1) as u8, segment.present);
-            assert_eq!(((descriptor >> 53) & 1) as u8, segment.l);
-            assert_eq!(((descriptor >> 54) & 1) as u8, segment.db);
-            assert_eq!(((descriptor >> 55) & 1) as u8, segment.g);
-        }
+    fn segments_are_flat_and_what_their_descriptors_say() {
+        let fields = |selector, mode| {
+            let segment = segment(selector, &descriptors(mode));
+            assert_eq!((segment.base, segment.limit, segment.g), (0, u32::MAX, 1));
+            assert_eq!((segment.s, segment.dpl, segment.present), (1, 0, 1));
+            (segment.type_, segment.l, segment.db)
+        };
+        // Code that is executed and read, data that is read and written; accessed.
+        assert_eq!(fields(BOOT_CS, Mode::Long), (0xb, 1, 0));
+        assert_eq!(fields(BOOT_CS, Mode::Protected), (0xb, 0, 1));
+        assert_eq!(fields(BOOT_DS, Mode::Long), (0x3, 0, 1));
+        assert_eq!(fields(BOOT_DS, Mode::Protected), (0x3, 0, 1));
     }
 }
