@@ -49,14 +49,6 @@ impl Trigger for ResetLine {
     }
 }
 
-/// What firmware has beside a PC's devices, and an operating system no use for.
-pub struct Firmware {
-    /// The port on which it tells what it does, where somebody listens.
-    pub debug: Option<Debug>,
-    /// What it is to know of its machine.
-    pub config: Mutex<FwCfg>,
-}
-
 /// The state of the devices on I/O ports, as it is kept outside. The keyboard controller has none.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -75,26 +67,32 @@ pub struct Ports {
     /// The serial port, which the console feeds too.
     pub serial: Mutex<Serial>,
     cmos: Mutex<Cmos>,
-    firmware: Option<Firmware>,
+    /// What firmware is to know of its machine.
+    config: Option<Mutex<FwCfg>>,
+    /// The port on which firmware tells what it does, where somebody listens.
+    debug: Option<Debug>,
     power: Mutex<Power>,
     i8042: Mutex<I8042Device<ResetLine>>,
     vm: Arc<VmFd>,
 }
 
 impl Ports {
-    /// The ports of a machine that `control` ends, with those devices; their interrupts go to `vm`.
+    /// The ports of a machine that `control` ends, with those devices, the last two for firmware; their interrupts go
+    /// to `vm`.
     #[must_use]
     pub fn new(
         control: Control,
         vm: Arc<VmFd>,
         serial: Serial,
         cmos: Cmos,
-        firmware: Option<Firmware>,
+        config: Option<FwCfg>,
+        debug: Option<Debug>,
     ) -> Self {
         Self {
             serial: Mutex::new(serial),
             cmos: Mutex::new(cmos),
-            firmware,
+            config: config.map(Mutex::new),
+            debug,
             power: Mutex::new(Power::default()),
             i8042: Mutex::new(I8042Device::new(ResetLine(control.clone()))),
             control,
@@ -122,7 +120,7 @@ impl Ports {
             serial: serial.state(),
             cmos: lock(&self.cmos).clone(),
             power: lock(&self.power).save(),
-            config: self.firmware.as_ref().map(|it| lock(&it.config).place()),
+            config: self.config.as_ref().map(|config| lock(config).place()),
         };
         Ok((saved, with()?))
     }
@@ -142,8 +140,8 @@ impl Ports {
         }
         *lock(&self.cmos) = saved.cmos.clone();
         *lock(&self.power) = saved.power.save();
-        if let (Some(firmware), Some(place)) = (&self.firmware, saved.config) {
-            lock(&firmware.config).go_to(place);
+        if let (Some(config), Some(place)) = (&self.config, saved.config) {
+            lock(config).go_to(place);
         }
         Ok(())
     }
@@ -195,13 +193,13 @@ impl Ports {
                 }
             }
             debug::PORT => {
-                if let Some(debug) = self.debug() {
+                if let Some(debug) = &self.debug {
                     debug.write(data).map_err(failed("writing the console"))?;
                 }
             }
             fwcfg::SELECTOR => {
-                if let Some(firmware) = &self.firmware {
-                    lock(&firmware.config).select(data);
+                if let Some(config) = &self.config {
+                    lock(config).select(data);
                 }
             }
             cmos::INDEX | cmos::DATA => {
@@ -222,10 +220,6 @@ impl Ports {
         Ok(())
     }
 
-    fn debug(&self) -> Option<&Debug> {
-        self.firmware.as_ref()?.debug.as_ref()
-    }
-
     /// The guest reads from `port` as many bytes as `data` has.
     pub fn read(&self, port: u16, data: &mut [u8]) {
         data.fill(NOBODY);
@@ -234,10 +228,10 @@ impl Ports {
                 let mut serial = lock(&self.serial);
                 data.fill_with(|| serial.read((port - serial::BASE) as u8));
             }
-            debug::PORT if self.debug().is_some() => data.fill(debug::LISTENING),
+            debug::PORT if self.debug.is_some() => data.fill(debug::LISTENING),
             fwcfg::DATA => {
-                if let Some(firmware) = &self.firmware {
-                    lock(&firmware.config).read(data);
+                if let Some(config) = &self.config {
+                    lock(config).read(data);
                 }
             }
             cmos::INDEX | cmos::DATA => data.fill(lock(&self.cmos).read(port)),

@@ -23,7 +23,7 @@ use crate::devices::debug::Debug;
 use crate::devices::fwcfg::FwCfg;
 use crate::devices::serial::{Drained, Line, Serial};
 use crate::devices::virtio::console::Keyboard;
-use crate::devices::{lock, virtio, Firmware, Ports};
+use crate::devices::{lock, virtio, Ports};
 use crate::error::{failed, say, Error, Result};
 use crate::memory::Memory;
 use crate::outcome::Outcome;
@@ -242,12 +242,11 @@ impl Base {
         // A boot loader's screen is on the serial port. Firmware shows itself there too, so its other words would
         // only be in the way.
         let screen = !options.disks.is_empty();
-        let config = || FwCfg::new(options.memory, screen);
-        let firmware = options.firmware.is_some().then(|| Firmware {
-            debug: (!screen).then(|| Debug(self.output.clone())),
-            config: Mutex::new(config()),
-        });
-        Ports::new(self.control.clone(), Arc::clone(vm), serial, cmos, firmware)
+        let firmware = options.firmware.is_some();
+        let config = firmware.then(|| FwCfg::new(options.memory, screen));
+        let debug = (firmware && !screen).then(|| Debug(self.output.clone()));
+        let (control, vm) = (self.control.clone(), Arc::clone(vm));
+        Ports::new(control, vm, serial, cmos, config, debug)
     }
 }
 
