@@ -75,11 +75,6 @@ fn pm_timer(elapsed: Duration) -> u32 {
     ticks as u32
 }
 
-/// The ports from `first` on, which begin anew behind the last.
-fn ports(first: u16) -> impl Iterator<Item = u16> {
-    (0..=u16::MAX).map(move |offset| first.wrapping_add(offset))
-}
-
 impl Power {
     /// Somebody presses the power button.
     pub fn press_button(&mut self) {
@@ -109,9 +104,9 @@ impl Power {
 
     /// A write; says where it ends the guest. Ports that are not here take it and forget it.
     pub fn write(&mut self, port: u16, data: &[u8]) -> Option<Outcome> {
-        // A wider access reaches the registers behind the first one byte for byte.
+        // A wider access reaches the registers behind the first one byte for byte, as far as there are ports.
         let mut event = None;
-        for (port, byte) in ports(port).zip(data) {
+        for (port, byte) in (port..=u16::MAX).zip(data) {
             event = event.or(self.write_byte(port, *byte));
         }
         event
@@ -149,7 +144,7 @@ impl Power {
                 .for_each(|(byte, count)| *byte = count);
             return;
         }
-        for (port, byte) in ports(port).zip(data) {
+        for (port, byte) in (port..=u16::MAX).zip(data) {
             let index = usize::from(port.wrapping_sub(PM1A_EVENT));
             match self.registers.get(index) {
                 Some(register) if index == CONTROL_LOW => *byte = register | SCI_ENABLE,
