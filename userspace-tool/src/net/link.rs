@@ -92,7 +92,7 @@ impl Link {
             wire: None,
             listener: None,
             awaits_room: false,
-            name: options.joined.to_string(),
+            name: options.text.clone(),
         };
         let mut role = "";
         match &options.joined {
