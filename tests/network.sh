@@ -69,9 +69,9 @@ test_ping_and_transfer_by_tap() {
 	done
 }
 
-# The one machine serves a file, and ends when the other has read it.
+# pair_archives COMMANDS: the one machine serves a file, and when the other has read it does COMMANDS and ends.
 pair_archives() {
-	archive first <<-'END'
+	{ cat && echo "$1"; } <<-'END' | archive first
 		mkdir /tmp/www
 		head -c 500000 /dev/urandom >/tmp/www/data
 		echo "guest: data $(sha256sum </tmp/www/data | cut -c 1-64)"
@@ -80,6 +80,7 @@ pair_archives() {
 		echo "guest: mac $(cat /sys/class/net/eth0/address)"
 		ip addr add 10.2.0.1/24 dev eth0
 		ip link set eth0 up
+		echo "guest: carrier $(cat /sys/class/net/eth0/carrier)"
 		wait
 	END
 	archive second <<-'END'
@@ -94,11 +95,13 @@ pair_archives() {
 	END
 }
 
-# pair NETWORK NETWORK: two machines on these reach one another.
+# pair NETWORK NETWORK [LINE COMMANDS]: two machines on these reach one another, the second from when the first has
+# said LINE; then the first does COMMANDS.
 pair() {
-	pair_archives
+	pair_archives "${4:-}"
 	guest first --net "$1" &
 	other=$!
+	[ -z "${3:-}" ] || check "no '$3'" wait_for 60 said first "$3" || { killall rvisor; return 1; }
 	guest second --net "$2"
 	status=$?
 	check "the second ended with $status: $(tail_of second)" test $status -eq 0 || { killall rvisor; return 1; }
@@ -118,8 +121,18 @@ test_two_guests_on_a_bridge() {
 	pair tap=left tap=right
 }
 
+# The first sees the second come and go.
 test_two_guests_on_a_socket() {
-	pair socket=/tmp/link socket=/tmp/link
+	# shellcheck disable=SC2016 # for the guest's shell
+	pair socket=/tmp/link socket=/tmp/link 'guest: carrier 0' '
+		tries=0
+		until [ "$(cat /sys/class/net/eth0/carrier)" = 0 ] || [ $tries -gt 50 ]; do
+			sleep 0.2
+			tries=$((tries + 1))
+		done
+		[ $tries -gt 50 ] || echo "guest: unplugged"
+	' || return
+	check "the first did not see the second go: $(tail_of first)" said first 'guest: unplugged'
 }
 
 # Without a TAP of that name there is one while the guest runs.

@@ -82,8 +82,8 @@ pub struct RunOptions {
     ///   user           without root: what this user reaches, through a passt of the machine's own. Addresses come
     ///                  by DHCP. What listens on this host's loopback addresses alone is not reached.
     ///   socket=PATH    without root: a cable to another machine of this user or root that is given the same PATH. The
-    ///                  one that starts first waits there for another, also when the other has ended. PATH is
-    ///                  best in a folder of this user's alone.
+    ///                  one that starts first waits there for another, also when the other has ended; its guest sees the
+    ///                  cable unplugged meanwhile. PATH is best in a folder of this user's alone.
     /// Behind it, each after a comma:
     ///   forward=HOSTPORT:GUESTPORT
     ///                  with user: TCP connections to the port HOSTPORT of this host, on all its addresses, go to the

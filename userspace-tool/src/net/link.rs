@@ -163,6 +163,12 @@ impl Link {
         }
     }
 
+    /// Whether somebody is at the other end.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.wire.is_some()
+    }
+
     /// The next frame that has come, with its virtio header; it stays the next until [`Self::take`].
     pub fn front(&mut self) -> Option<([u8; HEADER], &[u8])> {
         self.accept();

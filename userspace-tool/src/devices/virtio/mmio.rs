@@ -435,6 +435,9 @@ impl Transport {
                 if finished.interrupt {
                     self.raise(register::VIRTIO_MMIO_INT_VRING);
                 }
+                if finished.config {
+                    self.config_changed();
+                }
                 Ok(finished)
             }
             Err(Fault::Host(error)) => Err(error),

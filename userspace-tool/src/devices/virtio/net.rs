@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
-use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF};
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS};
 
 use super::{bit, broken, Counter, Device, Fault, Rings};
 use crate::net::{Link, Mac, HEADER, LONGEST_FRAME, SHORTEST_FRAME};
@@ -27,6 +27,8 @@ pub struct Net {
     link: Link,
     /// The driver takes a frame in several buffers.
     mergeable: bool,
+    /// Whether somebody is at the other end, as the driver was told last.
+    told: Option<bool>,
     /// The frame that is sent, behind its header.
     packet: Box<[u8]>,
     counters: Counters,
@@ -60,6 +62,7 @@ impl Net {
             mac,
             link,
             mergeable: false,
+            told: None,
             packet: vec![0; HEADER + LONGEST_FRAME].into_boxed_slice(),
             counters: Counters::default(),
         }
@@ -161,7 +164,10 @@ impl Device for Net {
     }
 
     fn features(&self) -> u64 {
-        bit(VIRTIO_NET_F_MAC) | bit(VIRTIO_NET_F_MRG_RXBUF) | self.link.features()
+        bit(VIRTIO_NET_F_MAC)
+            | bit(VIRTIO_NET_F_MRG_RXBUF)
+            | bit(VIRTIO_NET_F_STATUS)
+            | self.link.features()
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -169,11 +175,14 @@ impl Device for Net {
     }
 
     fn config(&self) -> Vec<u8> {
-        self.mac.bytes().to_vec()
+        // VIRTIO_NET_S_LINK_UP is bit 0.
+        let status = u16::from(self.link.is_up());
+        [&self.mac.bytes()[..], &status.to_le_bytes()].concat()
     }
 
     fn activate(&mut self, features: u64) {
         self.mergeable = features & bit(VIRTIO_NET_F_MRG_RXBUF) != 0;
+        self.told = None;
         self.link.accept_features(features);
     }
 
@@ -183,9 +192,14 @@ impl Device for Net {
 
     fn process(&mut self, queue: usize, rings: &mut Rings<'_>) -> Result<(), Fault> {
         match queue {
-            TRANSMIT => self.transmit(rings),
-            _ => self.receive(rings),
+            TRANSMIT => self.transmit(rings)?,
+            _ => self.receive(rings)?,
         }
+        let up = Some(self.link.is_up());
+        if std::mem::replace(&mut self.told, up) != up {
+            rings.config_changed();
+        }
+        Ok(())
     }
 
     fn counters(&self) -> Vec<(&'static str, Counter)> {

@@ -41,6 +41,8 @@ pub struct Rings<'a> {
 pub(super) struct Finished {
     /// The driver is to be interrupted.
     pub(super) interrupt: bool,
+    /// It is to be told of a change of the configuration space.
+    pub(super) config: bool,
     /// The queues that want another call, a bit each.
     pub(super) again: u64,
     /// Why the device can't go on before the user has done something, and after how long all queues want another
@@ -158,6 +160,11 @@ impl<'a> Rings<'a> {
         self.finished.interrupt |= !others.is_empty();
         ring.set_next_used(next);
         self.push(queue, last, *length)
+    }
+
+    /// The configuration space has changed.
+    pub fn config_changed(&mut self) {
+        self.finished.config = true;
     }
 
     /// The device can't go on before the user has done what `reason` says: the guest is to be paused, and

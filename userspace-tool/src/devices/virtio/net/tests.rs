@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use super::super::tests::{self, Driver, BUFFERS};
 use super::*;
 use crate::net::NetOptions;
+use virtio_bindings::virtio_mmio as register;
 use vm_memory::{Bytes, GuestAddress};
 
 const WRITE: u16 = 2;
@@ -81,6 +82,30 @@ fn frames_go_out_whole_and_without_their_header() {
         driver.counted(),
         [("sent_frames", 5), ("sent_bytes", bytes)]
     );
+}
+
+/// Serves what has come from the link. The link's state, and the interrupts that the driver has got since.
+fn status(driver: &Driver) -> (u32, u32) {
+    driver.serve_source();
+    let interrupts = driver.read(register::VIRTIO_MMIO_INTERRUPT_STATUS);
+    driver.write(register::VIRTIO_MMIO_INTERRUPT_ACK, interrupts);
+    let mut status = [0; 2];
+    let at = register::VIRTIO_MMIO_CONFIG + 6;
+    driver.transport.read(at.into(), &mut status);
+    (u16::from_le_bytes(status).into(), interrupts)
+}
+
+#[test]
+fn the_driver_is_told_who_comes_and_goes() {
+    let (mut driver, peer) = card();
+    assert_eq!(status(&driver), (1, register::VIRTIO_MMIO_INT_CONFIG));
+    assert_eq!(status(&driver), (1, 0));
+    drop(peer);
+    assert_eq!(status(&driver), (0, register::VIRTIO_MMIO_INT_CONFIG));
+    assert_eq!(status(&driver), (0, 0));
+    // A driver that is new, or was restored with another link, is told in any case.
+    driver.set_up(u64::MAX);
+    assert_eq!(status(&driver), (0, register::VIRTIO_MMIO_INT_CONFIG));
 }
 
 #[test]
