@@ -265,7 +265,7 @@ impl Machine {
     /// Its memory balloon. No lock of another device's is taken, which may wait for a disk.
     fn balloon(&self) -> Option<&Arc<virtio::Transport>> {
         let mut devices = self.parts.bus.devices();
-        devices.find(|device| device.name() == "balloon")
+        devices.find(|device| device.name == "balloon")
     }
 
     fn set_balloon(&self, bytes: u64) -> Result<()> {

@@ -77,20 +77,20 @@ pub fn check_size(bytes: u64) -> Result<()> {
 ///
 /// [`Error::Input`] where the kernel refuses a mapping of that size.
 pub fn allocate(bytes: u64, rom: u64) -> Result<Memory> {
-    let refused = |why: String| {
+    let ranges = layout::with_rom(layout::ram(bytes), rom);
+    let ranges = ranges.iter().map(|range| {
+        (
+            GuestAddress(range.start),
+            (range.end - range.start) as usize,
+        )
+    });
+    // Private, anonymous, MAP_NORESERVE.
+    Memory::from_ranges(&ranges.collect::<Vec<_>>()).map_err(|why| {
         Error::input(
             format!("the host gives no {} of memory: {why}", size::text(bytes)),
             "give a smaller --memory",
         )
-    };
-    let mut ranges = Vec::new();
-    for range in layout::with_rom(layout::ram(bytes), rom) {
-        let length = usize::try_from(range.end - range.start);
-        let length = length.map_err(|e| refused(e.to_string()))?;
-        ranges.push((GuestAddress(range.start), length));
-    }
-    // Private, anonymous, MAP_NORESERVE.
-    Memory::from_ranges(&ranges).map_err(|e| refused(e.to_string()))
+    })
 }
 
 /// Gives `memory` to `vm`, one slot a region. The guest can't write to its firmware, where the hypervisor

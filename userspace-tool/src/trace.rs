@@ -99,8 +99,8 @@ impl Exit {
 pub(crate) fn stream(machine: &Machine, wanted: &Wanted, mut client: &UnixStream) -> Result<()> {
     let mut traces = Vec::new();
     for vcpu in &machine.parts.vcpus {
-        if wanted.cpu.is_none_or(|cpu| cpu == vcpu.id()) {
-            traces.push((vcpu.id(), vcpu.trace().map_err(|error| refused(&error))?));
+        if wanted.cpu.is_none_or(|cpu| cpu == vcpu.id) {
+            traces.push((vcpu.id, vcpu.trace().map_err(|error| refused(&error))?));
         }
     }
     while !control::gone(client) {

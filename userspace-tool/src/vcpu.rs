@@ -39,8 +39,10 @@ const DELIVER_NMI: u32 = 0x400;
 pub struct Vcpu {
     /// Its thread has it except while the CPU is parked.
     fd: Mutex<VcpuFd>,
-    id: u32,
-    counters: Option<Counters>,
+    /// Its number.
+    pub id: u32,
+    /// Its counters, where the hypervisor has some.
+    pub counters: Option<Counters>,
     meter: OnceLock<Meter>,
     raw: RawFd,
 }
@@ -93,18 +95,6 @@ impl Vcpu {
             fd: Mutex::new(fd),
             id,
         })
-    }
-
-    /// Its number.
-    #[must_use]
-    pub fn id(&self) -> u32 {
-        self.id
-    }
-
-    /// Its counters, where the hypervisor has some.
-    #[must_use]
-    pub fn counters(&self) -> Option<&Counters> {
-        self.counters.as_ref()
     }
 
     /// The times of its thread, 0 before that runs.

@@ -129,18 +129,12 @@ impl Kernel {
         let end = loaded.kernel_end.max(unpacked_end);
         fits(memory_size, end)?;
         let (version, flags) = (self.header.version, u32::from(self.header.xloadflags));
-        let entry = if version >= VERSION_XLOADFLAGS && flags & XLF_KERNEL_64 != 0 {
-            Entry {
-                mode: Mode::Long,
-                address: load + ENTRY_64,
-            }
+        let (mode, address) = if version >= VERSION_XLOADFLAGS && flags & XLF_KERNEL_64 != 0 {
+            (Mode::Long, load + ENTRY_64)
         } else {
-            Entry {
-                mode: Mode::Protected,
-                address: load,
-            }
+            (Mode::Protected, load)
         };
-        Ok((entry, end))
+        Ok((Entry { mode, address }, end))
     }
 
     /// The same for a kernel in ELF form.

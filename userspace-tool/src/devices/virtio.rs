@@ -226,8 +226,8 @@ impl Bus {
     pub fn counters(&self) -> BTreeMap<String, Counts> {
         let mut all = BTreeMap::<String, Counts>::new();
         for device in &self.0 {
-            for (name, counter) in device.counters() {
-                let counts = all.entry(device.name().to_owned()).or_default();
+            for (name, counter) in &device.counters {
+                let counts = all.entry(device.name.clone()).or_default();
                 *counts.entry((*name).to_owned()).or_default() += counter.get();
             }
         }

@@ -295,7 +295,7 @@ fn start_threads(machine: &Arc<Machine>, console: Console) -> Result<()> {
     })?;
     for device in machine.parts.bus.devices() {
         let of_thread = Arc::clone(device);
-        spawn(machine, device.name(), move |machine| {
+        spawn(machine, &device.name, move |machine| {
             of_thread.work(&machine.control, |reason| machine.stuck(reason))
         })?;
     }
@@ -308,7 +308,7 @@ fn start_threads(machine: &Arc<Machine>, console: Console) -> Result<()> {
     }
     for vcpu in &machine.parts.vcpus {
         let of_thread = Arc::clone(vcpu);
-        spawn(machine, &format!("vcpu{}", vcpu.id()), move |machine| {
+        spawn(machine, &format!("vcpu{}", vcpu.id), move |machine| {
             of_thread.run(&machine.ports, &machine.parts.bus, &machine.control)
         })?;
     }

@@ -15,7 +15,6 @@ use crate::devices::lock;
 use crate::error::failed;
 
 const RECEIVE: usize = 0;
-const SIZES: [u16; 2] = [64, 64];
 /// How much of one buffer is written: what a driver sends at once is far shorter.
 const MOST: usize = 1 << 20;
 /// How much is read at once.
@@ -113,7 +112,7 @@ impl Device for Console {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &SIZES
+        &[64, 64]
     }
 
     fn process(&mut self, queue: usize, rings: &mut Rings<'_>) -> Result<(), Fault> {

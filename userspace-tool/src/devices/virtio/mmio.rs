@@ -41,8 +41,10 @@ pub(super) const EVERYTHING: u64 = u64::MAX;
 /// A device on the transport.
 pub struct Transport {
     state: Mutex<State>,
-    name: String,
-    counters: Vec<(&'static str, Counter)>,
+    /// What messages call the device.
+    pub name: String,
+    /// What the device counts, by its names.
+    pub counters: Vec<(&'static str, Counter)>,
     status: AtomicU32,
     interrupts: AtomicU32,
     generation: AtomicU32,
@@ -152,18 +154,6 @@ impl Transport {
         }
         vm.register_irqfd(&self.interrupt, gsi)
             .map_err(failed("joining an interrupt to an eventfd"))
-    }
-
-    /// What messages call the device.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// What the device counts, by its names.
-    #[must_use]
-    pub fn counters(&self) -> &[(&'static str, Counter)] {
-        &self.counters
     }
 
     /// The guest reads its registers at `offset`, as many bytes as `data` has.

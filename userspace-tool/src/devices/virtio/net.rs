@@ -13,7 +13,6 @@ use crate::net::{Link, Mac, HEADER, LONGEST_FRAME, SHORTEST_FRAME};
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
-const SIZES: [u16; 2] = [256, 256];
 /// Where in the header the number of buffers stands that a frame lies in, 16 bits.
 const NUMBER_OF_BUFFERS: std::ops::Range<usize> = 10..12;
 /// The most buffers that a frame is put into, which one call can take: the longest one in buffers of 1,536 bytes
@@ -171,7 +170,7 @@ impl Device for Net {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &SIZES
+        &[256, 256]
     }
 
     fn config(&self) -> Vec<u8> {

@@ -204,7 +204,7 @@ impl Driver {
 
     /// What the device has counted, all that is not 0.
     pub(crate) fn counted(&self) -> Vec<(&'static str, u64)> {
-        let counters = self.transport.counters().iter();
+        let counters = self.transport.counters.iter();
         let counted = counters.map(|(name, counter)| (*name, counter.get()));
         counted.filter(|(_, count)| *count > 0).collect()
     }
