@@ -3,6 +3,8 @@
 //! QEMU's firmware configuration device (docs/specs/fw_cfg.rst of QEMU), by its I/O ports without DMA: what
 //! firmware wants to know of its machine, as files.
 
+use std::io::Read;
+
 use crate::acpi;
 use crate::devices::serial;
 use crate::layout;
@@ -101,10 +103,7 @@ impl FwCfg {
             }
         };
         data.fill(0);
-        let rest = item.get(self.position..).unwrap_or_default();
-        for (byte, value) in data.iter_mut().zip(rest) {
-            *byte = *value;
-        }
+        let _ = item.get(self.position..).unwrap_or_default().read(data);
         self.position = self.position.saturating_add(data.len());
     }
 }

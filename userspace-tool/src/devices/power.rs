@@ -2,6 +2,7 @@
 
 //! ACPI's fixed registers (ACPI 6.5, 4.8.3) and the reset register (4.8.3.6): switching off and resetting.
 
+use std::io::Read;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -139,9 +140,7 @@ impl Power {
     pub fn read(&self, port: u16, data: &mut [u8]) {
         if port == PM_TIMER {
             let count = pm_timer(self.running()).to_le_bytes();
-            data.iter_mut()
-                .zip(count)
-                .for_each(|(byte, count)| *byte = count);
+            let _ = count.as_slice().read(data);
             return;
         }
         for (port, byte) in (port..=u16::MAX).zip(data) {

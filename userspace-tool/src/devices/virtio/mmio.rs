@@ -3,7 +3,7 @@
 //! The MMIO transport, version 2 (virtio 1.3, 4.2): a device's registers, its rings, its interrupt and its
 //! worker thread.
 
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Mutex;
@@ -162,9 +162,7 @@ impl Transport {
         if let Some(at) = offset.checked_sub(register::VIRTIO_MMIO_CONFIG.into()) {
             let config = lock(&self.state).device.config();
             let from = usize::try_from(at).ok().and_then(|at| config.get(at..));
-            for (byte, value) in data.iter_mut().zip(from.unwrap_or_default()) {
-                *byte = *value;
-            }
+            let _ = from.unwrap_or_default().read(data);
         } else if data.len() == 4 {
             data.copy_from_slice(&self.read_register(offset as u32).to_le_bytes());
         }
@@ -211,27 +209,23 @@ impl Transport {
     /// The driver tells how far it is (virtio 1.3, 3.1.1): it adds bits, or resets the device with 0.
     fn write_status(&self, value: u32) {
         let mut state = lock(&self.state);
-        if value == 0 {
-            state.reset();
-            self.status.store(0, Ordering::SeqCst);
-            self.interrupts.store(0, Ordering::SeqCst);
-            return;
-        }
         let old = self.status.load(Ordering::SeqCst);
         let mut new = old | (value & 0xff);
+        if value == 0 {
+            state.reset();
+            self.interrupts.store(0, Ordering::SeqCst);
+            new = 0;
+        }
         if new & !old & FEATURES_OK != 0 && !state.accepts_features() {
             new &= !FEATURES_OK;
         }
-        if new & !old & DRIVER_OK != 0 {
-            if new & FEATURES_OK != 0 && state.activate(&self.memory) {
-                self.status.store(new, Ordering::SeqCst);
-                drop(state);
-                self.wake();
-                return;
-            }
+        if new & !old & DRIVER_OK != 0 && (new & FEATURES_OK == 0 || !state.activate(&self.memory))
+        {
             new = (new & !DRIVER_OK) | NEEDS_RESET;
         }
         self.status.store(new, Ordering::SeqCst);
+        // There may be work already.
+        self.wake();
     }
 
     /// Raises the interrupt for `why`, a bit of the interrupt status register.
@@ -337,7 +331,6 @@ impl Transport {
         self.status.store(saved.status, Ordering::SeqCst);
         self.interrupts.store(saved.interrupts, Ordering::SeqCst);
         self.generation.store(saved.generation, Ordering::SeqCst);
-        drop(state);
         if saved.interrupts != 0 {
             // It may have been under way.
             self.raise(0);
