@@ -14,7 +14,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialState;
-use vm_superio::{I8042Device, Trigger};
 
 use crate::error::{failed, Error, Result};
 use crate::machine::Control;
@@ -25,9 +24,11 @@ use fwcfg::FwCfg;
 use power::{Power, SCI};
 use serial::Serial;
 
-/// The keyboard controller's ports: data 0x60, command 0x64. The hypervisor's PIT has 0x61 between them.
+/// The keyboard controller's ports: data 0x60, command 0x64. The hypervisor's PIT has 0x61 between them. All that it does
+/// is to pull the CPU's reset line, at this command; vm-superio's does no more.
 const I8042: u16 = 0x60;
 const I8042_COMMAND: u16 = 0x64;
+const I8042_RESET: u8 = 0xfe;
 /// What nobody answers reads as all ones, as on a bus.
 const NOBODY: u8 = 0xff;
 
@@ -35,18 +36,6 @@ const NOBODY: u8 = 0xff;
 /// of which any value is one the guest could have written.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Ends the guest when the keyboard controller pulls the CPU's reset line.
-struct ResetLine(Control);
-
-impl Trigger for ResetLine {
-    type E = std::convert::Infallible;
-
-    fn trigger(&self) -> std::result::Result<(), Self::E> {
-        self.0.end(Outcome::Rebooted);
-        Ok(())
-    }
 }
 
 /// The state of the devices on I/O ports, as it is kept outside. The keyboard controller has none.
@@ -72,7 +61,6 @@ pub struct Ports {
     /// The port on which firmware tells what it does, where somebody listens.
     debug: Option<Debug>,
     power: Mutex<Power>,
-    i8042: Mutex<I8042Device<ResetLine>>,
     vm: Arc<VmFd>,
 }
 
@@ -94,7 +82,6 @@ impl Ports {
             config: config.map(Mutex::new),
             debug,
             power: Mutex::new(Power::default()),
-            i8042: Mutex::new(I8042Device::new(ResetLine(control.clone()))),
             control,
             vm,
         }
@@ -206,11 +193,7 @@ impl Ports {
                 let mut cmos = lock(&self.cmos);
                 data.iter().for_each(|byte| cmos.write(port, *byte));
             }
-            I8042 | I8042_COMMAND => {
-                for byte in data {
-                    let Ok(()) = lock(&self.i8042).write((port - I8042) as u8, *byte);
-                }
-            }
+            I8042_COMMAND if data.contains(&I8042_RESET) => self.control.end(Outcome::Rebooted),
             _ => {
                 if let Some(outcome) = self.with_power(|power| power.write(port, data))? {
                     self.control.end(outcome);
@@ -235,9 +218,7 @@ impl Ports {
                 }
             }
             cmos::INDEX | cmos::DATA => data.fill(lock(&self.cmos).read(port)),
-            I8042 | I8042_COMMAND => {
-                data.fill_with(|| lock(&self.i8042).read((port - I8042) as u8));
-            }
+            I8042 | I8042_COMMAND => data.fill(0),
             _ => lock(&self.power).read(port, data),
         }
     }
