@@ -134,7 +134,8 @@ impl Vcpu {
                 Ok(VcpuExit::IoIn(port, data)) => ports.read(port, data),
                 Ok(VcpuExit::MmioRead(address, data)) => bus.read(address, data),
                 Ok(VcpuExit::MmioWrite(address, data)) => bus.write(address, data),
-                exit if is_interruption(&exit) => {
+                // A signal came; or the CPU, which waited for the first one, has become ready to run.
+                Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
                     if paused {
                         drop(fd);
                         control.park();
@@ -180,14 +181,6 @@ fn reason(exit: &std::result::Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Option
         Ok(exit) => format!("an exit that nobody asked for: {exit:?}"),
         Err(error) => format!("KVM_RUN: {error}"),
     })
-}
-
-/// Whether a signal came; or the CPU, which waited for the first one, has become ready to run.
-fn is_interruption(exit: &std::result::Result<VcpuExit<'_>, kvm_ioctls::Error>) -> bool {
-    match exit {
-        Ok(exit) => matches!(exit, VcpuExit::Intr),
-        Err(error) => matches!(error.errno(), libc::EINTR | libc::EAGAIN),
-    }
 }
 
 /// Sets what firmware sets. A hypervisor that lacks one of these registers has the guest without it.

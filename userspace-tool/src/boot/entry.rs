@@ -62,16 +62,12 @@ const fn descriptors(mode: Mode) -> [u64; 4] {
 
 /// The page tables as they lie from [`layout::PAGE_TABLES`] on: PML4, PDPT, page directories.
 fn page_tables() -> Vec<u64> {
-    let table = |index: u64| layout::PAGE_TABLES + index * layout::PAGE_SIZE;
-    let mut entries = vec![0; ((2 + DIRECTORIES) * ENTRIES) as usize];
-    let (upper, directories) = entries.split_at_mut(2 * ENTRIES as usize);
-    upper[0] = table(1) | ENTRY_TABLE;
-    for (index, entry) in (0..DIRECTORIES).zip(&mut upper[ENTRIES as usize..]) {
-        *entry = table(2 + index) | ENTRY_TABLE;
-    }
-    for (index, entry) in (0..).zip(directories) {
-        *entry = (index * LARGE_PAGE) | ENTRY_LARGE;
-    }
+    let table = |index: u64| (layout::PAGE_TABLES + index * layout::PAGE_SIZE) | ENTRY_TABLE;
+    let mut entries = vec![table(1)];
+    entries.resize(ENTRIES as usize, 0);
+    entries.extend((0..DIRECTORIES).map(|directory| table(2 + directory)));
+    entries.resize(2 * ENTRIES as usize, 0);
+    entries.extend((0..DIRECTORIES * ENTRIES).map(|page| (page * LARGE_PAGE) | ENTRY_LARGE));
     entries
 }
 
@@ -81,17 +77,16 @@ fn page_tables() -> Vec<u64> {
 ///
 /// [`crate::error::Error::Call`] where the guest's memory is not there.
 pub fn write_tables(memory: &Memory, mode: Mode) -> Result<()> {
-    let bytes = |words: &[u64]| {
-        words
-            .iter()
-            .flat_map(|word| word.to_le_bytes())
-            .collect::<Vec<u8>>()
-    };
-    super::write(memory, layout::GDT, &bytes(&descriptors(mode)))?;
-    match mode {
-        Mode::Long => super::write(memory, layout::PAGE_TABLES, &bytes(&page_tables())),
-        Mode::Protected => Ok(()),
+    let descriptors = descriptors(mode).map(u64::to_le_bytes).concat();
+    super::write(memory, layout::GDT, &descriptors)?;
+    if mode == Mode::Long {
+        let tables: Vec<u8> = page_tables()
+            .into_iter()
+            .flat_map(u64::to_le_bytes)
+            .collect();
+        super::write(memory, layout::PAGE_TABLES, &tables)?;
     }
+    Ok(())
 }
 
 /// What a CPU has of a flat segment that is described so at `selector` (SDM volume 3, figure 3-8).
