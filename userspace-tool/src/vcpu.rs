@@ -44,14 +44,8 @@ pub struct Vcpu {
     /// Its counters, where the hypervisor has some.
     pub counters: Option<Counters>,
     meter: OnceLock<Meter>,
+    /// The descriptor, for what can be asked while the CPU runs.
     raw: RawFd,
-}
-
-/// The descriptor can be used while the CPU runs.
-impl AsRawFd for Vcpu {
-    fn as_raw_fd(&self) -> RawFd {
-        self.raw
-    }
 }
 
 impl Vcpu {
@@ -109,7 +103,7 @@ impl Vcpu {
     ///
     /// As [`ioctls::trace`].
     pub fn trace(&self) -> io::Result<File> {
-        ioctls::trace(self)
+        ioctls::trace(&self.raw)
     }
 
     /// Its descriptor, for the thread of the CPU, and for others while it is parked.

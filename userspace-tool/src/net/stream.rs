@@ -5,7 +5,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::io::{read, Errno};
+use rustix::io::{read, retry_on_intr, Errno};
 use rustix::net::{send, SendFlags};
 
 use super::link::{Gone, Wire};
@@ -52,13 +52,9 @@ impl Stream {
     }
 
     fn write(&self, bytes: &[u8]) -> Result<usize, Gone> {
-        loop {
-            match send(&self.socket, bytes, SendFlags::NOSIGNAL) {
-                Ok(count) => return Ok(count),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN | Errno::NOBUFS) => return Ok(0),
-                Err(_) => return Err(Gone),
-            }
+        match retry_on_intr(|| send(&self.socket, bytes, SendFlags::NOSIGNAL)) {
+            Err(Errno::AGAIN | Errno::NOBUFS) => Ok(0),
+            count => count.map_err(|_| Gone),
         }
     }
 }
@@ -75,10 +71,9 @@ impl Wire for Stream {
                 self.start = 0;
             }
             // There is room: the input has twice that of the longest frame, and none is whole.
-            match read(&self.socket, &mut self.input[self.end..]) {
+            match retry_on_intr(|| read(&self.socket, &mut self.input[self.end..])) {
                 Ok(0) => return Err(Gone),
                 Ok(count) => self.end += count,
-                Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(false),
                 Err(_) => return Err(Gone),
             }

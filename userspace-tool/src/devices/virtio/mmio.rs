@@ -241,7 +241,7 @@ impl Transport {
     }
 
     /// The configuration space has changed: the driver is told where it is at work.
-    pub fn config_changed(&self) {
+    fn config_changed(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);
         if self.status.load(Ordering::SeqCst) & DRIVER_OK != 0 {
             self.raise(register::VIRTIO_MMIO_INT_CONFIG);
