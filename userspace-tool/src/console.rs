@@ -160,9 +160,8 @@ impl Input {
         let room = serial.fifo_capacity().min(self.waiting.len());
         if room > 0 {
             let (bytes, _) = self.waiting.make_contiguous().split_at(room);
-            let taken = serial
-                .enqueue_raw_bytes(bytes)
-                .map_err(failed("the serial port"))?;
+            let taken = serial.enqueue_raw_bytes(bytes);
+            let taken = taken.map_err(failed("the serial port"))?;
             self.waiting.drain(..taken);
         }
         Ok(())

@@ -111,11 +111,8 @@ impl Sampler {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let charged = self.charged.as_ref().and_then(meter::read);
         let vcpus = machine.parts.vcpus.iter().map(|vcpu| {
-            let (counters, exits) = vcpu
-                .counters
-                .as_ref()
-                .map(Counters::read)
-                .unwrap_or_default();
+            let counters = vcpu.counters.as_ref().map(Counters::read);
+            let (counters, exits) = counters.unwrap_or_default();
             let times = vcpu.times();
             VcpuSample {
                 times,
