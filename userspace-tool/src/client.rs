@@ -3,7 +3,7 @@
 //! The commands that are about machines which run already: `ps`, `stop`, `kill`, `pause`, `resume` and
 //! `balloon`.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::process::{pidfd_send_signal, Signal};
 use serde::Serialize;
@@ -131,11 +131,12 @@ pub fn kill(name: &Name) -> Result<Ended> {
 }
 
 /// Gives the machine a command and waits for its end, in one go, as it may be quick. Returns how it ended; `None` where
-/// one of both takes longer than `patience`.
+/// both together take longer than `patience`.
 fn end_by(machine: &mut Client, request: &Request, patience: Duration) -> Result<Option<Ended>> {
+    let until = Instant::now() + patience;
     machine.send(&[request, &Request::Wait {}])?;
     match machine.receive(Some(patience))? {
-        Some(Nothing {}) => machine.receive(Some(patience)),
+        Some(Nothing {}) => machine.receive(Some(until.saturating_duration_since(Instant::now()))),
         None => Ok(None),
     }
 }
@@ -153,6 +154,26 @@ pub fn tell(name: &Name, request: &Request) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+
+    #[test]
+    fn a_machine_that_answers_and_hangs_has_no_second_patience() {
+        let (ours, mut theirs) = UnixStream::pair().expect("sockets");
+        let patience = Duration::from_millis(400);
+        let hangs = thread::spawn(move || {
+            thread::sleep(patience / 2);
+            theirs.write_all(b"{\"ok\":{}}\n").expect("it is read");
+            theirs
+        });
+        let mut machine = Client::new(&"web".parse().expect("a name"), ours);
+        let begin = Instant::now();
+        let ended = end_by(&mut machine, &Request::Kill {}, patience).expect("no failure");
+        assert!(ended.is_none());
+        assert!(begin.elapsed() < patience * 5 / 4, "{:?}", begin.elapsed());
+        drop(hangs.join().expect("it has answered"));
+    }
 
     #[test]
     fn the_table_has_a_line_for_each_machine() {
