@@ -5,7 +5,7 @@
 mod run;
 
 use std::env;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::error::ErrorKind;
 use clap::{Args, FromArgMatches, Parser, Subcommand};
@@ -180,8 +180,8 @@ pub enum Command {
     },
     /// Write a machine as it is to a file; it stands still meanwhile
     ///
-    /// That is its memory without pages of zeros, its CPUs and its devices. The file is there when it is whole and on
-    /// the disk; where that fails, nothing is left of it. This user alone may read it.
+    /// That is its memory, compressed by LZ4, its CPUs and its devices. The file is there when it is whole and on the
+    /// disk; where that fails, or is ended by a signal, nothing is left of it. This user alone may read it.
     ///
     /// What is on the machine's disks is not in the file: copy them while the machine is paused.
     Snapshot {
@@ -301,20 +301,19 @@ pub struct Named {
     pub name: Name,
 }
 
-/// The options of a machine that was made by those words of [`Origin`].
+/// The options of a machine that was made so.
 ///
 /// # Errors
 ///
 /// [`Error::Input`] where this version does not know one of them.
 pub fn run_options(
-    words: &[String],
-    folder: &Path,
+    origin: &Origin,
     name: Option<Name>,
     detached: bool,
 ) -> Result<RunOptions, Error> {
     let matches = run_command()
         .no_binary_name(true)
-        .try_get_matches_from(words);
+        .try_get_matches_from(&origin.words);
     let options = matches.and_then(|matches| RunOptions::from_arg_matches(&matches));
     let options = options.map_err(|error| {
         Error::input(
@@ -325,10 +324,7 @@ pub fn run_options(
     Ok(RunOptions {
         name,
         detached,
-        origin: Origin {
-            words: words.to_vec(),
-            folder: folder.to_owned(),
-        },
+        origin: origin.clone(),
         ..options
     })
 }

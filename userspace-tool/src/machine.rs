@@ -234,9 +234,6 @@ impl Machine {
         };
         let (ports, (cpus, vm)) = self.ports.save(cpus)?;
         Ok(State {
-            words: self.options.origin.words.clone(),
-            folder: self.options.origin.folder.clone(),
-            name: self.name.clone(),
             rom: parts.rom,
             cpus,
             vm,

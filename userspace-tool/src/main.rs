@@ -10,9 +10,8 @@ use rvisor::arguments::{self, Command, RunOptions};
 use rvisor::control::Request;
 use rvisor::error::{print, say, Error, Result};
 use rvisor::registry::Name;
-use rvisor::{
-    check, client, console, detach, generate, machine, snapshot, stat, supervisor, top, trace, up,
-};
+use rvisor::snapshot::{self, Snapshot};
+use rvisor::{check, client, console, detach, generate, machine, stat, supervisor, top, trace, up};
 
 fn main() -> ExitCode {
     let command = match arguments::parse() {
@@ -96,17 +95,15 @@ fn run(options: &RunOptions) -> Result<u8> {
 
 /// Runs the machine of a snapshot. Returns the exit status.
 fn restore(file: &Path, name: Option<Name>, detached: bool) -> Result<u8> {
-    let (mut input, state) = snapshot::open(file)?;
+    let snapshot = Snapshot::open(file)?;
+    let head = &snapshot.head;
     // All that goes by the machine's name has the same one: its cgroup, its socket and its log.
-    let name = name.unwrap_or_else(|| state.name.clone());
-    let options = arguments::run_options(&state.words, &state.folder, Some(name), detached)?;
+    let name = name.unwrap_or_else(|| head.name.clone());
+    let options = arguments::run_options(&head.origin, Some(name), detached)?;
     if let Some(status) = supervisor::share(&options)? {
         return Ok(status);
     }
     // Its paths are relative to where it was started; one that is gone fails where it is needed.
-    let _ = std::env::set_current_dir(&state.folder);
-    let outcome = machine::restore(&options, &state, |memory| {
-        snapshot::fill(&mut input, memory).map_err(|wrong| wrong.of(file))
-    })?;
-    Ok(outcome.status())
+    let _ = std::env::set_current_dir(&head.origin.folder);
+    machine::restore(&options, snapshot).map(|outcome| outcome.status())
 }

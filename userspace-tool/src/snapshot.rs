@@ -2,54 +2,62 @@
 
 //! Snapshots: a machine that stands still, as a file.
 //!
-//! All numbers are little-endian. The file begins with [`MAGIC`], the format's [`VERSION`] (4 bytes), the length of
-//! the state (4) and a checksum of these and the state (8), followed by the state, JSON (see [`State`]). Records
-//! of memory follow: guest-physical address (8), length (8), checksum of these and the bytes (8), and the bytes,
-//! whole pages. Pages of zeros are left out. The last record has the length 0 and the number of the others in
-//! place of an address.
+//! The file begins with [`MAGIC`] and the format's [`VERSION`] (4 bytes, little-endian). Two frames of LZ4 follow, with
+//! checksums of their blocks and of all: [`Head`], a line of JSON, and what the machine writes: [`State`], a line
+//! of JSON too, and the bytes of its memory, RAM and firmware, by ascending guest-physical addresses.
 //!
-//! The machine writes this into its control socket, and the command `rvisor snapshot` checks it on the way into
-//! the file: so the machine's process needs no right to files, and a file that is there is whole. `rvisor restore` runs
-//! a snapshot's words with the rights of its user. They are not taken from the machine, which may be its guest's by
-//! then, but from what it wrote down in the beginning (see [`crate::registry`]).
+//! The machine writes its frame into its control socket. The command `rvisor snapshot` puts the head before it, and
+//! reads all of it once before it gives the file its name: so the machine's process needs no right to files, and a file
+//! that is there is whole. `rvisor restore` runs the words of the head with the rights of its user. They are not taken
+//! from the machine, which may be its guest's by then, but from what it wrote down in the beginning (see
+//! [`crate::registry`]).
 
 use std::fs::{self, File};
-use std::io::{self, BufReader, BufWriter, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use lz4_flex::frame::{BlockSize, FrameDecoder, FrameEncoder, FrameInfo};
+use rustix::fs::{linkat, AtFlags, Mode, OFlags, CWD};
+use rustix::io::Errno;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestMemory, GuestMemoryRegion, MemoryRegionAddress};
 
-use crate::arguments::{self, Origin};
+use crate::arguments::{self, Origin, RunOptions};
 use crate::control::{Client, Nothing, Request};
 use crate::devices::{self, virtio};
-use crate::error::{failed, Error, Result};
-use crate::layout::{self, PAGE_SIZE};
+use crate::error::{Error, Result};
+use crate::layout::{FIRMWARE_SIZE, PAGE_SIZE};
 use crate::machine::saved;
 use crate::memory::Memory;
 use crate::registry::{self, Name};
 
 const MAGIC: [u8; 8] = *b"rvisorVM";
 /// Counted up with each change of the format or of what is in the state.
-const VERSION: u32 = 3;
-/// The most that the state of a machine has, in bytes.
-const LARGEST: u32 = 64 << 20;
-/// The most bytes of one record.
-const RECORD: usize = 256 << 10;
+const VERSION: u32 = 4;
+/// The most that a line of JSON has, in bytes, and that a machine's frame has besides its memory.
+const LARGEST: u64 = 64 << 20;
+/// How many bytes of a file are read and written at once.
+const BUFFER: usize = 256 << 10;
 const PAGE: usize = PAGE_SIZE as usize;
 const ZEROS: [u8; PAGE] = [0; PAGE];
+
+/// What is known of a machine without asking it.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Head {
+    /// Its name.
+    pub name: Name,
+    /// What it was made by.
+    pub origin: Origin,
+}
 
 /// What a machine is, beside its memory.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct State {
-    /// The words behind `rvisor run` that it was made by.
-    pub words: Vec<String>,
-    /// The folder in which they were given.
-    pub folder: PathBuf,
-    /// Its name at that time.
-    pub name: Name,
     /// How much memory its firmware has for itself, in bytes.
     pub rom: u64,
     /// Its CPUs.
@@ -62,92 +70,52 @@ pub struct State {
     pub virtio: Vec<virtio::mmio::Saved>,
 }
 
-/// A checksum that finds damage, and no more: nobody is kept from making a file that is wrong on purpose.
-fn checksum(seed: [u64; 2], bytes: &[u8]) -> u64 {
-    const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
-    let step = |sum: u64, word: u64| (sum ^ word).wrapping_mul(FACTOR).rotate_left(29);
-    let start = seed.into_iter().fold(bytes.len() as u64, step);
-    let words = bytes.chunks_exact(8);
-    let mut rest = [0; 8];
-    rest[..words.remainder().len()].copy_from_slice(words.remainder());
-    let words = words.filter_map(|word| word.try_into().ok()).chain([rest]);
-    words.map(u64::from_le_bytes).fold(start, step)
+impl State {
+    /// Whether it can be that of a machine with these options.
+    #[must_use]
+    pub fn fits(&self, options: &RunOptions) -> bool {
+        let rom = self.rom == 0 || FIRMWARE_SIZE.contains(&self.rom) && self.rom.is_multiple_of(PAGE_SIZE);
+        rom && self.cpus.len() as u64 == u64::from(options.cpus)
+    }
 }
 
-/// Writes a snapshot.
+/// Writes a machine's frame.
 ///
 /// # Errors
 ///
 /// What `out` answers.
 pub fn write(out: impl Write, state: &State, memory: &Memory) -> io::Result<()> {
-    let mut out = BufWriter::with_capacity(RECORD, out);
-    write_head(&mut out, state)?;
-    write_memory(&mut out, memory)?;
-    out.flush()
-}
-
-fn write_head(out: &mut impl Write, state: &State) -> io::Result<()> {
-    let json = serde_json::to_vec(state)?;
-    let length = u32::try_from(json.len()).map_err(io::Error::other)?;
-    let sum = checksum([VERSION.into(), length.into()], &json);
-    out.write_all(&MAGIC)?;
-    write_words(out, [(u64::from(length) << 32) | u64::from(VERSION), sum])?;
-    out.write_all(&json)
-}
-
-fn write_memory(out: &mut impl Write, memory: &Memory) -> io::Result<()> {
-    let mut records = 0_u64;
-    let mut bytes = vec![0; RECORD];
+    let mut frame = frame(BufWriter::new(out));
+    write_line(&mut frame, state)?;
+    let mut page = [0; PAGE];
     for region in memory.iter() {
-        let mut at = 0;
-        while at < region.len() {
-            let count = (region.len() - at).min(RECORD as u64) as usize;
-            let address = GuestAddress(region.start_addr().raw_value() + at);
-            let bytes = &mut bytes[..count];
-            memory
-                .read_slice(bytes, address)
-                .map_err(io::Error::other)?;
-            for (start, run) in runs(bytes) {
-                write_record(out, address.raw_value() + start as u64, run)?;
-                records += 1;
-            }
-            at += count as u64;
+        for at in (0..region.len()).step_by(PAGE) {
+            let read = region.read_slice(&mut page, MemoryRegionAddress(at));
+            read.map_err(io::Error::other)?;
+            frame.write_all(&page)?;
         }
     }
-    write_record(out, records, &[])
+    frame.finish()?.flush()
 }
 
-fn write_record(out: &mut impl Write, address: u64, bytes: &[u8]) -> io::Result<()> {
-    let length = bytes.len() as u64;
-    write_words(out, [address, length, checksum([address, length], bytes)])?;
-    out.write_all(bytes)
+fn write_head(out: &mut impl Write, head: &Head) -> io::Result<()> {
+    out.write_all(&MAGIC)?;
+    out.write_all(&VERSION.to_le_bytes())?;
+    let mut frame = frame(out);
+    write_line(&mut frame, head)?;
+    frame.finish()?;
+    Ok(())
 }
 
-fn write_words<const N: usize>(out: &mut impl Write, words: [u64; N]) -> io::Result<()> {
-    out.write_all(words.map(u64::to_le_bytes).as_flattened())
+fn frame<W: Write>(out: W) -> FrameEncoder<W> {
+    let info = FrameInfo::new().block_size(BlockSize::Max256KB);
+    let info = info.block_checksums(true).content_checksum(true);
+    FrameEncoder::with_frame_info(info, out)
 }
 
-fn read_words<const N: usize>(input: &mut impl Read) -> io::Result<[u64; N]> {
-    let mut words = [[0; 8]; N];
-    input.read_exact(words.as_flattened_mut())?;
-    Ok(words.map(u64::from_le_bytes))
-}
-
-/// The runs of pages that are not all zeros, with their offsets.
-fn runs(bytes: &[u8]) -> Vec<(usize, &[u8])> {
-    let mut runs: Vec<(usize, usize)> = Vec::new();
-    for (index, page) in bytes.chunks(PAGE).enumerate() {
-        let (start, end) = (index * PAGE, index * PAGE + page.len());
-        if *page == ZEROS[..page.len()] {
-            continue;
-        }
-        match runs.last_mut() {
-            Some(run) if run.1 == start => run.1 = end,
-            _ => runs.push((start, end)),
-        }
-    }
-    let with_bytes = |(start, end): (usize, usize)| (start, &bytes[start..end]);
-    runs.into_iter().map(with_bytes).collect()
+fn write_line(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
+    serde_json::to_writer(&mut *out, value)?;
+    out.write_all(b"\n")
 }
 
 /// What is wrong with a snapshot.
@@ -165,9 +133,6 @@ pub enum Wrong {
     /// It can't be read.
     #[error(transparent)]
     Host(io::Error),
-    /// The file that it is stored as can't be written.
-    #[error(transparent)]
-    Write(io::Error),
 }
 
 /// Why a snapshot can't be read: wrong in itself, or by the host.
@@ -176,16 +141,16 @@ type Read1<T> = std::result::Result<T, Wrong>;
 impl From<io::Error> for Wrong {
     fn from(error: io::Error) -> Self {
         match error.kind() {
-            io::ErrorKind::UnexpectedEof => Self::Damaged("it ends too early".to_owned()),
-            _ => Self::Host(error),
+            _ if error.raw_os_error().is_some() => Self::Host(error),
+            io::ErrorKind::UnexpectedEof => Self::Damaged("memory is missing".to_owned()),
+            _ => Self::Damaged(error.to_string()),
         }
     }
 }
 
 impl Wrong {
     /// The error for people, about that file.
-    #[must_use]
-    pub fn of(self, file: &Path) -> Error {
+    fn of(self, file: &Path) -> Error {
         let file = file.display();
         let next = match self {
             Self::Host(error) => return Error::call(format!("reading {file}"), error),
@@ -200,65 +165,85 @@ fn damaged<T>(what: impl Into<String>) -> Read1<T> {
     Err(Wrong::Damaged(what.into()))
 }
 
-/// Reads the state.
-fn read_head(input: &mut impl Read) -> Read1<State> {
-    let mut magic = [0; 8];
-    match input.read_exact(&mut magic) {
-        Ok(()) if magic == MAGIC => {}
-        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => return Err(error.into()),
-        _ => return Err(Wrong::Foreign),
+/// The frames of a snapshot. Reading gives nothing at the end of each, and its checksum is right then.
+type Frames<R> = FrameDecoder<Whole<R>>;
+
+/// What is not to end while it is read: the decoder takes an end between two blocks for that of the frame.
+struct Whole<R>(R);
+
+impl<R: Read> Read for Whole<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(buffer)? {
+            0 if !buffer.is_empty() => Err(io::Error::other("it ends too early")),
+            count => Ok(count),
+        }
     }
-    let [head, sum] = read_words(input)?;
-    let (version, length) = (head as u32, (head >> 32) as u32);
+}
+
+/// Reads a snapshot as far as its memory.
+fn begin<R: Read>(mut input: R) -> Read1<(Head, State, Frames<R>)> {
+    let mut start = Vec::new();
+    let length = size_of_val(&MAGIC) + size_of_val(&VERSION);
+    input.by_ref().take(length as u64).read_to_end(&mut start)?;
+    let version = start.strip_prefix(&MAGIC);
+    let version = version.and_then(|version| version.try_into().ok());
+    let version = version.map(u32::from_le_bytes).ok_or(Wrong::Foreign)?;
     if version != VERSION {
         return Err(Wrong::Version(version));
     }
-    if length > LARGEST {
-        return damaged(format!("its state has {length} bytes"));
-    }
-    let mut json = Vec::new();
-    input.take(length.into()).read_to_end(&mut json)?;
-    if checksum([version.into(), length.into()], &json) != sum {
-        return damaged("the checksum of its state");
-    }
-    serde_json::from_slice(&json).or_else(|error| damaged(format!("its state: {error}")))
+    let mut frames = FrameDecoder::new(Whole(input));
+    let head = read_line(&mut frames)?;
+    end(&mut frames)?;
+    Ok((head, read_line(&mut frames)?, frames))
 }
 
-/// Reads the memory, and gives each piece with its guest-physical address to `take`.
-fn read_memory(input: &mut impl Read, mut take: impl FnMut(u64, &[u8]) -> Read1<()>) -> Read1<()> {
-    let mut buffer = vec![0; RECORD];
-    for records in 0_u64.. {
-        let [address, length, sum] = read_words(input)?;
-        let size = usize::try_from(length).ok();
-        let size = size.filter(|size| size % PAGE == 0);
-        let Some(bytes) = size.and_then(|size| buffer.get_mut(..size)) else {
-            return damaged(format!("a record of {length} bytes"));
-        };
-        input.read_exact(bytes)?;
-        if checksum([address, length], bytes) != sum {
-            return damaged(format!("the checksum of memory at {address:#x}"));
-        }
-        if length == 0 {
-            return match address == records {
-                true => Ok(()),
-                false => damaged("memory is missing"),
-            };
-        }
-        take(address, bytes)?;
-    }
-    Ok(())
+fn read_line<T: DeserializeOwned>(input: impl BufRead) -> Read1<T> {
+    let mut line = Vec::new();
+    input.take(LARGEST).read_until(b'\n', &mut line)?;
+    serde_json::from_slice(&line).or_else(|error| damaged(format!("its state: {error}")))
 }
 
-/// Reads the memory behind the state into that of a machine.
-///
-/// # Errors
-///
-/// What is wrong with it.
-pub fn fill(input: &mut impl Read, memory: &Memory) -> Read1<()> {
-    read_memory(input, |address, bytes| {
-        let written = memory.write_slice(bytes, GuestAddress(address));
-        written.or_else(|_| damaged(format!("it has memory at {address:#x}")))
-    })
+/// Sees to it that there is no more in a frame.
+fn end(frame: &mut impl Read) -> Read1<()> {
+    match frame.read(&mut [0])? {
+        0 => Ok(()),
+        _ => damaged("it has more than its machine"),
+    }
+}
+
+/// The same of the last frame, and that nothing follows.
+fn end_all<R: Read>(frames: &mut Frames<R>) -> Read1<()> {
+    end(frames)?;
+    end(&mut frames.get_mut().0)
+}
+
+/// Reads the memory into that of a machine. A page of zeros, which it has already, is not written: it would be
+/// allocated.
+fn fill<R: Read>(frames: &mut Frames<R>, memory: &Memory) -> Read1<()> {
+    let mut page = [0; PAGE];
+    for region in memory.iter() {
+        for at in (0..region.len()).step_by(PAGE) {
+            frames.read_exact(&mut page)?;
+            if page != ZEROS {
+                let written = region.write_slice(&page, MemoryRegionAddress(at));
+                written.map_err(io::Error::other)?;
+            }
+        }
+    }
+    end_all(frames)
+}
+
+/// Checks that all of a snapshot is there and that it can be that of a machine with these options.
+fn check(input: impl Read, options: &RunOptions) -> Read1<()> {
+    let (_, state, mut frames) = begin(input)?;
+    if !state.fits(options) {
+        return damaged("its state is not that of its machine");
+    }
+    let memory = options.memory.saturating_add(state.rom);
+    if io::copy(&mut frames.by_ref().take(memory), &mut io::sink())? < memory {
+        return damaged("memory is missing");
+    }
+    end_all(&mut frames)
 }
 
 /// Has the machine write its snapshot, and stores it as `path`: whole, or not at all.
@@ -269,93 +254,119 @@ pub fn fill(input: &mut impl Read, memory: &Memory) -> Read1<()> {
 /// the file system fails.
 pub fn take(name: &Name, path: &Path) -> Result<()> {
     let mut client = Client::connect(name)?;
-    let origin = registry::origin(name)?;
+    let head = Head {
+        name: name.clone(),
+        origin: registry::origin(name)?,
+    };
     let file_name = path.file_name().unwrap_or_default().to_string_lossy();
-    let new = path.with_file_name(format!(".{file_name}.{}", std::process::id()));
-    let file = create(&new).map_err(|error| {
+    let hidden = path.with_file_name(format!(".{file_name}.{}", std::process::id()));
+    let file = create(&hidden).map_err(|error| {
         Error::input(
-            format!("{} can't be made: {error}", new.display()),
+            format!("{} can't be made: {error}", path.display()),
             "give a file in a folder that this user may write to",
         )
     })?;
     let stored = client.call(&Request::Snapshot {}).and_then(|Nothing {}| {
-        store(client.stream()?, (name, origin), file, path)?;
-        fs::rename(&new, path)
+        store(client.stream()?, &head, &file, path)?;
+        publish(&file, &hidden, path)
             .map_err(|error| Error::call(format!("naming {}", path.display()), error))
     });
-    if stored.is_err() {
-        let _ = fs::remove_file(&new);
-        return stored;
-    }
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
-    File::open(folder.unwrap_or(Path::new(".")))
-        .and_then(|folder| folder.sync_all())
-        .map_err(failed("writing the folder to the disk"))
+    // Where it had that name.
+    stored.inspect_err(|_| drop(fs::remove_file(&hidden)))
 }
 
-/// A new file for the guest's memory, which is nobody else's to read.
-fn create(path: &Path) -> io::Result<File> {
-    let mut new = File::options();
-    new.write(true).create_new(true).mode(0o600).open(path)
-}
-
-/// Stores what a machine writes, with the name and origin that are known of it in place of those that it says.
-fn store(
-    mut from: impl Read,
-    (name, origin): (&Name, Origin),
-    file: File,
-    path: &Path,
-) -> Result<()> {
-    let mut to = BufWriter::with_capacity(RECORD, file);
-    let options = arguments::run_options(&origin.words, &origin.folder, None, false)?;
-    let mut left = options.memory.saturating_add(*layout::FIRMWARE_SIZE.end());
-    let mut records = 0;
-    let copy = || -> Read1<()> {
-        let state = State {
-            words: origin.words,
-            folder: origin.folder,
-            name: name.clone(),
-            ..read_head(&mut from)?
-        };
-        write_head(&mut to, &state).map_err(Wrong::Write)?;
-        read_memory(&mut from, |address, bytes| {
-            records += 1;
-            match left.checked_sub(bytes.len() as u64) {
-                Some(less) => left = less,
-                None => return damaged("it has more memory than the machine"),
-            }
-            write_record(&mut to, address, bytes).map_err(Wrong::Write)
-        })?;
-        write_record(&mut to, records, &[])
-            .and_then(|()| to.flush())
-            .and_then(|()| to.get_ref().sync_all())
-            .map_err(Wrong::Write)
+/// A new file for the guest's memory, which is nobody else's to read. It has no name, and so goes with this process,
+/// but for file systems that have no such files: there it is `hidden`.
+fn create(hidden: &Path) -> io::Result<File> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    let mode = Mode::RUSR | Mode::WUSR;
+    let made = match rustix::fs::open(folder_of(hidden), flags | OFlags::TMPFILE, mode) {
+        Err(Errno::OPNOTSUPP | Errno::ISDIR) => {
+            rustix::fs::open(hidden, flags | OFlags::CREATE | OFlags::EXCL, mode)
+        }
+        made => made,
     };
-    copy().map_err(|wrong| match wrong {
-        Wrong::Write(error) => Error::call(format!("writing {}", path.display()), error),
-        Wrong::Host(error) => Error::call(format!("reading what machine {name} writes"), error),
+    Ok(made?.into())
+}
+
+fn folder_of(file: &Path) -> &Path {
+    let folder = file.parent();
+    let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
+    folder.unwrap_or(Path::new("."))
+}
+
+/// Stores what a machine writes behind that head, and checks it.
+fn store(from: impl Read, head: &Head, mut file: &File, path: &Path) -> Result<()> {
+    let options = arguments::run_options(&head.origin, None, false)?;
+    let most = options.memory.saturating_add(FIRMWARE_SIZE.end() + LARGEST);
+    let mut to = BufWriter::with_capacity(BUFFER, file);
+    write_head(&mut to, head)
+        .and_then(|()| io::copy(&mut from.take(most), &mut to))
+        .and_then(|_| to.flush())
+        .and_then(|()| file.rewind())
+        .map_err(|error| {
+            let (name, path) = (&head.name, path.display());
+            Error::call(format!("storing machine {name} as {path}"), error)
+        })?;
+    check(BufReader::with_capacity(BUFFER, file), &options).map_err(|wrong| match wrong {
+        Wrong::Host(_) => wrong.of(path),
         wrong => Error::call(
             "the machine did not write all of it; what it said on standard error tells why",
-            io::Error::other(format!("{wrong:?}")),
+            io::Error::other(format!("what it wrote {wrong}")),
         ),
     })
 }
 
-/// Opens a snapshot, whose memory [`fill`] reads then.
-///
-/// # Errors
-///
-/// [`Error::Input`] where it can't be read or is none.
-pub fn open(path: &Path) -> Result<(BufReader<File>, State)> {
-    let file = File::open(path).map_err(|error| {
-        let cause = format!("{} can't be read: {error}", path.display());
-        Error::input(cause, "check the file")
-    })?;
-    let mut input = BufReader::with_capacity(RECORD, file);
-    let state = read_head(&mut input).map_err(|wrong| wrong.of(path))?;
-    Ok((input, state))
+/// Gives the file that [`create`] made its name, once it is on the disk; what has that name is replaced.
+fn publish(file: &File, hidden: &Path, path: &Path) -> io::Result<()> {
+    file.sync_all()?;
+    if file.metadata()?.nlink() == 0 {
+        let open = format!("/proc/self/fd/{}", file.as_raw_fd());
+        linkat(CWD, open, CWD, hidden, AtFlags::SYMLINK_FOLLOW)?;
+    }
+    fs::rename(hidden, path)?;
+    File::open(folder_of(path))?.sync_all()
+}
+
+/// A snapshot in a file, whose memory is still to be read.
+pub struct Snapshot {
+    /// What it is of.
+    pub head: Head,
+    /// What that was.
+    pub state: State,
+    frames: Frames<BufReader<File>>,
+    path: PathBuf,
+}
+
+impl Snapshot {
+    /// Opens the file.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`] where it can't be read or is none.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|error| {
+            let cause = format!("{} can't be read: {error}", path.display());
+            Error::input(cause, "check the file")
+        })?;
+        let begun = begin(BufReader::with_capacity(BUFFER, file));
+        let (head, state, frames) = begun.map_err(|wrong| wrong.of(path))?;
+        Ok(Self {
+            head,
+            state,
+            frames,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Reads the memory into that of a machine, which is new.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`] where the file is damaged.
+    pub fn fill(&mut self, memory: &Memory) -> Result<()> {
+        fill(&mut self.frames, memory).map_err(|wrong| wrong.of(&self.path))
+    }
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ use crate::error::{failed, say, Error, Result};
 use crate::memory::Memory;
 use crate::outcome::Outcome;
 use crate::registry::{Claim, Name};
-use crate::snapshot::State;
+use crate::snapshot::{Snapshot, State};
 use crate::stat::{self, Sampler};
 use crate::vcpu::Vcpu;
 use crate::{confine, detach, hypervisor, layout, memory};
@@ -61,32 +61,24 @@ pub fn run(options: &RunOptions) -> Result<Outcome> {
 }
 
 /// Builds the machine of a snapshot as `options` say, which are those that it was made with, and goes on as
-/// [`run`] does. Its memory is what `fill` makes of it.
+/// [`run`] does.
 ///
 /// # Errors
 ///
 /// As [`run`]; [`Error::Input`] where the snapshot is damaged, or from another hypervisor.
-pub fn restore(
-    options: &RunOptions,
-    state: &State,
-    fill: impl FnOnce(&Memory) -> Result<()>,
-) -> Result<Outcome> {
+pub fn restore(options: &RunOptions, mut snapshot: Snapshot) -> Result<Outcome> {
     begin(options)?;
-    let sizes = layout::FIRMWARE_SIZE;
-    if state.cpus.len() as u64 != u64::from(options.cpus)
-        || state.rom != 0
-            && (!sizes.contains(&state.rom) || !state.rom.is_multiple_of(layout::PAGE_SIZE))
-    {
+    if !snapshot.state.fits(options) {
         return Err(Error::input(
             "the snapshot's state is not that of its machine",
             "use another snapshot",
         ));
     }
-    let base = Base::new(options, state.name.clone(), state.rom)?;
-    fill(&base.memory)?;
-    base.run(options, Some(state), |_, vm| {
+    let base = Base::new(options, snapshot.head.name.clone(), snapshot.state.rom)?;
+    snapshot.fill(&base.memory)?;
+    base.run(options, Some(&snapshot.state), |_, vm| {
         (0..)
-            .zip(&state.cpus)
+            .zip(&snapshot.state.cpus)
             .map(|(id, saved)| Vcpu::restored(vm, id, saved).map(Arc::new))
             .collect()
     })
