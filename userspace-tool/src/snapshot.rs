@@ -19,7 +19,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use lz4_flex::frame::{BlockSize, FrameDecoder, FrameEncoder, FrameInfo};
-use rustix::fs::{linkat, AtFlags, Mode, OFlags, CWD};
+use rustix::fs::{linkat, open, AtFlags, Mode, OFlags, CWD};
 use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -74,7 +74,8 @@ impl State {
     /// Whether it can be that of a machine with these options.
     #[must_use]
     pub fn fits(&self, options: &RunOptions) -> bool {
-        let rom = self.rom == 0 || FIRMWARE_SIZE.contains(&self.rom) && self.rom.is_multiple_of(PAGE_SIZE);
+        let rom = self.rom == 0
+            || FIRMWARE_SIZE.contains(&self.rom) && self.rom.is_multiple_of(PAGE_SIZE);
         rom && self.cpus.len() as u64 == u64::from(options.cpus)
     }
 }
@@ -85,8 +86,7 @@ impl State {
 ///
 /// What `out` answers.
 pub fn write(out: impl Write, state: &State, memory: &Memory) -> io::Result<()> {
-    let mut frame = frame(BufWriter::new(out));
-    write_line(&mut frame, state)?;
+    let mut frame = frame(BufWriter::new(out), state)?;
     let mut page = [0; PAGE];
     for region in memory.iter() {
         for at in (0..region.len()).step_by(PAGE) {
@@ -101,68 +101,18 @@ pub fn write(out: impl Write, state: &State, memory: &Memory) -> io::Result<()> 
 fn write_head(out: &mut impl Write, head: &Head) -> io::Result<()> {
     out.write_all(&MAGIC)?;
     out.write_all(&VERSION.to_le_bytes())?;
-    let mut frame = frame(out);
-    write_line(&mut frame, head)?;
-    frame.finish()?;
+    frame(out, head)?.finish()?;
     Ok(())
 }
 
-fn frame<W: Write>(out: W) -> FrameEncoder<W> {
+/// Begins a frame with that as a line of JSON.
+fn frame<W: Write>(out: W, line: &impl Serialize) -> io::Result<FrameEncoder<W>> {
     let info = FrameInfo::new().block_size(BlockSize::Max256KB);
     let info = info.block_checksums(true).content_checksum(true);
-    FrameEncoder::with_frame_info(info, out)
-}
-
-fn write_line(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
-    serde_json::to_writer(&mut *out, value)?;
-    out.write_all(b"\n")
-}
-
-/// What is wrong with a snapshot.
-#[derive(Debug, thiserror::Error)]
-pub enum Wrong {
-    /// It is none.
-    #[error("is no snapshot of a machine")]
-    Foreign,
-    /// Another version of the format.
-    #[error("has version {0} of the format, and this rvisor reads {VERSION}")]
-    Version(u32),
-    /// It is not as it was written; where.
-    #[error("is damaged: {0}")]
-    Damaged(String),
-    /// It can't be read.
-    #[error(transparent)]
-    Host(io::Error),
-}
-
-/// Why a snapshot can't be read: wrong in itself, or by the host.
-type Read1<T> = std::result::Result<T, Wrong>;
-
-impl From<io::Error> for Wrong {
-    fn from(error: io::Error) -> Self {
-        match error.kind() {
-            _ if error.raw_os_error().is_some() => Self::Host(error),
-            io::ErrorKind::UnexpectedEof => Self::Damaged("memory is missing".to_owned()),
-            _ => Self::Damaged(error.to_string()),
-        }
-    }
-}
-
-impl Wrong {
-    /// The error for people, about that file.
-    fn of(self, file: &Path) -> Error {
-        let file = file.display();
-        let next = match self {
-            Self::Host(error) => return Error::call(format!("reading {file}"), error),
-            Self::Version(_) => "restore it with the rvisor that made it",
-            _ => "give a file that 'rvisor snapshot' has made",
-        };
-        Error::input(format!("{file} {self}"), next)
-    }
-}
-
-fn damaged<T>(what: impl Into<String>) -> Read1<T> {
-    Err(Wrong::Damaged(what.into()))
+    let mut frame = FrameEncoder::with_frame_info(info, out);
+    serde_json::to_writer(&mut frame, line)?;
+    frame.write_all(b"\n")?;
+    Ok(frame)
 }
 
 /// The frames of a snapshot. Reading gives nothing at the end of each, and its checksum is right then.
@@ -180,16 +130,20 @@ impl<R: Read> Read for Whole<R> {
     }
 }
 
-/// Reads a snapshot as far as its memory.
-fn begin<R: Read>(mut input: R) -> Read1<(Head, State, Frames<R>)> {
-    let mut start = Vec::new();
-    let length = size_of_val(&MAGIC) + size_of_val(&VERSION);
-    input.by_ref().take(length as u64).read_to_end(&mut start)?;
-    let version = start.strip_prefix(&MAGIC);
-    let version = version.and_then(|version| version.try_into().ok());
-    let version = version.map(u32::from_le_bytes).ok_or(Wrong::Foreign)?;
+/// Reads a snapshot as far as its memory. An error that is [`Unsupported`](io::ErrorKind::Unsupported) tells what it
+/// is else; other errors are the file's own, or tell how it is damaged.
+fn begin<R: Read>(mut input: R) -> io::Result<(Head, State, Frames<R>)> {
+    let other = |what: String| io::Error::new(io::ErrorKind::Unsupported, what);
+    let (mut magic, mut version) = (MAGIC.map(|_| 0), [0; 4]);
+    if input.read(&mut magic)? < MAGIC.len() || magic != MAGIC {
+        return Err(other("is no snapshot of a machine".to_owned()));
+    }
+    input.read_exact(&mut version)?;
+    let version = u32::from_le_bytes(version);
     if version != VERSION {
-        return Err(Wrong::Version(version));
+        return Err(other(format!(
+            "has version {version} of the format, and this rvisor reads {VERSION}"
+        )));
     }
     let mut frames = FrameDecoder::new(Whole(input));
     let head = read_line(&mut frames)?;
@@ -197,53 +151,30 @@ fn begin<R: Read>(mut input: R) -> Read1<(Head, State, Frames<R>)> {
     Ok((head, read_line(&mut frames)?, frames))
 }
 
-fn read_line<T: DeserializeOwned>(input: impl BufRead) -> Read1<T> {
+fn read_line<T: DeserializeOwned>(input: impl BufRead) -> io::Result<T> {
     let mut line = Vec::new();
     input.take(LARGEST).read_until(b'\n', &mut line)?;
-    serde_json::from_slice(&line).or_else(|error| damaged(format!("its state: {error}")))
+    Ok(serde_json::from_slice(&line)?)
 }
 
-/// Sees to it that there is no more in a frame.
-fn end(frame: &mut impl Read) -> Read1<()> {
-    match frame.read(&mut [0])? {
+fn end(input: &mut impl Read) -> io::Result<()> {
+    match input.read(&mut [0])? {
         0 => Ok(()),
-        _ => damaged("it has more than its machine"),
+        _ => Err(io::Error::other("it has more than its machine")),
     }
-}
-
-/// The same of the last frame, and that nothing follows.
-fn end_all<R: Read>(frames: &mut Frames<R>) -> Read1<()> {
-    end(frames)?;
-    end(&mut frames.get_mut().0)
-}
-
-/// Reads the memory into that of a machine. A page of zeros, which it has already, is not written: it would be
-/// allocated.
-fn fill<R: Read>(frames: &mut Frames<R>, memory: &Memory) -> Read1<()> {
-    let mut page = [0; PAGE];
-    for region in memory.iter() {
-        for at in (0..region.len()).step_by(PAGE) {
-            frames.read_exact(&mut page)?;
-            if page != ZEROS {
-                let written = region.write_slice(&page, MemoryRegionAddress(at));
-                written.map_err(io::Error::other)?;
-            }
-        }
-    }
-    end_all(frames)
 }
 
 /// Checks that all of a snapshot is there and that it can be that of a machine with these options.
-fn check(input: impl Read, options: &RunOptions) -> Read1<()> {
+fn check(input: impl Read, options: &RunOptions) -> io::Result<()> {
     let (_, state, mut frames) = begin(input)?;
-    if !state.fits(options) {
-        return damaged("its state is not that of its machine");
-    }
     let memory = options.memory.saturating_add(state.rom);
-    if io::copy(&mut frames.by_ref().take(memory), &mut io::sink())? < memory {
-        return damaged("memory is missing");
+    if !state.fits(options)
+        || io::copy(&mut frames.by_ref().take(memory), &mut io::sink())? < memory
+    {
+        return Err(io::Error::other("it has less than its machine"));
     }
-    end_all(&mut frames)
+    end(&mut frames)?;
+    end(&mut frames.get_mut().0)
 }
 
 /// Has the machine write its snapshot, and stores it as `path`: whole, or not at all.
@@ -258,8 +189,7 @@ pub fn take(name: &Name, path: &Path) -> Result<()> {
         name: name.clone(),
         origin: registry::origin(name)?,
     };
-    let file_name = path.file_name().unwrap_or_default().to_string_lossy();
-    let hidden = path.with_file_name(format!(".{file_name}.{}", std::process::id()));
+    let hidden = path.with_file_name(format!(".rvisor.{}", std::process::id()));
     let file = create(&hidden).map_err(|error| {
         Error::input(
             format!("{} can't be made: {error}", path.display()),
@@ -280,19 +210,13 @@ pub fn take(name: &Name, path: &Path) -> Result<()> {
 fn create(hidden: &Path) -> io::Result<File> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     let mode = Mode::RUSR | Mode::WUSR;
-    let made = match rustix::fs::open(folder_of(hidden), flags | OFlags::TMPFILE, mode) {
+    let made = match open(hidden.with_file_name("."), flags | OFlags::TMPFILE, mode) {
         Err(Errno::OPNOTSUPP | Errno::ISDIR) => {
-            rustix::fs::open(hidden, flags | OFlags::CREATE | OFlags::EXCL, mode)
+            open(hidden, flags | OFlags::CREATE | OFlags::EXCL, mode)
         }
         made => made,
     };
     Ok(made?.into())
-}
-
-fn folder_of(file: &Path) -> &Path {
-    let folder = file.parent();
-    let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
-    folder.unwrap_or(Path::new("."))
 }
 
 /// Stores what a machine writes behind that head, and checks it.
@@ -308,13 +232,8 @@ fn store(from: impl Read, head: &Head, mut file: &File, path: &Path) -> Result<(
             let (name, path) = (&head.name, path.display());
             Error::call(format!("storing machine {name} as {path}"), error)
         })?;
-    check(BufReader::with_capacity(BUFFER, file), &options).map_err(|wrong| match wrong {
-        Wrong::Host(_) => wrong.of(path),
-        wrong => Error::call(
-            "the machine did not write all of it; what it said on standard error tells why",
-            io::Error::other(format!("what it wrote {wrong}")),
-        ),
-    })
+    let what = "the machine did not write all of it; what it said on standard error tells why";
+    check(BufReader::with_capacity(BUFFER, file), &options).map_err(|e| Error::call(what, e))
 }
 
 /// Gives the file that [`create`] made its name, once it is on the disk; what has that name is replaced.
@@ -325,7 +244,7 @@ fn publish(file: &File, hidden: &Path, path: &Path) -> io::Result<()> {
         linkat(CWD, open, CWD, hidden, AtFlags::SYMLINK_FOLLOW)?;
     }
     fs::rename(hidden, path)?;
-    File::open(folder_of(path))?.sync_all()
+    File::open(path.with_file_name("."))?.sync_all()
 }
 
 /// A snapshot in a file, whose memory is still to be read.
@@ -350,7 +269,7 @@ impl Snapshot {
             Error::input(cause, "check the file")
         })?;
         let begun = begin(BufReader::with_capacity(BUFFER, file));
-        let (head, state, frames) = begun.map_err(|wrong| wrong.of(path))?;
+        let (head, state, frames) = begun.map_err(|error| wrong(path, error))?;
         Ok(Self {
             head,
             state,
@@ -365,8 +284,41 @@ impl Snapshot {
     ///
     /// [`Error::Input`] where the file is damaged.
     pub fn fill(&mut self, memory: &Memory) -> Result<()> {
-        fill(&mut self.frames, memory).map_err(|wrong| wrong.of(&self.path))
+        fill(&mut self.frames, memory).map_err(|error| wrong(&self.path, error))
     }
+}
+
+/// Reads the memory into that of a machine. A page of zeros, which it has already, is not written: it would be
+/// allocated.
+fn fill(frames: &mut impl Read, memory: &Memory) -> io::Result<()> {
+    let mut page = [0; PAGE];
+    for region in memory.iter() {
+        for at in (0..region.len()).step_by(PAGE) {
+            frames.read_exact(&mut page)?;
+            if page != ZEROS {
+                let written = region.write_slice(&page, MemoryRegionAddress(at));
+                written.map_err(io::Error::other)?;
+            }
+        }
+    }
+    end(frames)
+}
+
+/// The error for people, where reading that file gave this one.
+fn wrong(file: &Path, error: io::Error) -> Error {
+    let file = file.display();
+    let cause = match error.kind() {
+        _ if error.raw_os_error().is_some() => {
+            return Error::call(format!("reading {file}"), error)
+        }
+        io::ErrorKind::Unsupported => format!("{file} {error}"),
+        io::ErrorKind::UnexpectedEof => format!("{file} is damaged: it has less than its machine"),
+        _ => format!("{file} is damaged: {error}"),
+    };
+    Error::input(
+        cause,
+        "give a file that 'rvisor snapshot' has made to the rvisor that made it",
+    )
 }
 
 #[cfg(test)]
