@@ -3,7 +3,7 @@
 //! The commands that are about machines which run already: `ps`, `stop`, `kill`, `pause`, `resume` and
 //! `balloon`.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use rustix::process::{pidfd_send_signal, Signal};
 use serde::Serialize;
@@ -39,8 +39,8 @@ pub fn ps(json: bool) -> Result<()> {
     if json {
         return print_json(&machines);
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    print(&table(&machines, now.map_or(0, |now| now.as_secs())))
+    let now = UNIX_EPOCH.elapsed().unwrap_or_default();
+    print(&table(&machines, now.as_secs()))
 }
 
 /// The table, for a moment in seconds since 1970.

@@ -11,6 +11,7 @@ mod terminal;
 mod wake;
 
 use std::collections::VecDeque;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, TryLockError};
@@ -19,7 +20,8 @@ use std::time::Duration;
 use rustix::pipe::{pipe_with, PipeFlags};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
-use crate::devices::virtio::console::Keyboard;
+use crate::arguments::{ConsoleKind, RunOptions};
+use crate::devices::virtio::{self, console::Keyboard};
 use crate::devices::Ports;
 use crate::error::{failed, Result};
 use crate::machine::Control;
@@ -83,87 +85,100 @@ impl AsFd for Signals {
     }
 }
 
-/// The console's thread.
+/// The guest's console.
 pub struct Console {
     /// The guest's output, and what its clients type.
     pub output: Output,
-    /// Where what is typed goes instead of to the serial port.
-    pub keyboard: Option<Keyboard>,
-    /// Wakes the thread: input has come or is wanted, or the guest has ended.
+    /// Wakes the console's thread: input has come or is wanted, or the guest has ended.
     pub wake: Wake,
-    /// Signals that end the guest.
-    pub signals: Signals,
-    /// Ends the guest.
-    pub control: Control,
+    /// Where what is typed goes instead of to the serial port.
+    keyboard: Option<Keyboard>,
+    control: Control,
 }
 
 impl Console {
-    /// Runs until the guest has ended.
+    /// That of a machine with these options, which `control` ends.
     ///
     /// # Errors
     ///
-    /// [`Error::Call`] where the terminal or the serial port fails.
-    pub fn run(&self, ports: &Ports) -> Result<()> {
+    /// No more file descriptors can be had.
+    pub fn new(options: &RunOptions, control: &Control) -> io::Result<Self> {
+        let wake = Wake::new()?;
+        let (here, raw) = (!options.detached, options.raw_console);
+        Ok(Self {
+            output: Output::new(wake.clone(), here, raw, control.clone())?,
+            keyboard: match options.console {
+                ConsoleKind::Serial => None,
+                ConsoleKind::Virtio => Some(Keyboard::new(wake.clone())?),
+            },
+            wake,
+            control: control.clone(),
+        })
+    }
+
+    /// The guest's virtio console, where it has one.
+    #[must_use]
+    pub fn device(&self) -> Option<virtio::console::Console> {
+        let keyboard = self.keyboard.clone()?;
+        Some(virtio::console::Console::new(keyboard, self.output.clone()))
+    }
+
+    /// The console's thread: runs until the guest has ended, be it by one of `signals`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Call`](crate::error::Error::Call) where the terminal or the serial port fails.
+    pub fn run(&self, signals: &Signals, ports: &Ports) -> Result<()> {
         self.output.start()?;
-        let mut input = Input::default();
+        let mut keys = Keys::default();
+        // What was typed and is not the guest's yet.
+        let mut waiting = VecDeque::new();
         loop {
-            let retry = (!input.waiting.is_empty()).then_some(RETRY);
-            let room = input.waiting.len() < TYPED;
-            let (woken, keys) = input.keys.wait(&self.wake, &self.signals, room, retry)?;
+            let retry = (!waiting.is_empty()).then_some(RETRY);
+            let room = waiting.len() < TYPED;
+            let (woken, typed) = keys.wait(&self.wake, signals, room, retry)?;
             if woken {
                 self.wake.clear();
             }
-            if let Some(signal) = self.signals.take() {
+            if let Some(signal) = signals.take() {
                 self.control.end(Outcome::Signal(signal));
             }
             if self.control.ended() {
                 return Ok(());
             }
-            for key in keys {
+            for key in typed {
                 match key {
-                    Key::Guest(byte) => input.waiting.push_back(byte),
+                    Key::Guest(byte) => waiting.push_back(byte),
                     Key::Quit => self.control.end(Outcome::Quit),
                     Key::Help => self.output.say(KEYS),
                     Key::Detach | Key::Nothing => {}
                 }
             }
-            if input.waiting.is_empty() {
-                self.output.take_typed(&mut input.waiting);
+            if waiting.is_empty() {
+                self.output.take_typed(&mut waiting);
             }
             match &self.keyboard {
-                Some(keyboard) => keyboard.take(&mut input.waiting),
-                None => input.hand_over(ports)?,
+                Some(keyboard) => keyboard.take(&mut waiting),
+                None => hand_over(&mut waiting, ports)?,
             }
         }
     }
 }
 
-/// What was typed and is not the guest's yet.
-#[derive(Default)]
-struct Input {
-    keys: Keys,
-    waiting: VecDeque<u8>,
-}
-
-impl Input {
-    /// Gives the serial port as much as it takes.
-    fn hand_over(&mut self, ports: &Ports) -> Result<()> {
-        if self.waiting.is_empty() {
-            return Ok(());
-        }
-        // A CPU keeps it while its output waits to be read.
-        let mut serial = match ports.serial.try_lock() {
-            Ok(serial) => serial,
-            Err(TryLockError::Poisoned(error)) => error.into_inner(),
-            Err(TryLockError::WouldBlock) => return Ok(()),
-        };
-        let room = serial.fifo_capacity().min(self.waiting.len());
-        if room > 0 {
-            let (bytes, _) = self.waiting.make_contiguous().split_at(room);
-            let taken = serial.enqueue_raw_bytes(bytes);
-            let taken = taken.map_err(failed("the serial port"))?;
-            self.waiting.drain(..taken);
-        }
-        Ok(())
+/// Gives the serial port as much as it takes.
+fn hand_over(waiting: &mut VecDeque<u8>, ports: &Ports) -> Result<()> {
+    // A CPU keeps it while its output waits to be read.
+    let mut serial = match ports.serial.try_lock() {
+        Ok(serial) => serial,
+        Err(TryLockError::Poisoned(error)) => error.into_inner(),
+        Err(TryLockError::WouldBlock) => return Ok(()),
+    };
+    let room = serial.fifo_capacity().min(waiting.len());
+    if room > 0 {
+        let bytes = &waiting.make_contiguous()[..room];
+        let taken = serial.enqueue_raw_bytes(bytes);
+        let taken = taken.map_err(failed("the serial port"))?;
+        waiting.drain(..taken);
     }
+    Ok(())
 }

@@ -6,7 +6,6 @@ pub mod saved;
 mod start;
 mod state;
 
-use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -18,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 use crate::arguments::RunOptions;
-use crate::console::{Output, Wake};
+use crate::console::Console;
 use crate::control::{answer, stream, Answer, Nothing, Request};
 use crate::devices::{lock, virtio, Ports};
 use crate::error::{failed, say, Error, Result};
@@ -37,22 +36,6 @@ pub use state::Control;
 /// How long a thread gets to leave the guest before it is asked again.
 const KICK_AGAIN: Duration = Duration::from_millis(1);
 
-/// What a machine is made of.
-pub struct Parts {
-    /// The hypervisor.
-    pub kvm: Kvm,
-    /// Its VM.
-    pub vm: Arc<VmFd>,
-    /// Its memory.
-    pub memory: Memory,
-    /// How much of it its firmware has for itself, in bytes.
-    pub rom: u64,
-    /// Its CPUs.
-    pub vcpus: Vec<Arc<Vcpu>>,
-    /// Its virtio devices.
-    pub bus: virtio::Bus,
-}
-
 /// A machine that runs, as its commands reach it.
 pub struct Machine {
     /// Its name.
@@ -61,16 +44,19 @@ pub struct Machine {
     pub options: RunOptions,
     /// Ends and pauses it.
     pub control: Control,
-    /// What it is made of.
-    pub parts: Parts,
+    kvm: Kvm,
+    vm: Arc<VmFd>,
+    memory: Memory,
+    /// How much of its memory its firmware has for itself, in bytes.
+    rom: u64,
+    /// Its CPUs.
+    pub vcpus: Vec<Vcpu>,
+    /// Its virtio devices.
+    pub bus: virtio::Bus,
     /// Its devices on I/O ports.
     pub ports: Ports,
-    /// Its console's clients.
-    pub output: Output,
-    /// Takes samples of it.
+    console: Console,
     sampler: Sampler,
-    /// Where they go, one a second.
-    metrics: Option<File>,
     /// Held by whoever pauses it or has it go on.
     pausing: Mutex<()>,
     /// All its threads, until the guest has ended.
@@ -145,10 +131,7 @@ impl Machine {
         if !self.control.paused() {
             self.control.set_paused(reason);
         }
-        while !self
-            .control
-            .await_parked(self.parts.vcpus.len(), KICK_AGAIN)
-        {
+        while !self.control.await_parked(self.vcpus.len(), KICK_AGAIN) {
             if self.control.ended() {
                 return Err(Error::input(
                     format!("machine {} has ended", self.name),
@@ -157,7 +140,7 @@ impl Machine {
             }
             self.kick();
         }
-        self.parts.bus.devices().for_each(|device| device.pause());
+        self.bus.devices().for_each(|device| device.pause());
         Ok(())
     }
 
@@ -170,14 +153,14 @@ impl Machine {
         }
     }
 
-    /// Waits for the ends of all threads; `wake` wakes the console's.
-    fn join(&self, wake: &Wake) {
+    /// Waits for the ends of all threads.
+    fn join(&self) {
         loop {
             lock(&self.threads).retain(|thread| !thread.is_finished());
             if lock(&self.threads).is_empty() {
                 return;
             }
-            wake.wake();
+            self.console.wake.wake();
             self.kick();
             thread::sleep(KICK_AGAIN);
         }
@@ -189,7 +172,7 @@ impl Machine {
     }
 
     fn resume_with(&self, _pausing: &MutexGuard<'_, ()>) {
-        self.parts.bus.devices().for_each(|device| device.resume());
+        self.bus.devices().for_each(|device| device.resume());
         self.control.resume();
     }
 
@@ -214,7 +197,7 @@ impl Machine {
         let was_paused = self.control.paused();
         self.pause_with(&pausing, "for a snapshot")?;
         let written = self.save().and_then(|state| {
-            snapshot::write(out, &state, &self.parts.memory).map_err(failed("writing a snapshot"))
+            snapshot::write(out, &state, &self.memory).map_err(failed("writing a snapshot"))
         });
         if !was_paused {
             self.resume_with(&pausing);
@@ -223,45 +206,42 @@ impl Machine {
     }
 
     fn save(&self) -> Result<State> {
-        let parts = &self.parts;
-        let msrs = saved::msr_indices(&parts.kvm)?;
+        let msrs = saved::msr_indices(&self.kvm)?;
         let cpus = || -> Result<_> {
-            let cpus = parts
-                .vcpus
-                .iter()
-                .map(|vcpu| saved::Cpu::save(&vcpu.fd(), &msrs));
-            Ok((cpus.collect::<Result<_>>()?, saved::Vm::save(&parts.vm)?))
+            let cpus = self.vcpus.iter();
+            let cpus = cpus.map(|vcpu| saved::Cpu::save(&vcpu.fd(), &msrs));
+            Ok((cpus.collect::<Result<_>>()?, saved::Vm::save(&self.vm)?))
         };
         let (ports, (cpus, vm)) = self.ports.save(cpus)?;
         Ok(State {
-            rom: parts.rom,
+            rom: self.rom,
             cpus,
             vm,
             ports,
-            virtio: parts.bus.devices().map(|device| device.save()).collect(),
+            virtio: self.bus.devices().map(|device| device.save()).collect(),
         })
     }
 
     fn load(&self, state: &State) -> Result<()> {
         self.ports.load(&state.ports)?;
-        for (vcpu, saved) in self.parts.vcpus.iter().zip(&state.cpus) {
+        for (vcpu, saved) in self.vcpus.iter().zip(&state.cpus) {
             saved.load(&vcpu.fd())?;
         }
-        state.vm.load(&self.parts.vm)?;
+        state.vm.load(&self.vm)?;
         self.ports.interrupt_again()?;
-        if state.virtio.len() != self.parts.bus.devices().count() {
+        if state.virtio.len() != self.bus.devices().count() {
             return Err(Error::input(
                 "the snapshot has other devices than its machine",
                 "restore it with the rvisor that made it",
             ));
         }
-        let mut devices = self.parts.bus.devices().zip(&state.virtio);
+        let mut devices = self.bus.devices().zip(&state.virtio);
         devices.try_for_each(|(device, saved)| device.restore(saved))
     }
 
     /// Its memory balloon. No lock of another device's is taken, which may wait for a disk.
     fn balloon(&self) -> Option<&Arc<virtio::Transport>> {
-        let mut devices = self.parts.bus.devices();
+        let mut devices = self.bus.devices();
         devices.find(|device| device.name == "balloon")
     }
 
@@ -307,7 +287,9 @@ impl Machine {
                         .inspect_err(|error| say(format_args!("a snapshot failed: {error}")))
                 })
             }
-            Request::Console {} => return stream(client, |client| self.output.attach(client)),
+            Request::Console {} => {
+                return stream(client, |client| self.console.output.attach(client))
+            }
             Request::Trace(wanted) => {
                 return stream(client, |client| trace::stream(self, &wanted, client))
             }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Write as _;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 use rustix::thread::nanosleep;
 use rustix::time::{clock_gettime, ClockId, Timespec};
@@ -21,7 +21,7 @@ use crate::client;
 use crate::control::{Client, Request};
 use crate::error::{say, Error, Result};
 use crate::layout;
-use crate::machine::{Control, Machine, Status};
+use crate::machine::{Machine, Status};
 use crate::registry::Name;
 use crate::size;
 use counters::{Counters, Counts};
@@ -108,9 +108,8 @@ impl Sampler {
     /// The machine now.
     #[must_use]
     pub fn sample(&self, machine: &Machine) -> Sample {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let charged = self.charged.as_ref().and_then(meter::read);
-        let vcpus = machine.parts.vcpus.iter().map(|vcpu| {
+        let vcpus = machine.vcpus.iter().map(|vcpu| {
             let counters = vcpu.counters.as_ref().map(Counters::read);
             let (counters, exits) = counters.unwrap_or_default();
             let times = vcpu.times();
@@ -122,14 +121,14 @@ impl Sampler {
         });
         Sample {
             status: machine.status(),
-            time_ms: now.map_or(0, |now| now.as_millis() as u64),
+            time_ms: UNIX_EPOCH.elapsed().unwrap_or_default().as_millis() as u64,
             clock_ns: monotonic(),
             vcpus: vcpus.collect(),
             vm: self.vm.as_ref().map(|vm| vm.read().0).unwrap_or_default(),
             process: self.process.read(),
             resident: self.resident().unwrap_or(0),
             charged: charged.and_then(|text| text.trim().parse().ok()),
-            devices: machine.parts.bus.counters(),
+            devices: machine.bus.counters(),
         }
     }
 }
@@ -155,10 +154,10 @@ pub fn open_metrics(path: &std::path::Path) -> Result<File> {
 
 /// Writes a sample a second to `file`, one JSON object a line, until the guest has ended. A file that takes no more
 /// gets no more; the guest goes on.
-pub fn write_metrics(mut file: &File, machine: &Machine, control: &Control) {
+pub fn write_metrics(mut file: &File, machine: &Machine) {
     loop {
         // The last line has what there is at the end.
-        let ended = control.ended();
+        let ended = machine.control.ended();
         let line = serde_json::to_string(&machine.sample()).map_err(std::io::Error::other);
         if let Err(error) = line.and_then(|line| file.write_all((line + "\n").as_bytes())) {
             say(format_args!(

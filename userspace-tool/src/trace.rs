@@ -98,7 +98,7 @@ impl Exit {
 /// [`Error::Input`] where the hypervisor has no trace, or somebody else looks.
 pub(crate) fn stream(machine: &Machine, wanted: &Wanted, mut client: &UnixStream) -> Result<()> {
     let mut traces = Vec::new();
-    for vcpu in &machine.parts.vcpus {
+    for vcpu in &machine.vcpus {
         if wanted.cpu.is_none_or(|cpu| cpu == vcpu.id) {
             traces.push((vcpu.id, vcpu.trace().map_err(|error| refused(&error))?));
         }
