@@ -206,10 +206,11 @@ impl Machine {
     }
 
     fn save(&self) -> Result<State> {
-        let msrs = saved::msr_indices(&self.kvm)?;
+        let msrs = self.kvm.get_msr_index_list();
+        let msrs = msrs.map_err(failed("listing the CPUs' MSRs"))?;
         let cpus = || -> Result<_> {
             let cpus = self.vcpus.iter();
-            let cpus = cpus.map(|vcpu| saved::Cpu::save(&vcpu.fd(), &msrs));
+            let cpus = cpus.map(|vcpu| saved::Cpu::save(&vcpu.fd(), msrs.as_slice()));
             Ok((cpus.collect::<Result<_>>()?, saved::Vm::save(&self.vm)?))
         };
         let (ports, (cpus, vm)) = self.ports.save(cpus)?;

@@ -12,15 +12,19 @@ use kvm_bindings::{
     CpuId, Msrs, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KVM_MAX_CPUID_ENTRIES,
 };
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{failed, Error, Result};
 
 /// IA32_TSC_DEADLINE.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
-/// As many MSRs as one call takes.
-const MSRS: usize = 128;
+/// The interrupt controllers beside the local APICs.
+const CHIPS: [u32; 3] = [
+    KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE,
+    KVM_IRQCHIP_IOAPIC,
+];
 
 /// A virtual CPU.
 #[derive(Default, Serialize, Deserialize)]
@@ -71,7 +75,8 @@ impl Cpu {
     ///
     /// [`Error::Input`] where they are more than a CPU can have.
     pub fn cpuid(&self) -> Result<CpuId> {
-        CpuId::from_entries(&self.cpuid).map_err(|_| damaged("a CPU has too many features"))
+        let what = "the snapshot is damaged: a CPU has too many features";
+        CpuId::from_entries(&self.cpuid).map_err(|_| Error::input(what, "use another one"))
     }
 
     /// Puts the state into a new CPU that was made with [`Self::cpuid`].
@@ -91,21 +96,13 @@ impl Cpu {
         set("XCR0", fd.set_xcrs(&self.xcrs))?;
         set("debug registers", fd.set_debug_regs(&self.debug))?;
         set("a local APIC", fd.set_lapic(&self.lapic))?;
-        let (deadline, others): (Vec<_>, Vec<_>) = self
-            .msrs
-            .iter()
-            .partition(|msr| msr.index == MSR_TSC_DEADLINE);
-        write_msrs(fd, &others)?;
-        write_msrs(fd, &deadline)?;
+        let is_deadline = |msr: &kvm_msr_entry| msr.index == MSR_TSC_DEADLINE;
+        let (deadline, others): (Vec<_>, Vec<_>) = self.msrs.iter().copied().partition(is_deadline);
+        for msr in others.into_iter().chain(deadline) {
+            write_msr(fd, msr)?;
+        }
         set("events", fd.set_vcpu_events(&self.events))
     }
-}
-
-fn damaged(what: &str) -> Error {
-    Error::input(
-        format!("the snapshot is damaged: {what}"),
-        "use another one",
-    )
 }
 
 fn foreign(what: &str) -> Error {
@@ -123,36 +120,29 @@ fn set(what: &str, result: std::result::Result<(), kvm_ioctls::Error>) -> Result
 /// Those of the MSRs that the CPU has.
 fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>> {
     let mut read = Vec::with_capacity(indices.len());
-    let mut rest = indices;
-    while !rest.is_empty() {
-        let entries: Vec<_> = rest
-            .iter()
-            .take(MSRS)
-            .map(|index| kvm_msr_entry {
-                index: *index,
-                ..Default::default()
-            })
-            .collect();
-        let mut msrs = Msrs::from_entries(&entries).map_err(failed("listing MSRs"))?;
-        let done = fd.get_msrs(&mut msrs).map_err(failed("reading MSRs"))?;
-        read.extend(msrs.as_slice().iter().take(done));
-        // The first one that was not read is none of this CPU's.
-        let next = if done < entries.len() { done + 1 } else { done };
-        rest = rest.get(next..).unwrap_or_default();
+    for index in indices {
+        let mut msr = one_msr(kvm_msr_entry {
+            index: *index,
+            ..Default::default()
+        })?;
+        if fd.get_msrs(&mut msr).map_err(failed("reading MSRs"))? > 0 {
+            read.extend(msr.as_slice());
+        }
     }
     Ok(read)
 }
 
-fn write_msrs(fd: &VcpuFd, entries: &[&kvm_msr_entry]) -> Result<()> {
-    for entries in entries.chunks(MSRS) {
-        let entries: Vec<kvm_msr_entry> = entries.iter().map(|entry| **entry).collect();
-        let msrs = Msrs::from_entries(&entries).map_err(|_| damaged("too many MSRs"))?;
-        let done = fd.set_msrs(&msrs).map_err(failed("writing MSRs"))?;
-        if let Some(refused) = entries.get(done) {
-            return Err(foreign(&format!("MSR {:#x}", refused.index)));
-        }
+fn write_msr(fd: &VcpuFd, entry: kvm_msr_entry) -> Result<()> {
+    match fd.set_msrs(&one_msr(entry)?) {
+        Ok(1..) => Ok(()),
+        Ok(0) => Err(foreign(&format!("MSR {:#x}", entry.index))),
+        Err(error) => Err(Error::call("writing MSRs", error)),
     }
-    Ok(())
+}
+
+/// A list of one, as the calls take it: of a longer one they tell only how far they came.
+fn one_msr(entry: kvm_msr_entry) -> Result<Msrs> {
+    Msrs::from_entries(&[entry]).map_err(failed("listing MSRs"))
 }
 
 /// What the hypervisor has beside the CPUs.
@@ -170,22 +160,17 @@ impl Vm {
     ///
     /// [`Error::Call`] where the hypervisor does not give it.
     pub fn save(vm: &VmFd) -> Result<Self> {
-        let chips = [
-            KVM_IRQCHIP_PIC_MASTER,
-            KVM_IRQCHIP_PIC_SLAVE,
-            KVM_IRQCHIP_IOAPIC,
-        ];
-        let irqchips = chips.map(|chip_id| {
-            let mut chip = kvm_irqchip {
-                chip_id,
-                ..Default::default()
-            };
-            vm.get_irqchip(&mut chip).map(|()| chip)
+        let mut irqchips = CHIPS.map(|chip_id| kvm_irqchip {
+            chip_id,
+            ..Default::default()
         });
-        let irqchips: std::result::Result<_, _> = irqchips.into_iter().collect();
+        for chip in &mut irqchips {
+            vm.get_irqchip(chip)
+                .map_err(failed("reading the interrupt controllers"))?;
+        }
         let clock = vm.check_extension(Cap::AdjustClock).then(|| vm.get_clock());
         Ok(Self {
-            irqchips: irqchips.map_err(failed("reading the interrupt controllers"))?,
+            irqchips: irqchips.to_vec(),
             pit: vm.get_pit2().map_err(failed("reading the timer"))?,
             clock: clock.transpose().map_err(failed("reading the clock"))?,
         })
@@ -211,16 +196,4 @@ impl Vm {
         }
         Ok(())
     }
-}
-
-/// The numbers of the MSRs that CPUs have.
-///
-/// # Errors
-///
-/// [`Error::Call`] where the hypervisor does not tell.
-pub fn msr_indices(kvm: &Kvm) -> Result<Vec<u32>> {
-    let list = kvm
-        .get_msr_index_list()
-        .map_err(failed("listing the CPUs' MSRs"))?;
-    Ok(list.as_slice().to_vec())
 }
