@@ -114,9 +114,8 @@ pub fn enter(path: &Path) -> Result<()> {
 /// The cgroup of this process, where it is not the whole host's.
 #[must_use]
 pub fn current() -> Option<PathBuf> {
-    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    (!path.is_empty() && !path.contains("..")).then(|| Path::new(ROOT).join(path))
+    let path = own(&fs::read_to_string("/proc/self/cgroup").ok()?)?;
+    (!path.as_os_str().is_empty()).then(|| Path::new(ROOT).join(path))
 }
 
 /// The number behind `name` in a file of `name number` lines.
@@ -136,9 +135,8 @@ pub fn field(text: &str, name: &str) -> Option<u64> {
 struct Place {
     /// The cgroup that theirs are made in.
     parent: PathBuf,
-    /// What must hand controllers down to it, itself included, from the top.
-    chain: Vec<PathBuf>,
-    /// Whether others' processes may be in the way.
+    /// Whether it was given to this process: others' processes may be in the way there. Else it is below the top,
+    /// which must hand controllers down to it.
     delegated: bool,
 }
 
@@ -154,7 +152,6 @@ impl Place {
         let own = own.map(|own| root.join(own));
         if let Some(own) = own.filter(|own| is_delegated(own, is_root)) {
             return Ok(Self {
-                chain: vec![own.clone()],
                 parent: own,
                 delegated: true,
             });
@@ -165,23 +162,24 @@ impl Place {
                 "run 'systemd-run --user --scope -p Delegate=yes rvisor run ...', or run rvisor as root",
             ));
         }
-        let parent = root.join(ROOTS_OWN);
         Ok(Self {
-            chain: vec![root.to_owned(), parent.clone()],
-            parent,
+            parent: root.join(ROOTS_OWN),
             delegated: false,
         })
     }
 
     /// Gets controllers down to where the machines are.
     fn prepare(&self, controllers: &[&str]) -> Result<()> {
+        let mut chain = Vec::new();
         if self.delegated {
             self.clear()
                 .map_err(|e| refused("moving the processes of", &self.parent, &e))?;
         } else {
             make(&self.parent).map_err(|e| refused("making", &self.parent, &e))?;
+            chain.extend(self.parent.parent());
         }
-        for group in &self.chain {
+        chain.push(&self.parent);
+        for group in chain {
             let offered = fs::read_to_string(group.join("cgroup.controllers")).unwrap_or_default();
             for name in controllers {
                 if !offered.split_whitespace().any(|word| word == *name) {

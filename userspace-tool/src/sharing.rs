@@ -11,6 +11,7 @@ use std::str::FromStr;
 
 use clap::Args;
 use rustix::fs::{major, minor};
+use rustix::io::Errno;
 use rustix::thread::{sched_getaffinity, sched_setaffinity, CpuSet};
 
 use crate::error::{failed, Error, Result};
@@ -25,6 +26,8 @@ const PERIOD: u64 = 20_000;
 const LONG_PERIOD: u64 = 100_000;
 /// The least time in a period that the kernel takes, in microseconds.
 const LEAST_QUOTA: u64 = 1_000;
+/// The most that makes sense to anyone: a thousand CPUs.
+const MOST_PERCENT: u32 = 100_000;
 
 /// The options that share out the host. Each one that is given but `--pin` needs a cgroup.
 #[derive(Args, Clone, Debug, Default)]
@@ -37,8 +40,8 @@ pub struct Sharing {
 
     /// The most CPU time that the machine gets, all its CPUs and devices together; 100% is one CPU of the
     /// host's, 150% one and a half
-    #[arg(long, value_name = "PERCENT")]
-    pub cpu_max: Option<Percent>,
+    #[arg(long, value_name = "PERCENT", value_parser = percent)]
+    pub cpu_max: Option<u32>,
 
     /// The host's CPUs that the machine runs on, such as 0-3,6
     #[arg(long, value_name = "CPUS")]
@@ -80,7 +83,7 @@ impl Sharing {
             settings.push(("cpu.weight", share.to_string(), "--cpu-share"));
         }
         if let Some(percent) = self.cpu_max {
-            settings.push(("cpu.max", percent.quota(), "--cpu-max"));
+            settings.push(("cpu.max", quota(percent), "--cpu-max"));
         }
         if let Some(bytes) = self.memory_max {
             // Its helpers die with it.
@@ -88,8 +91,7 @@ impl Sharing {
             settings.push(("memory.max", bytes.to_string(), "--memory-max"));
         }
         for limit in &self.io_max {
-            let (major, minor) = disk(&limit.path)?;
-            let line = format!("{major}:{minor} {}", limit.limits.join(" "));
+            let line = format!("{} {}", disk(&limit.path)?, limit.limits);
             settings.push(("io.max", line, "--io-max"));
         }
         Ok(settings)
@@ -105,64 +107,45 @@ impl Sharing {
             return Ok(());
         };
         let what = "choosing CPUs";
-        let set_to = sched_setaffinity(None, set);
-        let got = sched_getaffinity(None).map_err(failed(what))?;
-        match (
-            set_to,
-            (0..CpuSet::MAX_CPU).find(|cpu| set.is_set(*cpu) && !got.is_set(*cpu)),
-        ) {
-            (Ok(()), None) => Ok(()),
+        let missing = match sched_setaffinity(None, set) {
             // The kernel leaves out what there is not, and refuses where nothing is left.
-            (Ok(()), Some(cpu)) => Err(no_cpu(text, &format!("CPU {cpu}"))),
-            (Err(rustix::io::Errno::INVAL), _) => Err(no_cpu(text, "any of them")),
-            (Err(error), _) => Err(failed(what)(error)),
-        }
-    }
-}
-
-fn no_cpu(text: &str, which: &str) -> Error {
-    let online = fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
-    Error::input(
-        format!("--pin {text}: this process can't have {which}"),
-        format!(
-            "give CPUs that are online ({}) and allowed here",
-            online.trim()
-        ),
-    )
-}
-
-/// A part of the time of one CPU, or of more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Percent(u32);
-
-impl Percent {
-    /// The most that makes sense to anyone: a thousand CPUs.
-    const MOST: u32 = 100_000;
-
-    /// The value of `cpu.max`: so much time in each period, in microseconds.
-    fn quota(self) -> String {
-        let part = |period: u64| period * u64::from(self.0) / 100;
-        let period = if part(PERIOD) < LEAST_QUOTA {
-            LONG_PERIOD
-        } else {
-            PERIOD
+            Ok(()) => {
+                let got = sched_getaffinity(None).map_err(failed(what))?;
+                (0..CpuSet::MAX_CPU).find(|cpu| set.is_set(*cpu) && !got.is_set(*cpu))
+            }
+            Err(Errno::INVAL) => (0..CpuSet::MAX_CPU).find(|cpu| set.is_set(*cpu)),
+            Err(error) => return Err(Error::call(what, error)),
         };
-        format!("{} {period}", part(period))
+        let Some(cpu) = missing else {
+            return Ok(());
+        };
+        let online = fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+        let online = online.trim();
+        Err(Error::input(
+            format!("--pin {text}: this process can't have CPU {cpu}"),
+            format!("give CPUs that are online ({online}) and allowed here"),
+        ))
     }
 }
 
-impl FromStr for Percent {
-    type Err = String;
+/// Reads `50%`: a part of the time of one CPU, or of more.
+fn percent(text: &str) -> std::result::Result<u32, String> {
+    text.strip_suffix('%')
+        .and_then(|number| number.parse().ok())
+        .filter(|percent| (1..=MOST_PERCENT).contains(percent))
+        .ok_or_else(|| {
+            format!("it is a whole number from 1 to {MOST_PERCENT} with % behind it, such as 50%")
+        })
+}
 
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        text.strip_suffix('%')
-            .and_then(|number| number.parse().ok())
-            .filter(|percent| (1..=Self::MOST).contains(percent))
-            .map(Self)
-            .ok_or_else(|| {
-                "it is a whole number from 1 to 100000 with % behind it, such as 50%".to_owned()
-            })
-    }
+/// That as the value of `cpu.max`: so much time in each period, in microseconds.
+fn quota(percent: u32) -> String {
+    let part = |period: u64| period * u64::from(percent) / 100;
+    let period = match part(PERIOD) {
+        LEAST_QUOTA.. => PERIOD,
+        _ => LONG_PERIOD,
+    };
+    format!("{} {period}", part(period))
 }
 
 /// CPUs of the host's.
@@ -203,7 +186,8 @@ impl FromStr for Cpus {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IoMax {
     path: PathBuf,
-    limits: Vec<String>,
+    /// As the kernel reads them.
+    limits: String,
 }
 
 impl FromStr for IoMax {
@@ -227,15 +211,16 @@ impl FromStr for IoMax {
             }
             Ok(format!("{name}={value}"))
         });
+        let limits = limits.collect::<std::result::Result<Vec<_>, String>>()?;
         Ok(Self {
             path: path.into(),
-            limits: limits.collect::<std::result::Result<_, String>>()?,
+            limits: limits.join(" "),
         })
     }
 }
 
-/// The numbers of the whole disk that `path` is, is a part of, or lies on.
-fn disk(path: &Path) -> Result<(u32, u32)> {
+/// The numbers of the whole disk that `path` is, is a part of, or lies on: `MAJOR:MINOR`.
+fn disk(path: &Path) -> Result<String> {
     let name = path.display();
     let next = "give a disk such as /dev/sda, or a file on one";
     let metadata =
@@ -245,21 +230,15 @@ fn disk(path: &Path) -> Result<(u32, u32)> {
     } else {
         metadata.st_dev()
     };
-    let sys = PathBuf::from(format!(
-        "/sys/dev/block/{}:{}",
-        major(number),
-        minor(number)
-    ));
-    let whole = if sys.join("partition").exists() {
-        sys.join("../dev")
-    } else {
-        sys.join("dev")
+    let (major, minor) = (major(number), minor(number));
+    let sys = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+    let whole = match sys.join("partition").exists() {
+        true => "../dev",
+        false => "dev",
     };
-    let text = fs::read_to_string(whole).unwrap_or_default();
-    text.trim()
-        .split_once(':')
-        .and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)))
-        .ok_or_else(|| Error::input(format!("--io-max {name} lies on no disk"), next))
+    let numbers = fs::read_to_string(sys.join(whole));
+    let numbers = numbers.map(|text| text.trim().to_owned());
+    numbers.map_err(|_| Error::input(format!("--io-max {name} lies on no disk"), next))
 }
 
 #[cfg(test)]
@@ -276,10 +255,7 @@ mod tests {
             ("250%", "50000 20000"),
             ("100000%", "20000000 20000"),
         ] {
-            assert_eq!(
-                text.parse::<Percent>().map(Percent::quota),
-                Ok(quota.to_owned())
-            );
+            assert_eq!(percent(text).map(super::quota), Ok(quota.to_owned()));
         }
         for text in [
             "",
@@ -292,7 +268,7 @@ mod tests {
             "50%%",
             "99999999999%",
         ] {
-            assert!(text.parse::<Percent>().is_err(), "{text:?}");
+            assert!(percent(text).is_err(), "{text:?}");
         }
     }
 
@@ -329,7 +305,7 @@ mod tests {
             .parse::<IoMax>()
             .expect("it is right");
         assert_eq!(parsed.path, Path::new("/dev/a:b"));
-        assert_eq!(parsed.limits, ["rbps=1048576", "wiops=500"]);
+        assert_eq!(parsed.limits, "rbps=1048576 wiops=500");
         for text in [
             "",
             "/dev/a",
@@ -358,7 +334,7 @@ mod tests {
             ..Default::default()
         };
         assert!(sharing.controllers().is_empty());
-        sharing.cpu_max = Some(Percent(50));
+        sharing.cpu_max = Some(50);
         assert_eq!(sharing.controllers(), ["cpu"]);
         sharing.memory_max = Some(1);
         assert_eq!(sharing.controllers(), ["cpu", "memory"]);
