@@ -108,7 +108,11 @@ pub enum Command {
     ///
     /// Each line begins with 'ok', 'FAIL' or 'note'. A line that fails is followed by the next step. The exit status
     /// is 0 where guests can run and 1 where they can't.
-    Check(CheckOptions),
+    Check {
+        /// The hypervisor's device
+        #[arg(long, value_name = "PATH", default_value = DEFAULT_DEVICE)]
+        device: PathBuf,
+    },
     /// List the machines that run
     ///
     /// They are those that this user has started, on any device.
@@ -327,14 +331,6 @@ pub fn run_options(
         origin: origin.clone(),
         ..options
     })
-}
-
-/// The options of `rvisor check`.
-#[derive(Args, Debug)]
-pub struct CheckOptions {
-    /// The hypervisor's device
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_DEVICE)]
-    pub device: PathBuf,
 }
 
 /// Reads the command line of this process.

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::control::{Client, Ended, Nothing, Request};
 use crate::error::{failed, print, say, Error, Result};
 use crate::machine::Status;
-use crate::outcome::STATUS_KILLED;
+use crate::outcome::Outcome;
 use crate::registry::{self, Name};
 use crate::size;
 
@@ -123,10 +123,10 @@ pub fn kill(name: &Name) -> Result<Ended> {
             .map_err(|error| Error::call(format!("killing {name}"), error))?;
     }
     // Its end is that of the connection.
-    let _ = end.receive::<Ended>(Some(INSIST));
+    let _ = end.receive::<Ended>(INSIST);
     Ok(Ended {
         outcome: "it did not answer: its process was killed".to_owned(),
-        status: STATUS_KILLED,
+        status: Outcome::Killed.status(),
     })
 }
 
@@ -135,8 +135,8 @@ pub fn kill(name: &Name) -> Result<Ended> {
 fn end_by(machine: &mut Client, request: &Request, patience: Duration) -> Result<Option<Ended>> {
     let until = Instant::now() + patience;
     machine.send(&[request, &Request::Wait {}])?;
-    match machine.receive(Some(patience))? {
-        Some(Nothing {}) => machine.receive(Some(until.saturating_duration_since(Instant::now()))),
+    match machine.receive(patience)? {
+        Some(Nothing {}) => machine.receive(until.saturating_duration_since(Instant::now())),
         None => Ok(None),
     }
 }

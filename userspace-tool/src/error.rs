@@ -51,11 +51,11 @@ pub fn say(text: impl Display) {
     let until = Instant::now() + PATIENCE;
     loop {
         let left = until.saturating_duration_since(Instant::now());
-        let timeout = Timespec {
-            tv_sec: left.as_secs() as i64,
-            tv_nsec: i64::from(left.subsec_nanos()),
-        };
-        match poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&timeout)) {
+        let timeout = Timespec::try_from(left).ok();
+        match poll(
+            &mut [PollFd::new(&stderr, PollFlags::OUT)],
+            timeout.as_ref(),
+        ) {
             Err(rustix::io::Errno::INTR) if !left.is_zero() => {}
             Ok(0) | Err(_) => return,
             Ok(_) => break,

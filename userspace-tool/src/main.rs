@@ -37,7 +37,7 @@ fn main() -> ExitCode {
 fn command_status(command: Command) -> Result<u8> {
     match command {
         Command::Run(options) => return run(&options),
-        Command::Check(options) => return check::run(&options.device),
+        Command::Check { device } => return check::run(&device),
         Command::Console { name, raw_console } => return console::attach(&name, raw_console),
         Command::Stop { name, timeout } => {
             let timeout = Duration::from_secs(timeout.into());

@@ -25,6 +25,11 @@ pub enum Outcome {
     /// The user typed Ctrl-A x.
     #[error("ended by Ctrl-A x")]
     Quit,
+    /// The kernel ended it, for it wanted more memory than its limit, which this is.
+    #[error(
+        "the machine reached its --memory-max of {0} and was ended; give it more, or less --memory"
+    )]
+    MemoryMax(String),
     /// A client of its socket ended it.
     #[error("ended by 'rvisor kill'")]
     Killed,
@@ -36,20 +41,8 @@ pub enum Outcome {
     Host(Error),
 }
 
-/// Exit status of [`Outcome::Rebooted`].
-pub const STATUS_REBOOTED: u8 = 3;
-/// Exit status of [`Outcome::Crashed`].
-pub const STATUS_CRASHED: u8 = 4;
-/// Exit status of [`Outcome::Stuck`].
-pub const STATUS_STUCK: u8 = 5;
-/// Exit status of [`Outcome::Quit`].
-pub const STATUS_QUIT: u8 = 6;
-/// Exit status of [`Outcome::Killed`].
-pub const STATUS_KILLED: u8 = 8;
-/// Exit status where the machine reached its limit of memory (`--memory-max`).
-pub const STATUS_MEMORY: u8 = 7;
-/// Exit status of [`Outcome::Signal`], less the signal's number: the shell's own convention.
-pub const STATUS_SIGNAL: u8 = 128;
+/// Exit status where a signal ended the machine, less its number: the shell's own convention.
+const STATUS_SIGNAL: u8 = 128;
 
 /// The exit status of a machine's process, by the shell's convention where a signal ended it.
 #[must_use]
@@ -66,13 +59,15 @@ impl Outcome {
     pub fn status(&self) -> u8 {
         match self {
             Self::PoweredOff => 0,
-            Self::Rebooted => STATUS_REBOOTED,
-            Self::Crashed(_) => STATUS_CRASHED,
-            Self::Stuck(_) => STATUS_STUCK,
-            Self::Quit => STATUS_QUIT,
-            Self::Killed => STATUS_KILLED,
-            Self::Signal(number) => STATUS_SIGNAL.saturating_add(*number),
+            // 2 is for wrong input.
             Self::Host(_) => STATUS_HOST,
+            Self::Rebooted => 3,
+            Self::Crashed(_) => 4,
+            Self::Stuck(_) => 5,
+            Self::Quit => 6,
+            Self::MemoryMax(_) => 7,
+            Self::Killed => 8,
+            Self::Signal(number) => STATUS_SIGNAL.saturating_add(*number),
         }
     }
 }
@@ -90,13 +85,14 @@ mod tests {
             Outcome::Crashed(String::new()),
             Outcome::Stuck(String::new()),
             Outcome::Quit,
+            Outcome::MemoryMax(String::new()),
             Outcome::Killed,
             Outcome::Signal(15),
             Outcome::Host(Error::input("", "")),
         ];
         let mut statuses: BTreeSet<u8> = all.iter().map(Outcome::status).collect();
-        statuses.extend([crate::error::STATUS_INPUT, STATUS_MEMORY]);
-        assert_eq!(statuses.len(), all.len() + 2);
+        statuses.insert(crate::error::STATUS_INPUT);
+        assert_eq!(statuses.len(), all.len() + 1);
     }
 
     #[test]

@@ -49,20 +49,15 @@ const TRY_AGAIN: Duration = Duration::from_millis(10);
 
 /// The name of a machine: letters, digits, `.`, `_` and `-`, the first one a letter or digit.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(try_from = "String")]
 pub struct Name(String);
 
 impl Name {
-    /// The name of a machine of this process that was given none.
+    /// The name of the machine of that process: the one that it was given, or `machine-PID`.
     #[must_use]
-    pub fn of_this_process() -> Self {
-        Self::of_process(std::process::id())
-    }
-
-    /// The name of a machine of that process that was given none: `machine-PID`.
-    #[must_use]
-    pub fn of_process(process: u32) -> Self {
-        Self(format!("machine-{process}"))
+    pub fn of(given: Option<&Self>, process: u32) -> Self {
+        let own = || Self(format!("machine-{process}"));
+        given.cloned().unwrap_or_else(own)
     }
 }
 
@@ -88,12 +83,6 @@ impl TryFrom<String> for Name {
 
     fn try_from(text: String) -> std::result::Result<Self, String> {
         text.parse()
-    }
-}
-
-impl From<Name> for String {
-    fn from(name: Name) -> Self {
-        name.0
     }
 }
 
@@ -406,7 +395,7 @@ mod tests {
     #[test]
     fn names_are_files_names() {
         for good in ["a", "7", "web-1.example_x", &"x".repeat(LONGEST)] {
-            assert_eq!(good.parse::<Name>().map(String::from), Ok(good.to_owned()));
+            assert_eq!(good.parse().map(|Name(text)| text), Ok(good.to_owned()));
         }
         for bad in [
             "",

@@ -197,7 +197,7 @@ pub fn take(name: &Name, path: &Path) -> Result<()> {
         )
     })?;
     let stored = client.call(&Request::Snapshot {}).and_then(|Nothing {}| {
-        store(client.stream()?, &head, &file, path)?;
+        store(client.into_stream()?, &head, &file, path)?;
         publish(&file, &hidden, path)
             .map_err(|error| Error::call(format!("naming {}", path.display()), error))
     });

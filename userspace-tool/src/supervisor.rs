@@ -5,32 +5,31 @@
 //! kernel ends the machine for want of memory.
 
 use std::env;
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::{Child, Command};
+use std::process::{Child, Command, ExitStatus};
 
 use rustix::event::{poll, PollFd, PollFlags};
-use rustix::io::{retry_on_intr, Errno};
+use rustix::io::retry_on_intr;
 use rustix::process::{
-    getpid, getppid, pidfd_open, pidfd_send_signal, set_parent_process_death_signal, Pid,
-    PidfdFlags, Signal,
+    getppid, pidfd_open, pidfd_send_signal, set_parent_process_death_signal, Pid, PidfdFlags,
+    Signal,
 };
 
 use crate::arguments::RunOptions;
 use crate::cgroup::{self, Cgroup};
 use crate::console::{Raw, Signals};
 use crate::error::{failed, say, Error, Result};
-use crate::outcome::{status_of, STATUS_MEMORY};
+use crate::outcome::{status_of, Outcome};
 use crate::registry::{self, Name};
 use crate::{detach, size};
 
-/// Tells the machine's process its cgroup, behind its parent's number.
-const INSIDE: &str = "RVISOR_CGROUP";
+/// Tells the machine's process its cgroup.
+const CGROUP: &str = "RVISOR_CGROUP";
+/// Tells it the number of this process.
+const PARENT: &str = "RVISOR_PARENT";
 
 /// Gives the machine what its options promise. Returns in the process that is to run it; where that is another one,
 /// this returns that one's exit status after its end.
@@ -40,26 +39,24 @@ const INSIDE: &str = "RVISOR_CGROUP";
 /// [`Error::Input`] where the promise can't be kept, [`Error::Call`] where the host fails.
 pub fn share(options: &RunOptions) -> Result<Option<u8>> {
     let sharing = &options.sharing;
-    if let Some(inside) = env::var_os(INSIDE) {
-        enter(&inside)?;
+    if let Some(group) = env::var_os(CGROUP) {
+        enter(Path::new(&group))?;
         return Ok(None);
     }
     sharing.pin()?;
     if sharing.controllers().is_empty() {
         return Ok(None);
     }
-    let name = options.name.clone();
-    let group = Cgroup::new(&name.unwrap_or_else(Name::of_this_process), sharing)?;
+    let name = Name::of(options.name.as_ref(), std::process::id());
+    let group = Cgroup::new(&name, sharing)?;
     // The mode that the machine's process can't bring back where it is killed.
     let _terminal = Raw::keep().map_err(failed("looking at the terminal"))?;
     let signals = Signals::catch()?;
-    let mut arguments = env::args_os();
-    let mut inside = OsString::from(format!("{} ", getpid()));
-    inside.push(group.path());
     let mut child = Command::new("/proc/self/exe")
-        .arg0(arguments.next().unwrap_or_else(|| "rvisor".into()))
-        .args(arguments)
-        .env(INSIDE, inside)
+        .arg0("rvisor")
+        .args(env::args_os().skip(1))
+        .env(CGROUP, group.path())
+        .env(PARENT, std::process::id().to_string())
         .spawn()
         .map_err(failed("starting the machine's process"))?;
     let let_go = options.detached.then(detach::let_go).transpose();
@@ -74,11 +71,8 @@ pub fn share(options: &RunOptions) -> Result<Option<u8>> {
         return Ok(Some(status_of(ended)));
     };
     let (text, status) = if signal == libc::SIGKILL && group.out_of_memory() > 0 {
-        let most = size::text(sharing.memory_max.unwrap_or(0));
-        let text = format!(
-            "the machine reached its --memory-max of {most} and was ended; give it more, or less --memory"
-        );
-        (text, STATUS_MEMORY)
+        let outcome = Outcome::MemoryMax(size::text(sharing.memory_max.unwrap_or(0)));
+        (outcome.to_string(), outcome.status())
     } else {
         let text = format!("the machine's process was killed by signal {signal}");
         (text, status_of(ended))
@@ -92,58 +86,43 @@ fn tell(options: &RunOptions, process: u32, text: &str) {
     if !options.detached {
         return say(text);
     }
-    let name = options.name.clone();
-    let folder = registry::folder(&name.unwrap_or_else(|| Name::of_process(process)));
-    let log = folder.map(|folder| {
-        File::options()
-            .append(true)
-            .open(folder.join(registry::LOG))
-    });
-    if let Ok(Ok(mut log)) = log {
+    let folder = registry::folder(&Name::of(options.name.as_ref(), process));
+    let log = folder.map(|folder| folder.join(registry::LOG));
+    if let Ok(Ok(mut log)) = log.map(|log| File::options().append(true).open(log)) {
         // Nobody may be left to tell.
         let _ = writeln!(log, "rvisor: {text}");
     }
 }
 
 /// In the machine's process: goes into its cgroup, to end there with its parent.
-fn enter(inside: &OsString) -> Result<()> {
-    env::remove_var(INSIDE);
-    let mut parts = inside.as_bytes().splitn(2, |byte| *byte == b' ');
-    let parent = parts
-        .next()
-        .and_then(|text| std::str::from_utf8(text).ok()?.parse().ok());
-    let (Some(parent), Some(path)) = (parent, parts.next()) else {
+fn enter(group: &Path) -> Result<()> {
+    let what = "following the parent's end";
+    let parent = env::var(PARENT).ok().and_then(|text| text.parse().ok());
+    env::remove_var(CGROUP);
+    env::remove_var(PARENT);
+    set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed(what))?;
+    // It may have ended before.
+    if getppid().map(Pid::as_raw_pid) != parent {
         return Err(Error::input(
-            format!("{INSIDE} is rvisor's own"),
+            format!("{CGROUP} is rvisor's own, and not from this process's parent"),
             "remove it from the environment",
         ));
-    };
-    set_parent_process_death_signal(Some(Signal::KILL))
-        .map_err(failed("following the parent's end"))?;
-    // It may have ended before.
-    if getppid().map(Pid::as_raw_pid) != Some(parent) {
-        return Err(Error::call(
-            "following the parent's end",
-            std::io::Error::from(Errno::SRCH),
-        ));
     }
-    cgroup::enter(Path::new(std::ffi::OsStr::from_bytes(path)))
+    cgroup::enter(group)
 }
 
 /// Passes signals on to the child until it has ended.
-fn watch(child: &mut Child, signals: &Signals) -> Result<std::process::ExitStatus> {
-    let process: OwnedFd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())
-        .map_err(failed("watching the machine's process"))?;
+fn watch(child: &mut Child, signals: &Signals) -> Result<ExitStatus> {
+    let what = "watching the machine's process";
+    let process = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).map_err(failed(what))?;
     loop {
         let mut fds = [
             PollFd::new(&process, PollFlags::IN),
             PollFd::new(signals, PollFlags::IN),
         ];
-        retry_on_intr(|| poll(&mut fds, None)).map_err(failed("watching the machine's process"))?;
+        retry_on_intr(|| poll(&mut fds, None)).map_err(failed(what))?;
         if !fds[0].revents().is_empty() {
-            return child
-                .wait()
-                .map_err(failed("waiting for the machine's process"));
+            return child.wait().map_err(failed(what));
         }
         let signal = signals.take().map(i32::from);
         if let Some(signal) = signal.and_then(Signal::from_named_raw) {

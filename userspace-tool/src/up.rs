@@ -21,14 +21,12 @@ use crate::arguments::UpOptions;
 use crate::console::{Filter, Signals};
 use crate::control::{Client, Ended, Nothing, Request};
 use crate::error::{failed, say, Error, Result, STATUS_HOST};
-use crate::outcome::{status_of, STATUS_SIGNAL};
+use crate::outcome::{status_of, Outcome};
 use crate::registry::{self, Name};
 use crate::{client, detach};
 
 /// The longest piece of a line that is shown at once.
 const LINE: u64 = 4096;
-/// The escape character.
-const ESC: u8 = 0x1b;
 /// How long a machine whose console has ended may take to say how.
 const GOODBYE: Duration = Duration::from_secs(5);
 /// How long standard output may take for a line of the rest when all machines have ended.
@@ -75,7 +73,7 @@ pub fn up(options: &UpOptions) -> Result<u8> {
             started.push((name.clone(), Arc::clone(&ends)));
             processes.push(process);
             if let Some(signal) = signals.take() {
-                return Ok(Some(STATUS_SIGNAL.saturating_add(signal)));
+                return Ok(Some(Outcome::Signal(signal).status()));
             }
             if !options.detach {
                 let screen = Screen::new(&name, width.unwrap_or(0), options.raw_console);
@@ -166,7 +164,7 @@ fn watch(machines: &[Started], processes: Vec<Child>, signals: &Signals, timeout
             }
         }
     }
-    let by_signal = signalled.map(|signal| STATUS_SIGNAL.saturating_add(signal));
+    let by_signal = signalled.map(|signal| Outcome::Signal(signal).status());
     bad.or(by_signal).unwrap_or(0)
 }
 
@@ -181,11 +179,11 @@ fn show(name: &Name, mut screen: Screen, ends: &OwnedFd, shows: &SyncSender<()>)
         let mut end = Client::waiting(name)?;
         let mut console = Client::connect(name)?;
         let Nothing {} = console.call(&Request::Console {})?;
-        let lines = console.stream()?;
-        while let Some(line) = read_line(lines) {
+        let mut lines = console.into_stream()?;
+        while let Some(line) = read_line(&mut lines) {
             show(&line);
         }
-        end.receive(Some(GOODBYE))
+        end.receive(GOODBYE)
     };
     let outcome = match follow() {
         Ok(Some(ended)) => ended.outcome,
@@ -205,12 +203,9 @@ fn show(name: &Name, mut screen: Screen, ends: &OwnedFd, shows: &SyncSender<()>)
 
 /// Whether the process of that pidfd ends within `patience`.
 fn has_ended(process: &OwnedFd, patience: Duration) -> bool {
-    let patience = Timespec {
-        tv_sec: patience.as_secs() as i64,
-        tv_nsec: patience.subsec_nanos().into(),
-    };
+    let patience = Timespec::try_from(patience).ok();
     let mut fds = [PollFd::new(process, PollFlags::IN)];
-    retry_on_intr(|| poll(&mut fds, Some(&patience))).is_ok_and(|count| count > 0)
+    retry_on_intr(|| poll(&mut fds, patience.as_ref())).is_ok_and(|count| count > 0)
 }
 
 /// A line without its end, or a piece of a long one; `None` at the end of all.
@@ -227,17 +222,16 @@ struct Screen {
     prefix: String,
     /// Unless all is let through.
     filter: Option<Filter>,
-    /// Where that is a terminal.
-    colours: bool,
 }
 
 impl Screen {
     fn new(name: &Name, width: usize, raw: bool) -> Self {
         let terminal = Filter::for_output(&io::stdout(), raw);
+        let colours = terminal.is_some();
+        let filter = terminal.or_else(|| (!raw).then(|| Filter::new(true)));
         Self {
             prefix: format!("{name:width$} | "),
-            colours: terminal.is_some(),
-            filter: terminal.or_else(|| (!raw).then(|| Filter::new(true))),
+            filter: filter.map(|filter| filter.within_lines(colours)),
         }
     }
 
@@ -247,41 +241,12 @@ impl Screen {
     }
 
     fn text(&mut self, line: &[u8]) -> Vec<u8> {
-        let mut text = self.prefix.clone().into_bytes();
-        match &mut self.filter {
-            Some(filter) => {
-                text.extend(within_line(&filter.passed(line), self.colours));
-            }
-            None => text.extend_from_slice(line),
-        }
-        text.push(b'\n');
-        text
-    }
-}
-
-/// Of what the filter has let through, that which stays in its line, text and perhaps colours: nothing that moves the
-/// cursor to the lines of others.
-fn within_line(passed: &[u8], colours: bool) -> Vec<u8> {
-    let mut pieces = passed.split(|byte| *byte == ESC);
-    let mut kept = pieces.next().unwrap_or_default().to_vec();
-    for piece in pieces {
-        // Whole sequences: ESC [, numbers and a last byte from 0x40 on; else the last byte is one from 0x30 on.
-        let (start, least) = match piece.starts_with(b"[") {
-            true => (1, 0x40),
-            false => (0, 0x30),
+        let line = match &mut self.filter {
+            Some(filter) => filter.passed(line),
+            None => line.to_vec(),
         };
-        let last = piece.iter().skip(start).position(|byte| *byte >= least);
-        let (sequence, text) = piece.split_at(last.map_or(piece.len(), |at| start + at + 1));
-        if colours && start == 1 && sequence.ends_with(b"m") {
-            kept.extend([&[ESC], sequence].concat());
-        }
-        kept.extend_from_slice(text);
+        [self.prefix.as_bytes(), &line, b"\n"].concat()
     }
-    kept.retain(|byte| matches!(*byte, ESC | b'\t' | 0x20..));
-    if kept.contains(&ESC) {
-        kept.extend_from_slice(b"\x1b[m");
-    }
-    kept
 }
 
 #[cfg(test)]
@@ -315,11 +280,9 @@ mod tests {
 
     #[test]
     fn a_machine_keeps_to_its_own_lines_of_a_terminal() {
-        let prefix = "web | ".to_owned();
         let mut screen = Screen {
-            prefix,
-            filter: Some(Filter::new(true)),
-            colours: true,
+            prefix: "web | ".to_owned(),
+            filter: Some(Filter::new(true).within_lines(true)),
         };
         for (line, shown) in [
             ("plain\tüx", "web | plain\tüx\n"),
@@ -332,7 +295,7 @@ mod tests {
             let text = String::from_utf8(screen.text(line.as_bytes()));
             assert_eq!(text.as_deref(), Ok(shown));
         }
-        screen.colours = false;
+        screen.filter = Some(Filter::new(true).within_lines(false));
         assert_eq!(screen.text(b"\x1b[31mred\x1b[0m\r"), b"web | red\n");
         screen.filter = None;
         assert_eq!(screen.text(b"a\r\xff"), b"web | a\r\xff\n");

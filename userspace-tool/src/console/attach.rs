@@ -10,7 +10,7 @@ use super::keys::{Key, Keys};
 use super::{Filter, Raw, Signals};
 use crate::control::{Client, Ended, Nothing, Request};
 use crate::error::{failed, say, Error, Result};
-use crate::outcome::STATUS_SIGNAL;
+use crate::outcome::Outcome;
 use crate::registry::Name;
 
 const KEYS: &[u8] =
@@ -35,7 +35,7 @@ pub fn attach(name: &Name, unfiltered: bool) -> Result<u8> {
     let mut end = Client::waiting(name)?;
     let mut console = Client::connect(name)?;
     let Nothing {} = console.call(&Request::Console {})?;
-    let stream = console.into_stream();
+    let stream = console.into_stream()?;
     // What came right behind the answer.
     show(stream.buffer())?;
     let signals = Signals::catch()?;
@@ -47,9 +47,9 @@ pub fn attach(name: &Name, unfiltered: bool) -> Result<u8> {
             say(format_args!("{name} runs on"));
             Ok(0)
         }
-        Left::Signal(signal) => Ok(STATUS_SIGNAL.saturating_add(signal)),
+        Left::Signal(signal) => Ok(Outcome::Signal(signal).status()),
         Left::Closed => {
-            let ended: Option<Ended> = end.receive(Some(GOODBYE))?;
+            let ended: Option<Ended> = end.receive(GOODBYE)?;
             let ended = ended.ok_or_else(|| {
                 let why = io::Error::other("it has closed this console and does not say why");
                 Error::call(format!("machine {name}"), why)
@@ -75,9 +75,6 @@ fn join(
 ) -> Result<Left> {
     let mut typed = Keys::default();
     let mut bytes = [0; 4096];
-    stream
-        .set_read_timeout(None)
-        .map_err(failed("setting a socket"))?;
     loop {
         let (output, keys) = typed.wait(&stream, signals, true, None)?;
         if let Some(signal) = signals.take() {

@@ -18,6 +18,8 @@ use vte::{Params, Parser, Perform};
 const MOST: u16 = 9999;
 /// What stands for a character that does not pass.
 const UNKNOWN: char = '?';
+/// The escape character.
+const ESC: u8 = 0x1b;
 /// CAN, which ends a sequence that is not whole.
 const CANCEL: u8 = 0x18;
 
@@ -26,10 +28,22 @@ const CANCEL: u8 = 0x18;
 /// the terminal report the mouse or its focus.
 const MODES: [u16; 11] = [1, 5, 6, 7, 12, 25, 47, 1047, 1048, 1049, 2004];
 
+/// What a filter lets through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scope {
+    /// What is harmless to a screen that is the guest's.
+    Screen,
+    /// What stays in its line, for a screen that several share: text and colours.
+    Line,
+    /// Text alone.
+    Text,
+}
+
 /// The filter of one stream of output.
 pub struct Filter {
     parser: Parser,
     utf8: bool,
+    scope: Scope,
 }
 
 impl Filter {
@@ -40,7 +54,19 @@ impl Filter {
         Self {
             parser: Parser::new(),
             utf8,
+            scope: Scope::Screen,
         }
+    }
+
+    /// The same for a screen that several streams share, and that gets a line at a time of each: text and, where it
+    /// has some, `colours`, which end with the line. Nothing moves the cursor to the lines of others.
+    #[must_use]
+    pub fn within_lines(self, colours: bool) -> Self {
+        let scope = match colours {
+            true => Scope::Line,
+            false => Scope::Text,
+        };
+        Self { scope, ..self }
     }
 
     /// A filter for `output` where that is a terminal, unless it is to get all of it, `unfiltered`. LC_ALL, LC_CTYPE
@@ -63,6 +89,7 @@ impl Filter {
     pub fn passed(&mut self, bytes: &[u8]) -> Vec<u8> {
         let mut passed = Passed {
             utf8: self.utf8,
+            scope: self.scope,
             out: Vec::with_capacity(bytes.len()),
         };
         for line in bytes.chunk_by(|_, next| *next != b'\n') {
@@ -72,6 +99,9 @@ impl Filter {
             }
             self.parser.advance(&mut passed, line);
         }
+        if self.scope == Scope::Line && passed.out.contains(&ESC) {
+            passed.out.extend_from_slice(b"\x1b[m");
+        }
         passed.out
     }
 }
@@ -79,6 +109,7 @@ impl Filter {
 /// Takes what the parser has found, and writes what of it passes.
 struct Passed {
     utf8: bool,
+    scope: Scope,
     out: Vec<u8>,
 }
 
@@ -97,8 +128,9 @@ impl Perform for Passed {
 
     fn execute(&mut self, byte: u8) {
         match byte {
-            // Bell, backspace, tab, ends of lines and pages, the shifts between two character sets.
-            0x07..=0x0f => self.out.push(byte),
+            b'\t' => self.out.push(byte),
+            // Bell, backspace, ends of lines and pages, the shifts between two character sets.
+            0x07..=0x0f if self.scope == Scope::Screen => self.out.push(byte),
             0x80.. => self.print(UNKNOWN),
             _ => {}
         }
@@ -106,6 +138,7 @@ impl Perform for Passed {
 
     fn esc_dispatch(&mut self, between: &[u8], _ignore: bool, last: u8) {
         let harmless = match between {
+            _ if self.scope != Scope::Screen => false,
             // Save and restore the cursor, index, next line, reverse index, set a tab, the keypad's modes.
             [] => b"78DEMH=>".contains(&last),
             // The character set of a number.
@@ -113,14 +146,19 @@ impl Perform for Passed {
             _ => false,
         };
         if harmless {
-            self.out.push(0x1b);
+            self.out.push(ESC);
             self.out.extend_from_slice(between);
             self.out.push(last);
         }
     }
 
     fn csi_dispatch(&mut self, params: &Params, between: &[u8], ignore: bool, last: char) {
-        if ignore || !is_harmless(params, between, last) {
+        let in_scope = match self.scope {
+            Scope::Screen => true,
+            Scope::Line => last == 'm',
+            Scope::Text => false,
+        };
+        if ignore || !in_scope || !is_harmless(params, between, last) {
             return;
         }
         let numbers = |group: &[u16]| {

@@ -76,7 +76,7 @@ impl Client {
     /// The machine's own; [`Error::Call`] where it does not answer.
     pub fn call<R: DeserializeOwned>(&mut self, request: &Request) -> Result<R> {
         self.send(&[request])?;
-        self.receive(Some(ANSWER))?
+        self.receive(ANSWER)?
             .ok_or_else(|| self.lost(io::Error::other("it does not answer")))
     }
 
@@ -98,16 +98,13 @@ impl Client {
             .map_err(|error| self.lost(error))
     }
 
-    /// Waits for an answer; `None` where it takes longer than `patience`, if that is bounded.
+    /// Waits for an answer; `None` where it takes longer than `patience`.
     ///
     /// # Errors
     ///
     /// As [`Self::call`].
-    pub fn receive<R: DeserializeOwned>(
-        &mut self,
-        patience: Option<Duration>,
-    ) -> Result<Option<R>> {
-        let value = match self.read(patience) {
+    pub fn receive<R: DeserializeOwned>(&mut self, patience: Duration) -> Result<Option<R>> {
+        let value = match self.read(Some(patience)) {
             Ok(Some(value)) => value,
             Ok(None) => return Err(self.lost(io::Error::other("it has gone"))),
             Err(error) if error.kind() == io::ErrorKind::TimedOut => return Ok(None),
@@ -181,21 +178,15 @@ impl Client {
         }
     }
 
-    /// What the machine sends, while a stream lasts that it began. It may be silent for as long as it likes.
+    /// The connection, once it carries a stream. The machine may be silent for as long as it likes.
     ///
     /// # Errors
     ///
     /// [`Error::Call`] where the kernel refuses.
-    pub fn stream(&mut self) -> Result<&mut BufReader<UnixStream>> {
+    pub fn into_stream(self) -> Result<BufReader<UnixStream>> {
         let unbounded = self.stream.get_ref().set_read_timeout(None);
         unbounded.map_err(failed("setting a socket"))?;
-        Ok(&mut self.stream)
-    }
-
-    /// The connection, for a stream.
-    #[must_use]
-    pub fn into_stream(self) -> BufReader<UnixStream> {
-        self.stream
+        Ok(self.stream)
     }
 }
 

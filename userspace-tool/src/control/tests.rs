@@ -138,12 +138,12 @@ fn who_waits_learns_of_the_end_and_a_stream_ends() {
     let mut waiting = client(connect());
     let thread = thread::spawn(move || {
         let sent = waiting.send(&[&Request::Wait {}]);
-        let ended: Result<Option<Ended>> = sent.and_then(|()| waiting.receive(None));
+        let ended: Result<Option<Ended>> = sent.and_then(|()| waiting.receive(PATIENCE));
         told.send(ended).expect("the test listens");
     });
     let mut streaming = client(connect());
     let Nothing {} = streaming.call(&Request::Console {}).expect("a stream");
-    let mut stream = streaming.into_stream();
+    let mut stream = streaming.into_stream().expect("a socket");
     stream.get_mut().write_all(b"hello").expect("sent");
     let mut bytes = [0; 5];
     stream.read_exact(&mut bytes).expect("sent back");
@@ -169,10 +169,10 @@ fn a_command_and_the_wait_for_the_end_need_one_connection() {
     let mut client = client(connect());
     let sent = client.send(&[&Request::Status {}, &Request::Wait {}]);
     sent.expect("they are taken");
-    let given: Option<u8> = client.receive(None).expect("an answer");
+    let given: Option<u8> = client.receive(PATIENCE).expect("an answer");
     assert_eq!(given, Some(1));
     server.finish(ended());
-    let told: Option<Ended> = client.receive(None).expect("an answer");
+    let told: Option<Ended> = client.receive(PATIENCE).expect("an answer");
     assert_eq!(told.map(|told| told.status), Some(0));
 }
 
@@ -212,7 +212,7 @@ fn hostile(line: impl AsRef<[u8]>) -> Client {
 fn what_a_machine_says_commands_no_terminal() {
     let harmless = |text: &str| !text.chars().any(char::is_control);
     let line = r#"{"ok":{"outcome":"a\u001b[2Jb\n\u009b1m\u007f\r","status":0}}"#;
-    let ended: Option<Ended> = hostile(line).receive(None).expect("an answer");
+    let ended: Option<Ended> = hostile(line).receive(PATIENCE).expect("an answer");
     let outcome = ended.expect("an answer").outcome;
     assert_eq!(outcome, "a\u{fffd}[2Jb\n\u{fffd}1m\u{fffd}\u{fffd}");
     for line in [
@@ -224,7 +224,7 @@ fn what_a_machine_says_commands_no_terminal() {
         "{\"ok\":{\"\u{9b}2J\":7}}",
         "\x1b[2J",
     ] {
-        let told = hostile(line).receive::<Ended>(None);
+        let told = hostile(line).receive::<Ended>(PATIENCE);
         let told = told.expect_err(line).to_string();
         assert!(harmless(&told), "{told:?}");
     }
@@ -235,7 +235,7 @@ fn what_a_machine_says_commands_no_terminal() {
 
 #[test]
 fn a_machines_line_is_bounded() {
-    let told = hostile(vec![b' '; client::LONGEST]).receive::<Ended>(None);
+    let told = hostile(vec![b' '; client::LONGEST]).receive::<Ended>(PATIENCE);
     let told = told.expect_err("it is too long").to_string();
     assert!(told.contains("a line of 4194304 bytes"), "{told}");
 }

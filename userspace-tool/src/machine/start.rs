@@ -96,8 +96,7 @@ fn start(
     load: impl FnOnce(&Memory, usize) -> Result<Begin>,
 ) -> Result<Outcome> {
     memory::check_size(options.memory)?;
-    let name = options.name.clone();
-    let claim = Claim::new(name.unwrap_or_else(Name::of_this_process))?;
+    let claim = Claim::new(Name::of(options.name.as_ref(), std::process::id()))?;
     let memory = memory::allocate(options.memory, rom)?;
     let (control, outcomes) = Control::new();
     let console = Console::new(options, &control).map_err(failed("opening the console"))?;

@@ -2,8 +2,6 @@
 
 use super::*;
 
-const ESC: u8 = 0x1b;
-
 fn passed(utf8: bool, input: &[u8]) -> Vec<u8> {
     Filter::new(utf8).passed(input)
 }
