@@ -98,12 +98,12 @@ test_udev_rule() { gives udevadm verify --no-summary /usr/lib/udev/rules.d/60-rv
 test_tmpfiles() {
 	# shellcheck disable=SC2016 # for the inner shell
 	gives sh -ec 'mkdir -p /run/tmpfiles.d /tmp/rvisor-1000/one
-		touch /tmp/rvisor-1000/one/lock /tmp/other
+		touch /tmp/rvisor-1000/one/sock /tmp/other
 		echo "q /tmp 1777 root root 1us" >/run/tmpfiles.d/tmp.conf
 		systemd-tmpfiles --clean --prefix=/tmp
 		ls /tmp /tmp/rvisor-1000/one; rm -r /run/tmpfiles.d/tmp.conf' || return
 	check_not "nothing is aged away" grep -qx other "$work/out" || return
-	check "a machine's is gone: $(tr '\n' ' ' <"$work/out")" grep -qx lock "$work/out"
+	check "a machine's is gone: $(tr '\n' ' ' <"$work/out")" grep -qx sock "$work/out"
 }
 
 test_files_are_the_packages() { answers '' dpkg --verify rvisor; }

@@ -117,7 +117,7 @@ pub enum Command {
     ///
     /// They are those that this user has started, on any device.
     ///
-    /// A machine is known by the files lock, sock and, where it runs detached, log in the folder rvisor/NAME of
+    /// A machine is known by the folder rvisor/NAME, which it locks, with sock and, where it runs detached, log, in
     /// $XDG_RUNTIME_DIR; where that is no folder of root's or this user's own, in /run/rvisor/NAME for root and
     /// /tmp/rvisor-UID/NAME for others. Root's are in /run/rvisor/NAME too where it is /run/user/0.
     ///

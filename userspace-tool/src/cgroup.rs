@@ -175,7 +175,7 @@ impl Place {
             self.clear()
                 .map_err(|e| refused("moving the processes of", &self.parent, &e))?;
         } else {
-            make(&self.parent).map_err(|e| refused("making", &self.parent, &e))?;
+            fs::create_dir_all(&self.parent).map_err(|e| refused("making", &self.parent, &e))?;
             chain.extend(self.parent.parent());
         }
         chain.push(&self.parent);
@@ -204,7 +204,7 @@ impl Place {
             if processes.is_empty() {
                 break;
             }
-            make(&others)?;
+            fs::create_dir_all(&others)?;
             for process in processes.lines() {
                 match fs::write(others.join("cgroup.procs"), process) {
                     // It has ended meanwhile.
@@ -214,14 +214,6 @@ impl Place {
             }
         }
         Ok(())
-    }
-}
-
-/// Makes a cgroup where it is not there.
-fn make(group: &Path) -> io::Result<()> {
-    match fs::create_dir(group) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        result => result,
     }
 }
 

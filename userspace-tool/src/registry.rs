@@ -4,9 +4,9 @@
 //!
 //! The folder is `rvisor` in `$XDG_RUNTIME_DIR`; where that is no folder of root's or the user's own, `/run/rvisor` for
 //! root, and `/tmp/rvisor-UID` for others. For root that is also in place of `/run/user/0`, which sessions have and
-//! services don't. It is its user's alone. A machine has a folder of its name there, with
+//! services don't. It is its user's alone. A machine has a folder of its name there, locked by flock(2) for as long as
+//! its process lives: the name is taken while it is. In it are
 //!
-//! - `lock`, locked by flock(2) for as long as its process lives: the name is taken while it is,
 //! - `sock`, where it takes commands (see [`crate::control`]),
 //! - `log`, what it said on standard error since it runs detached. The next start begins it anew.
 //!
@@ -20,7 +20,6 @@ use std::env;
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufReader, Write};
-use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -38,11 +37,10 @@ use crate::error::{Error, Result};
 
 /// The longest name. With the folder before it, it must fit into a socket's address of 108 bytes.
 const LONGEST: usize = 32;
-const LOCK: &str = "lock";
 const SOCKET: &str = "sock";
 /// What a detached machine says.
 pub const LOG: &str = "log";
-/// How often a lock is tried whose file goes away meanwhile, as its owner ends, or whose owner is no machine that
+/// How often a folder is locked that goes away meanwhile, as its owner ends, or whose owner is no machine that
 /// takes commands; and how long after a try of the latter kind.
 const TRIES: usize = 16;
 const TRY_AGAIN: Duration = Duration::from_millis(10);
@@ -152,9 +150,8 @@ pub fn folder(name: &Name) -> Result<PathBuf> {
 pub struct Claim {
     name: Name,
     folder: PathBuf,
-    /// For when this process may no longer go there by the path.
+    /// Locked; and for when this process may no longer go there by the path.
     opened: File,
-    _lock: File,
 }
 
 impl Claim {
@@ -168,11 +165,17 @@ impl Claim {
         let refused =
             |error: io::Error| Error::call(format!("locking {}", folder.display()), error);
         for tries in 1..=TRIES {
-            // Its owner may remove them between any two calls here: then the lock is on no file.
-            let Some((opened, lock)) = open_lock(&folder).map_err(refused)? else {
-                continue;
+            // Its owner may remove it between any two calls here: then the lock is on no folder.
+            let made = DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&folder);
+            made.map_err(refused)?;
+            let opened = match File::open(&folder) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                opened => opened.map_err(refused)?,
             };
-            match flock(lock.as_fd(), FlockOperation::NonBlockingLockExclusive) {
+            match flock(&opened, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
                 // Nobody is there: 'rvisor ps' looks after one that was killed, or another one starts.
                 Err(Errno::WOULDBLOCK) if tries < TRIES && connect(&name)?.is_none() => {
@@ -187,13 +190,12 @@ impl Claim {
                 }
                 Err(error) => return Err(refused(error.into())),
             }
-            let locked = lock.metadata().map_err(refused)?.ino();
-            if fs::metadata(folder.join(LOCK)).is_ok_and(|found| found.ino() == locked) {
+            let locked = opened.metadata().map_err(refused)?.ino();
+            if fs::symlink_metadata(&folder).is_ok_and(|found| found.ino() == locked) {
                 return Ok(Self {
                     name,
                     folder,
                     opened,
-                    _lock: lock,
                 });
             }
         }
@@ -212,7 +214,7 @@ impl Claim {
         &self.folder
     }
 
-    /// The same, open.
+    /// The same, open and locked.
     #[must_use]
     pub fn opened(&self) -> &File {
         &self.opened
@@ -263,9 +265,7 @@ impl Drop for Claim {
     fn drop(&mut self) {
         // What can't be removed is taken over by the next one of the name.
         let _ = fs::remove_file(record_of(&self.folder));
-        for name in [SOCKET, LOCK] {
-            let _ = unlinkat(&self.opened, name, AtFlags::empty());
-        }
+        let _ = unlinkat(&self.opened, SOCKET, AtFlags::empty());
         // Where there is no log.
         let _ = fs::remove_dir(&self.folder);
     }
@@ -278,22 +278,6 @@ fn create_new(path: PathBuf) -> Result<(PathBuf, File)> {
     let made = new.append(true).create_new(true).mode(0o600).open(&path);
     let file = made.map_err(|error| Error::call(format!("making {}", path.display()), error))?;
     Ok((path, file))
-}
-
-/// The folder and the file to lock in it, both made where they are not there; `None` where they go away meanwhile.
-fn open_lock(folder: &Path) -> io::Result<Option<(File, File)>> {
-    match DirBuilder::new().mode(0o700).create(folder) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-        _ => {}
-    }
-    let mut lock = OpenOptions::new();
-    // What lies in the folder is the machine's user's doing.
-    lock.write(true).create(true).truncate(false).mode(0o600);
-    let lock = lock.custom_flags(libc::O_NOFOLLOW).open(folder.join(LOCK));
-    match File::open(folder).and_then(|opened| Ok((opened, lock?))) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        files => files.map(Some),
-    }
 }
 
 /// Where it stands what the machine with that folder was made by: not in the folder, which is the machine's user's. No

@@ -242,7 +242,7 @@ fn sigterm(device: &Device) -> Outcome {
         kill(pid, libc::SIGTERM);
     }
     await_text(&mut client, "\"status\":143")?;
-    check!(!machines.file("one/lock").exists(), "its name is not free");
+    check!(!machines.file("one/sock").exists(), "its name is not free");
     check_line(
         &fs::read_to_string(machines.file("one/log"))?,
         &["signal 15"],
