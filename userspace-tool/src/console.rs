@@ -11,6 +11,7 @@ mod terminal;
 mod wake;
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -104,9 +105,11 @@ impl Console {
     /// No more file descriptors can be had.
     pub fn new(options: &RunOptions, control: &Control) -> io::Result<Self> {
         let wake = Wake::new()?;
-        let (here, raw) = (!options.detached, options.raw_console);
+        // A duplicate of our own: the standard library's handle would look for lines once more.
+        let here = || io::stdout().as_fd().try_clone_to_owned().map(File::from);
+        let here = (!options.detached).then(here).transpose()?;
         Ok(Self {
-            output: Output::new(wake.clone(), here, raw, control.clone())?,
+            output: Output::new(wake.clone(), here, options.raw_console, control.clone()),
             keyboard: match options.console {
                 ConsoleKind::Serial => None,
                 ConsoleKind::Virtio => Some(Keyboard::new(wake.clone())?),

@@ -31,8 +31,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::io::{retry_on_intr, Errno};
+use rustix::io::Errno;
 use rustix::net::sockopt::{set_socket_timeout, Timeout};
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
@@ -40,6 +39,7 @@ use serde_json::{json, Value};
 use crate::devices::lock;
 use crate::error::{failed, Error, Result};
 use crate::outcome::Outcome;
+use crate::ready::{self, PollFlags};
 use crate::trace::Wanted;
 pub use client::Client;
 
@@ -170,8 +170,7 @@ fn send(mut connection: &UnixStream, reply: &Reply) -> Result<()> {
 /// Whether the other side has gone, or the connection was shut down for reading.
 #[must_use]
 pub fn gone(connection: &UnixStream) -> bool {
-    let mut fds = [PollFd::new(connection, PollFlags::RDHUP)];
-    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|count| count > 0)
+    ready::within(Duration::ZERO, connection, PollFlags::RDHUP)
 }
 
 /// Reads on in a line that is to have less than `longest` bytes. Says whether it is whole; it never will be where
@@ -367,8 +366,7 @@ impl Shared {
 
     /// Waits until the machine or the client goes: for both the connection can't be read any more.
     fn wait_for_end(&self, client: &UnixStream) -> Answer {
-        retry_on_intr(|| poll(&mut [PollFd::new(client, PollFlags::RDHUP)], None))
-            .map_err(failed("waiting"))?;
+        ready::wait(&[(client, PollFlags::RDHUP)], None).map_err(failed("waiting"))?;
         match &lock(&self.state).ended {
             Some(ended) => answer(ended),
             None => Err(Error::call("waiting", Errno::PIPE)),

@@ -4,9 +4,9 @@
 
 use std::fmt::Display;
 use std::io::Write;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use crate::ready::{self, PollFlags};
 
 /// Exit status for a failure of this host or of the hypervisor, where the input was right.
 pub const STATUS_HOST: u8 = 1;
@@ -48,18 +48,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub fn say(text: impl Display) {
     let line = format!("rvisor: {text}\n");
     let mut stderr = std::io::stderr();
-    let until = Instant::now() + PATIENCE;
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        let timeout = Timespec::try_from(left).ok();
-        match poll(
-            &mut [PollFd::new(&stderr, PollFlags::OUT)],
-            timeout.as_ref(),
-        ) {
-            Err(rustix::io::Errno::INTR) if !left.is_zero() => {}
-            Ok(0) | Err(_) => return,
-            Ok(_) => break,
-        }
+    if !ready::within(PATIENCE, &stderr, PollFlags::OUT) {
+        return;
     }
     if cfg!(test) {
         // That one is captured, and shown where the test fails.

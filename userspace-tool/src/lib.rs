@@ -29,6 +29,7 @@ pub mod machine;
 pub mod memory;
 pub mod net;
 pub mod outcome;
+pub mod ready;
 pub mod registers;
 pub mod registry;
 pub mod sharing;

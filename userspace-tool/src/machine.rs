@@ -26,7 +26,7 @@ use crate::outcome::Outcome;
 use crate::registry::Name;
 use crate::size;
 use crate::snapshot::{self, State};
-use crate::stat::{Sample, Sampler};
+use crate::stat::Sampler;
 use crate::trace;
 use crate::vcpu::Vcpu;
 pub(crate) use start::NEEDED;
@@ -56,7 +56,8 @@ pub struct Machine {
     /// Its devices on I/O ports.
     pub ports: Ports,
     console: Console,
-    sampler: Sampler,
+    /// What it has done so far.
+    pub sampler: Sampler,
     /// Held by whoever pauses it or has it go on.
     pausing: Mutex<()>,
     /// All its threads, until the guest has ended.
@@ -81,7 +82,6 @@ pub struct Status {
     /// Its memory in bytes.
     pub memory: u64,
     /// How much of it its guest has left to the host, in bytes.
-    #[serde(default)]
     pub balloon: u64,
     /// The hypervisor's device.
     pub device: PathBuf,
@@ -110,12 +110,6 @@ impl Machine {
             device: self.options.device.clone(),
             started: self.started,
         }
-    }
-
-    /// What it has done so far.
-    #[must_use]
-    pub fn sample(&self) -> Sample {
-        self.sampler.sample(self)
     }
 
     /// Pauses the guest: comes back when no CPU runs it any more and its devices rest.
@@ -274,7 +268,7 @@ impl Machine {
     fn obey(&self, request: Request, client: &UnixStream) -> Answer {
         match request {
             Request::Status {} => return answer(&self.status()),
-            Request::Stats {} => return answer(&self.sample()),
+            Request::Stats {} => return answer(&self.sampler.sample(self)),
             Request::Pause {} => self.pause("by 'rvisor pause'")?,
             Request::Resume {} => self.resume(),
             Request::Kill {} => self.control.end(Outcome::Killed),

@@ -158,7 +158,8 @@ pub fn write_metrics(mut file: &File, machine: &Machine) {
     loop {
         // The last line has what there is at the end.
         let ended = machine.control.ended();
-        let line = serde_json::to_string(&machine.sample()).map_err(std::io::Error::other);
+        let line =
+            serde_json::to_string(&machine.sampler.sample(machine)).map_err(std::io::Error::other);
         if let Err(error) = line.and_then(|line| file.write_all((line + "\n").as_bytes())) {
             say(format_args!(
                 "warning: --metrics: {error}; nothing more is written there"
@@ -255,7 +256,7 @@ pub(crate) mod tests {
 
     /// A machine that has run for a while.
     pub(crate) fn example() -> Sample {
-        let text = r#"{"name":"web","pid":4711,"state":"running","reason":null,"cpus":1,"memory":268435456,
+        let text = r#"{"name":"web","pid":4711,"state":"running","reason":null,"cpus":1,"memory":268435456,"balloon":0,
             "device":"/dev/rvisor","started":1,"time_ms":2000,"clock_ns":5000000000,"vcpus":[{"run_ns":1500000000,
             "guest_ns":1200000000,"wait_ns":10000000,"exits":{"HLT":7,"IO_INSTRUCTION":900},"counters":{"exits":907}}],
             "vm":{},"process":{"run_ns":1600000000,"guest_ns":1200000000,"wait_ns":0},"resident":10485760,

@@ -7,12 +7,11 @@
 use std::env;
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
 
-use rustix::event::{poll, PollFd, PollFlags};
-use rustix::io::retry_on_intr;
 use rustix::process::{
     getppid, pidfd_open, pidfd_send_signal, set_parent_process_death_signal, Pid, PidfdFlags,
     Signal,
@@ -23,6 +22,7 @@ use crate::cgroup::{self, Cgroup};
 use crate::console::{Raw, Signals};
 use crate::error::{failed, say, Error, Result};
 use crate::outcome::{status_of, Outcome};
+use crate::ready::{self, PollFlags};
 use crate::registry::{self, Name};
 use crate::{detach, size};
 
@@ -116,12 +116,8 @@ fn watch(child: &mut Child, signals: &Signals) -> Result<ExitStatus> {
     let what = "watching the machine's process";
     let process = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).map_err(failed(what))?;
     loop {
-        let mut fds = [
-            PollFd::new(&process, PollFlags::IN),
-            PollFd::new(signals, PollFlags::IN),
-        ];
-        retry_on_intr(|| poll(&mut fds, None)).map_err(failed(what))?;
-        if !fds[0].revents().is_empty() {
+        let files: [(&dyn AsFd, _); 2] = [(&process, PollFlags::IN), (signals, PollFlags::IN)];
+        if ready::wait(&files, None).map_err(failed(what))?[0] {
             return child.wait().map_err(failed(what));
         }
         let signal = signals.take().map(i32::from);

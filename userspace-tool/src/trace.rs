@@ -5,15 +5,15 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
-use rustix::event::{poll, PollFd, PollFlags};
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::control::{self, Client, Nothing, Request};
 use crate::error::{failed, Error, Result};
 use crate::machine::Machine;
+use crate::ready::{self, PollFlags};
 use crate::registry::Name;
 use crate::stat::counters::number;
 
@@ -104,21 +104,15 @@ pub(crate) fn stream(machine: &Machine, wanted: &Wanted, mut client: &UnixStream
         }
     }
     while !control::gone(client) {
-        let mut fds: Vec<_> = traces
-            .iter()
-            .map(|(_, file)| PollFd::new(file, PollFlags::IN))
-            .collect();
-        fds.push(PollFd::new(&client, PollFlags::RDHUP));
-        match poll(&mut fds, None) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(failed("waiting for exits")(error)),
-        }
-        let ready: Vec<bool> = fds
-            .iter()
-            .map(|fd| fd.revents().contains(PollFlags::IN))
-            .collect();
-        for ((cpu, file), ready) in traces.iter().zip(ready) {
-            if ready {
+        let mut files: Vec<(&dyn AsFd, _)> = vec![(&client, PollFlags::RDHUP)];
+        files.extend(
+            traces
+                .iter()
+                .map(|(_, file)| (file as &dyn AsFd, PollFlags::IN)),
+        );
+        let ready = ready::wait(&files, None).map_err(failed("waiting for exits"))?;
+        for ((cpu, file), ready) in traces.iter().zip(&ready[1..]) {
+            if *ready {
                 let lines = read(*cpu, file, &wanted.reasons)?;
                 client
                     .write_all(&lines)

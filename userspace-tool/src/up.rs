@@ -5,15 +5,13 @@
 mod file;
 
 use std::io::{self, BufRead, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::Child;
 use std::sync::mpsc::{self, SyncSender};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::io::retry_on_intr;
 use rustix::process::{kill_process, pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
 use serde_json::json;
 
@@ -22,6 +20,7 @@ use crate::console::{Filter, Signals};
 use crate::control::{Client, Ended, Nothing, Request};
 use crate::error::{failed, say, Error, Result, STATUS_HOST};
 use crate::outcome::{status_of, Outcome};
+use crate::ready::{self, PollFlags};
 use crate::registry::{self, Name};
 use crate::{client, detach};
 
@@ -134,14 +133,14 @@ fn watch(machines: &[Started], processes: Vec<Child>, signals: &Signals, timeout
     let (mut bad, mut signalled) = (None, None);
     let mut running: Vec<_> = processes.into_iter().zip(machines).collect();
     while !running.is_empty() {
-        let mut fds = vec![PollFd::new(signals, PollFlags::IN)];
-        fds.extend(
+        let mut files: Vec<(&dyn AsFd, _)> = vec![(signals, PollFlags::IN)];
+        files.extend(
             running
                 .iter()
-                .map(|(_, (_, fd))| PollFd::new(fd, PollFlags::IN)),
+                .map(|(_, (_, fd))| (fd as &dyn AsFd, PollFlags::IN)),
         );
-        // A signal interrupts it, and is found below.
-        let _ = poll(&mut fds, None);
+        // Where it fails, looking again is all that there is.
+        let _ = ready::wait(&files, None);
         running.retain_mut(|(process, _)| match process.try_wait() {
             Ok(None) => true,
             ended => {
@@ -203,9 +202,7 @@ fn show(name: &Name, mut screen: Screen, ends: &OwnedFd, shows: &SyncSender<()>)
 
 /// Whether the process of that pidfd ends within `patience`.
 fn has_ended(process: &OwnedFd, patience: Duration) -> bool {
-    let patience = Timespec::try_from(patience).ok();
-    let mut fds = [PollFd::new(process, PollFlags::IN)];
-    retry_on_intr(|| poll(&mut fds, patience.as_ref())).is_ok_and(|count| count > 0)
+    ready::within(patience, process, PollFlags::IN)
 }
 
 /// A line without its end, or a piece of a long one; `None` at the end of all.

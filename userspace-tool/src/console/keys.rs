@@ -5,12 +5,12 @@
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::io::{read, Errno};
 use rustix::stdio::stdin;
 
 use super::Signals;
-use crate::error::{Error, Result};
+use crate::error::{failed, Result};
+use crate::ready::{self, PollFlags};
 
 /// Ctrl-A.
 const ESCAPE: u8 = 0x01;
@@ -43,7 +43,7 @@ impl Keys {
     ///
     /// # Errors
     ///
-    /// [`Error::Call`] where the host's kernel refuses.
+    /// [`Error::Call`](crate::error::Error::Call) where the host's kernel refuses.
     pub(super) fn wait(
         &mut self,
         file: &impl AsFd,
@@ -52,24 +52,16 @@ impl Keys {
         timeout: Option<Duration>,
     ) -> Result<(bool, Vec<Key>)> {
         let stdin = stdin();
-        let mut fds = vec![
-            PollFd::new(file, PollFlags::IN),
-            PollFd::new(signals, PollFlags::IN),
-        ];
+        let mut files: Vec<(&dyn AsFd, _)> = vec![(file, PollFlags::IN), (signals, PollFlags::IN)];
         if wanted && !self.ended {
-            fds.push(PollFd::new(&stdin, PollFlags::IN));
+            files.push((&stdin, PollFlags::IN));
         }
-        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(Error::call("waiting for the console", error)),
-        }
-        let ready = |at| {
-            fds.get(at)
-                .is_some_and(|fd: &PollFd<'_>| !fd.revents().is_empty())
+        let ready = ready::wait(&files, timeout).map_err(failed("waiting for the console"))?;
+        let keys = match ready[..] {
+            [_, _, true] => self.read(),
+            _ => Vec::new(),
         };
-        let keys = if ready(2) { self.read() } else { Vec::new() };
-        Ok((ready(0), keys))
+        Ok((ready[0], keys))
     }
 
     fn read(&mut self) -> Vec<Key> {

@@ -14,7 +14,6 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,14 +21,13 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use rustix::event::{poll, PollFd, PollFlags};
-
 use super::{Filter, Wake};
 use crate::control::gone;
 use crate::devices::lock;
 use crate::error::{failed, Error, Result};
 use crate::machine::Control;
 use crate::outcome::Outcome;
+use crate::ready::{self, PollFlags};
 
 /// How long a byte may wait for the end of its line.
 const DELAY: Duration = Duration::from_millis(10);
@@ -56,10 +54,9 @@ struct Shared {
     changed: Condvar,
     control: Control,
     wake: Wake,
-    /// Standard output; none where the machine runs detached.
-    here: Option<File>,
-    /// What may pass to it, where it is a terminal. That is asked before the process gives such questions up.
-    filter: Mutex<Option<Filter>>,
+    /// Standard output until it is shown there, and what may pass to it, where it is a terminal. That is asked before
+    /// the process gives such questions up.
+    here: Mutex<Option<(File, Option<Filter>)>>,
 }
 
 #[derive(Default)]
@@ -86,21 +83,10 @@ impl State {
 }
 
 impl Output {
-    /// The output of a machine that `control` pauses and ends, to standard output too where `here`, through a
+    /// The output of a machine that `control` pauses and ends, to the file `here` too where there is one, through a
     /// [`Filter`] where that is a terminal, unless it is `raw`; `wake` wakes the console's thread for what is typed.
-    ///
-    /// # Errors
-    ///
-    /// No more file descriptors can be had.
-    pub fn new(wake: Wake, here: bool, raw: bool, control: Control) -> io::Result<Self> {
-        // A duplicate of our own: the standard library's handle would look for lines once more.
-        let own = || io::stdout().as_fd().try_clone_to_owned().map(File::from);
-        Ok(Self::with(wake, here.then(own).transpose()?, raw, control))
-    }
-
-    /// The same for any file.
-    pub(crate) fn with(wake: Wake, here: Option<File>, raw: bool, control: Control) -> Self {
-        let filter = here.as_ref().and_then(|file| Filter::for_output(file, raw));
+    #[must_use]
+    pub fn new(wake: Wake, here: Option<File>, raw: bool, control: Control) -> Self {
         let state = State {
             shown: if here.is_some() { 0 } else { u64::MAX },
             ..State::default()
@@ -110,8 +96,10 @@ impl Output {
             changed: Condvar::new(),
             control,
             wake,
-            filter: Mutex::new(filter),
-            here,
+            here: Mutex::new(here.map(|file| {
+                let filter = Filter::for_output(&file, raw);
+                (file, filter)
+            })),
         }))
     }
 
@@ -121,16 +109,11 @@ impl Output {
     ///
     /// [`Error::Call`] where there can be no thread for it.
     pub fn start(&self) -> Result<()> {
-        let output = self.clone();
-        let work = move || {
-            output.see_to(|| {
-                output
-                    .0
-                    .here
-                    .as_ref()
-                    .map_or(Ok(()), |file| output.show_on(file))
-            })
+        let Some((file, filter)) = lock(&self.0.here).take() else {
+            return Ok(());
         };
+        let output = self.clone();
+        let work = move || output.see_to(|| output.show_on(&file, filter));
         let thread = thread::Builder::new().name("screen".to_owned()).spawn(work);
         thread.map(drop).map_err(failed("starting a thread"))
     }
@@ -152,8 +135,7 @@ impl Output {
         self.0.control.end(Outcome::Host(Error::call(what, error)));
     }
 
-    fn show_on(&self, file: &File) -> io::Result<()> {
-        let mut filter = lock(&self.0.filter).take();
+    fn show_on(&self, file: &File, mut filter: Option<Filter>) -> io::Result<()> {
         let mut shown = 0;
         loop {
             let new = self.next(&mut shown, |state| !state.words.is_empty());
@@ -212,10 +194,8 @@ impl Output {
 
     /// Shows words of our own on standard output, which pass as they are.
     pub fn say(&self, words: &[u8]) {
-        if self.0.here.is_some() {
-            lock(&self.0.state).words.extend_from_slice(words);
-            self.0.changed.notify_all();
-        }
+        lock(&self.0.state).words.extend_from_slice(words);
+        self.0.changed.notify_all();
     }
 
     /// Moves what clients have typed behind `waiting`.
@@ -327,7 +307,7 @@ fn write_all(mut file: &File, mut bytes: &[u8]) -> io::Result<()> {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 // Whatever it says: writing says it better.
-                let _ = poll(&mut [PollFd::new(file, PollFlags::OUT)], None);
+                let _ = ready::wait(&[(&file, PollFlags::OUT)], None);
             }
             Err(error) => return Err(error),
         }

@@ -9,7 +9,7 @@ use super::*;
 fn output(file: Option<File>) -> (Output, Control) {
     let (control, _) = Control::new();
     let wake = Wake::new().expect("an eventfd");
-    let output = Output::with(wake, file, false, control.clone());
+    let output = Output::new(wake, file, false, control.clone());
     output.start().expect("a thread");
     (output, control)
 }
@@ -179,7 +179,7 @@ fn a_panic_while_it_is_shown_ends_the_guest() {
     let (_reader, writer) = pipe().expect("a pipe");
     let (control, _) = Control::new();
     let wake = Wake::new().expect("an eventfd");
-    let output = Output::with(wake, Some(File::from(writer)), false, control.clone());
+    let output = Output::new(wake, Some(File::from(writer)), false, control.clone());
     output.see_to(|| panic!("a test"));
     assert!(control.ended());
     // Nobody waits for what will never be shown.

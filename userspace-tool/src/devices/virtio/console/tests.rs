@@ -13,7 +13,7 @@ fn keyboard() -> Keyboard {
 fn output(file: std::fs::File) -> Output {
     let wake = Wake::new().unwrap();
     let control = crate::machine::Control::new().0;
-    let output = Output::with(wake, Some(file), false, control);
+    let output = Output::new(wake, Some(file), false, control);
     output.start().unwrap();
     output
 }
