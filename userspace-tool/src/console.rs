@@ -154,7 +154,7 @@ impl Console {
                     Key::Guest(byte) => waiting.push_back(byte),
                     Key::Quit => self.control.end(Outcome::Quit),
                     Key::Help => self.output.say(KEYS),
-                    Key::Detach | Key::Nothing => {}
+                    Key::Detach => {}
                 }
             }
             if waiting.is_empty() {

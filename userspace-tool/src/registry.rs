@@ -33,7 +33,7 @@ use rustix::process::{geteuid, Uid};
 use serde::{Deserialize, Serialize};
 
 use crate::arguments::Origin;
-use crate::error::{Error, Result};
+use crate::error::{failed, Error, Result};
 
 /// The longest name. With the folder before it, it must fit into a socket's address of 108 bytes.
 const LONGEST: usize = 32;
@@ -226,10 +226,10 @@ impl Claim {
     ///
     /// [`Error::Call`] where it can't be written.
     pub fn record(&self, origin: &Origin) -> Result<()> {
-        let (path, mut file) = create_new(record_of(&self.folder))?;
-        let text = serde_json::to_vec(origin).map_err(io::Error::from);
-        let written = text.and_then(|text| file.write_all(&text));
-        written.map_err(|error| Error::call(format!("writing {}", path.display()), error))
+        let text = serde_json::to_vec(origin).map_err(failed("writing JSON"))?;
+        create_new(&record_of(&self.folder))
+            .and_then(|mut file| file.write_all(&text))
+            .map_err(failed("writing down what the machine was made by"))
     }
 
     /// The socket on which the machine takes commands.
@@ -257,7 +257,7 @@ impl Claim {
     ///
     /// [`Error::Call`] where it can't be made.
     pub fn log(&self) -> Result<File> {
-        create_new(self.folder.join(LOG)).map(|(_, file)| file)
+        create_new(&self.folder.join(LOG)).map_err(failed("making the machine's log"))
     }
 }
 
@@ -272,12 +272,10 @@ impl Drop for Claim {
 }
 
 /// A new file there, for this user, which is written behind its end.
-fn create_new(path: PathBuf) -> Result<(PathBuf, File)> {
-    let _ = fs::remove_file(&path);
+fn create_new(path: &Path) -> io::Result<File> {
+    let _ = fs::remove_file(path);
     let mut new = OpenOptions::new();
-    let made = new.append(true).create_new(true).mode(0o600).open(&path);
-    let file = made.map_err(|error| Error::call(format!("making {}", path.display()), error))?;
-    Ok((path, file))
+    new.append(true).create_new(true).mode(0o600).open(path)
 }
 
 /// Where it stands what the machine with that folder was made by: not in the folder, which is the machine's user's. No

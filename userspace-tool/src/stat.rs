@@ -234,19 +234,19 @@ fn text(sample: &Sample) -> String {
             seconds(times.wait_ns),
             vcpu.exits()
         );
-        print_counts(&mut text, "  ", &vcpu.exits);
+        print_counts(&mut text, &vcpu.exits);
     }
     for (name, counts) in &sample.devices {
         let _ = writeln!(text, "{name}:");
-        print_counts(&mut text, "  ", counts);
+        print_counts(&mut text, counts);
     }
     text
 }
 
 /// The counters that are not 0, the largest first.
-fn print_counts(text: &mut String, indent: &str, counts: &Counts) {
+fn print_counts(text: &mut String, counts: &Counts) {
     for (name, count) in counters::largest(counts) {
-        let _ = writeln!(text, "{indent}{name:<28} {count:>12}");
+        let _ = writeln!(text, "  {name:<28} {count:>12}");
     }
 }
 

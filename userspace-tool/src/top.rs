@@ -214,29 +214,27 @@ pub fn run() -> Result<()> {
     let mut screen = Screen::default();
     screen.look()?;
     let mut terminal = ratatui::try_init().map_err(failed(what))?;
+    let mut next = Instant::now() + PERIOD;
     let result = (|| loop {
-        terminal
-            .draw(|frame| screen.draw(frame))
-            .map_err(failed(what))?;
-        let next = Instant::now() + PERIOD;
-        while event::poll(next.saturating_duration_since(Instant::now())).map_err(failed(what))? {
-            if let Event::Key(key) = event::read().map_err(failed(what))? {
-                match key.code {
-                    _ if key.kind == KeyEventKind::Release => {}
-                    KeyCode::Char('q') | KeyCode::Esc => return Ok(()),
-                    KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => {
-                        return Ok(())
-                    }
-                    KeyCode::Up => screen.selected.select_previous(),
-                    KeyCode::Down => screen.selected.select_next(),
-                    _ => {}
-                }
-            }
-            terminal
-                .draw(|frame| screen.draw(frame))
-                .map_err(failed(what))?;
+        let drawn = terminal.draw(|frame| screen.draw(frame));
+        drawn.map_err(failed(what))?;
+        let left = next.saturating_duration_since(Instant::now());
+        if !event::poll(left).map_err(failed(what))? {
+            screen.look()?;
+            next = Instant::now() + PERIOD;
+            continue;
         }
-        screen.look()?;
+        let Event::Key(key) = event::read().map_err(failed(what))? else {
+            continue;
+        };
+        match key.code {
+            _ if key.kind == KeyEventKind::Release => {}
+            KeyCode::Char('q') | KeyCode::Esc => return Ok(()),
+            KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return Ok(()),
+            KeyCode::Up => screen.selected.select_previous(),
+            KeyCode::Down => screen.selected.select_next(),
+            _ => {}
+        }
     })();
     ratatui::restore();
     result

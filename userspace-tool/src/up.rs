@@ -85,7 +85,7 @@ pub fn up(options: &UpOptions) -> Result<u8> {
             Ok(None)
         };
         if let Some(status) = begin().transpose() {
-            end_all(&started, client::kill);
+            end_all(&started, Duration::ZERO);
             return status;
         }
     }
@@ -108,14 +108,14 @@ pub fn up(options: &UpOptions) -> Result<u8> {
 /// A machine that was started, and the pidfd of its process.
 type Started = (Name, Arc<OwnedFd>);
 
-/// Ends all these machines at the same time, by `end`, and waits for that.
-fn end_all(machines: &[Started], end: impl Fn(&Name) -> Result<Ended> + Sync) {
-    let end = &end;
+/// Ends all these machines at the same time, as 'rvisor stop' does with that timeout, and waits for that.
+fn end_all(machines: &[Started], timeout: Duration) {
     thread::scope(|scope| {
         for (name, process) in machines {
             let work = move || {
                 // One that has gone meanwhile needs nothing; one that can't be reached, for want of descriptors, SIGTERM.
-                if end(name).or_else(|_| client::kill(name)).is_err() {
+                let ended = client::stop(name, timeout).or_else(|_| client::kill(name));
+                if ended.is_err() {
                     let _ = pidfd_send_signal(process, Signal::TERM);
                     has_ended(process, GOODBYE);
                 }
@@ -151,15 +151,15 @@ fn watch(machines: &[Started], processes: Vec<Child>, signals: &Signals, timeout
             }
         });
         if let Some(signal) = signals.take() {
-            let first = signalled.replace(signal).is_none();
-            let end = move |machines: &[Started]| match first {
-                true => end_all(machines, |name| client::stop(name, timeout)),
-                false => end_all(machines, client::kill),
+            let timeout = match signalled.replace(signal) {
+                None => timeout,
+                Some(_) => Duration::ZERO,
             };
             let all = machines.to_vec();
+            let end = thread::Builder::new().spawn(move || end_all(&all, timeout));
             // Without a thread a second signal has to wait.
-            if thread::Builder::new().spawn(move || end(&all)).is_err() {
-                end(machines);
+            if end.is_err() {
+                end_all(machines, timeout);
             }
         }
     }

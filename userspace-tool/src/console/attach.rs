@@ -107,7 +107,6 @@ fn obey(keys: Vec<Key>, mut stream: &UnixStream, name: &Name) -> Result<bool> {
                 let Nothing {} = Client::connect(name)?.call(&Request::Kill {})?;
             }
             Key::Help => write(KEYS)?,
-            Key::Nothing => {}
         }
     }
     // A machine that is gone shows by the end of its output.

@@ -26,8 +26,6 @@ pub(super) enum Key {
     Detach,
     /// Show the keys.
     Help,
-    /// Nothing: the first half of a key, or an unknown one.
-    Nothing,
 }
 
 /// Reads the keys and tells them apart.
@@ -67,7 +65,10 @@ impl Keys {
     fn read(&mut self) -> Vec<Key> {
         let mut bytes = [0; 256];
         match read(stdin(), &mut bytes) {
-            Ok(count @ 1..) => bytes[..count].iter().map(|byte| self.feed(*byte)).collect(),
+            Ok(count @ 1..) => bytes[..count]
+                .iter()
+                .filter_map(|byte| self.feed(*byte))
+                .collect(),
             Err(Errno::INTR | Errno::AGAIN) => Vec::new(),
             // Its end; or the terminal is gone, or it is not ours to read.
             Ok(0) | Err(_) => {
@@ -77,23 +78,19 @@ impl Keys {
         }
     }
 
-    /// Takes the next byte.
-    fn feed(&mut self, byte: u8) -> Key {
+    /// Takes the next byte. The first half of a key means nothing yet, and an unknown one never does.
+    fn feed(&mut self, byte: u8) -> Option<Key> {
         if !self.pending {
             self.pending = byte == ESCAPE;
-            return if self.pending {
-                Key::Nothing
-            } else {
-                Key::Guest(byte)
-            };
+            return (!self.pending).then_some(Key::Guest(byte));
         }
         self.pending = false;
         match byte {
-            ESCAPE => Key::Guest(ESCAPE),
-            b'x' | b'X' => Key::Quit,
-            b'd' | b'D' => Key::Detach,
-            b'h' | b'H' | b'?' => Key::Help,
-            _ => Key::Nothing,
+            ESCAPE => Some(Key::Guest(ESCAPE)),
+            b'x' | b'X' => Some(Key::Quit),
+            b'd' | b'D' => Some(Key::Detach),
+            b'h' | b'H' | b'?' => Some(Key::Help),
+            _ => None,
         }
     }
 }
@@ -104,7 +101,7 @@ mod tests {
 
     fn keys(input: &[u8]) -> Vec<Key> {
         let mut keys = Keys::default();
-        input.iter().map(|byte| keys.feed(*byte)).collect()
+        input.iter().filter_map(|byte| keys.feed(*byte)).collect()
     }
 
     #[test]
@@ -116,16 +113,15 @@ mod tests {
 
     #[test]
     fn the_keys_after_ctrl_a() {
-        assert_eq!(keys(b"\x01x"), [Key::Nothing, Key::Quit]);
-        assert_eq!(keys(b"\x01d"), [Key::Nothing, Key::Detach]);
-        assert_eq!(keys(b"\x01h"), [Key::Nothing, Key::Help]);
-        assert_eq!(keys(b"\x01\x01"), [Key::Nothing, Key::Guest(1)]);
+        assert_eq!(keys(b"\x01x"), [Key::Quit]);
+        assert_eq!(keys(b"\x01d"), [Key::Detach]);
+        assert_eq!(keys(b"\x01h"), [Key::Help]);
+        assert_eq!(keys(b"\x01\x01"), [Key::Guest(1)]);
     }
 
     #[test]
     fn an_unknown_key_is_dropped_and_the_next_is_ordinary() {
-        let expected = [Key::Nothing, Key::Nothing, Key::Guest(b'x')];
-        assert_eq!(keys(b"\x01qx"), expected);
-        assert_eq!(keys(b"\x01\x01x")[1..], [Key::Guest(1), Key::Guest(b'x')]);
+        assert_eq!(keys(b"\x01qx"), [Key::Guest(b'x')]);
+        assert_eq!(keys(b"\x01\x01x"), [Key::Guest(1), Key::Guest(b'x')]);
     }
 }
