@@ -5,6 +5,7 @@
 //! Where this process was given a cgroup of its own to divide (by systemd's `Delegate=`, or by root with
 //! `chown`), a machine's is made in that; else root's are in `rvisor` at the top of the hierarchy.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -16,7 +17,7 @@ use rustix::process::geteuid;
 
 use crate::error::{Error, Result};
 use crate::registry::Name;
-use crate::sharing::Sharing;
+use crate::sharing::Setting;
 
 /// Where the hierarchy is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -43,11 +44,12 @@ impl Cgroup {
     ///
     /// [`Error::Input`] where there is no place for it, the kernel lacks a controller, or a limit is refused. There
     /// is none then.
-    pub fn new(name: &Name, sharing: &Sharing) -> Result<Self> {
-        // What names no disk is found before anything is made.
-        let settings = sharing.settings()?;
+    pub fn new(name: &Name, settings: &[Setting]) -> Result<Self> {
         let place = Place::find(Path::new(ROOT), geteuid().is_root())?;
-        place.prepare(&sharing.controllers())?;
+        let controllers = settings
+            .iter()
+            .flat_map(|(file, ..)| file.split('.').next());
+        place.prepare(&controllers.collect())?;
         // No file of a cgroup's ends so, whatever the name.
         let path = place.parent.join(format!("{name}.machine"));
         match fs::remove_dir(&path) {
@@ -64,7 +66,7 @@ impl Cgroup {
         }
         let group = Self(path);
         for (file, value, option) in settings {
-            fs::write(group.0.join(file), &value).map_err(|error| {
+            fs::write(group.0.join(file), value).map_err(|error| {
                 Error::input(
                     format!("the kernel does not take {option}, \"{value}\" for {file}: {error}"),
                     "give another value, or leave the option out",
@@ -169,7 +171,7 @@ impl Place {
     }
 
     /// Gets controllers down to where the machines are.
-    fn prepare(&self, controllers: &[&str]) -> Result<()> {
+    fn prepare(&self, controllers: &BTreeSet<&str>) -> Result<()> {
         let mut chain = Vec::new();
         if self.delegated {
             self.clear()
@@ -302,7 +304,7 @@ mod tests {
         // Where the test runs as a user with a cgroup of its own name below the folder there is none either.
         assert!(error.is_err());
         let error = place
-            .prepare(&["cpu", "memory"])
+            .prepare(&["cpu", "memory"].into())
             .expect_err("it has no memory")
             .to_string();
         assert!(error.contains("no controller \"memory\""), "{error}");

@@ -29,6 +29,9 @@ const LEAST_QUOTA: u64 = 1_000;
 /// The most that makes sense to anyone: a thousand CPUs.
 const MOST_PERCENT: u32 = 100_000;
 
+/// A file of a cgroup, `CONTROLLER.NAME`, what is written there, and the option that wants it.
+pub type Setting = (&'static str, String, &'static str);
+
 /// The options that share out the host. Each one that is given but `--pin` needs a cgroup.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Sharing")]
@@ -59,24 +62,12 @@ pub struct Sharing {
 }
 
 impl Sharing {
-    /// The controllers that the machine's cgroup needs; none where it needs no cgroup.
-    #[must_use]
-    pub fn controllers(&self) -> Vec<&'static str> {
-        let cpu = self.cpu_share.is_some() || self.cpu_max.is_some();
-        let wanted = [
-            ("cpu", cpu),
-            ("memory", self.memory_max.is_some()),
-            ("io", !self.io_max.is_empty()),
-        ];
-        wanted.iter().filter(|w| w.1).map(|w| w.0).collect()
-    }
-
-    /// What is written into the files of the machine's cgroup: file, value, and the option that wants it.
+    /// What is written into the files of the machine's cgroup; nothing where it needs none.
     ///
     /// # Errors
     ///
     /// [`Error::Input`] where `--io-max` names no disk.
-    pub fn settings(&self) -> Result<Vec<(&'static str, String, &'static str)>> {
+    pub fn settings(&self) -> Result<Vec<Setting>> {
         let mut settings = Vec::new();
         if self.cpu_share.is_some() || self.cpu_max.is_some() {
             let share = self.cpu_share.unwrap_or(DEFAULT_SHARE);
@@ -328,16 +319,22 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_asked_for_needs_a_controller() {
+    fn only_what_is_asked_for_needs_a_cgroup() {
         let mut sharing = Sharing {
             pin: "0".parse().ok(),
             ..Default::default()
         };
-        assert!(sharing.controllers().is_empty());
+        let files = |sharing: &Sharing| {
+            let settings = sharing.settings().expect("it names no disk");
+            let files: Vec<_> = settings.iter().map(|(file, ..)| *file).collect();
+            files.join(" ")
+        };
+        assert_eq!(files(&sharing), "");
         sharing.cpu_max = Some(50);
-        assert_eq!(sharing.controllers(), ["cpu"]);
+        assert_eq!(files(&sharing), "cpu.weight cpu.max");
+        sharing.cpu_max = None;
         sharing.memory_max = Some(1);
-        assert_eq!(sharing.controllers(), ["cpu", "memory"]);
+        assert_eq!(files(&sharing), "memory.oom.group memory.max");
     }
 
     #[test]

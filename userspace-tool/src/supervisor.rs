@@ -44,11 +44,13 @@ pub fn share(options: &RunOptions) -> Result<Option<u8>> {
         return Ok(None);
     }
     sharing.pin()?;
-    if sharing.controllers().is_empty() {
+    // What names no disk is found before anything is made.
+    let settings = sharing.settings()?;
+    if settings.is_empty() {
         return Ok(None);
     }
     let name = Name::of(options.name.as_ref(), std::process::id());
-    let group = Cgroup::new(&name, sharing)?;
+    let group = Cgroup::new(&name, &settings)?;
     // The mode that the machine's process can't bring back where it is killed.
     let _terminal = Raw::keep().map_err(failed("looking at the terminal"))?;
     let signals = Signals::catch()?;

@@ -55,29 +55,19 @@ pub(super) fn read(path: &Path) -> Result<Vec<Machine>> {
         return Err(wrong(format!("it has {size} bytes, more than {LARGEST}")));
     }
     let text = fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
-    parse(&text).map_err(|mistake| {
-        let (line, column) = position(&text, mistake.place.start);
-        Error::input(
-            format!("{}:{line}:{column}: {}", path.display(), mistake.cause),
-            mistake.next,
-        )
+    parse(&text).map_err(|Mistake(byte, cause, next)| {
+        let (line, column) = position(&text, byte);
+        let file = path.display();
+        Error::input(format!("{file}:{line}:{column}: {cause}"), next)
     })
 }
 
-/// What is wrong, where in the text, and what to do.
+/// Which byte of the text is the first that is wrong, what is, and what to do.
 #[derive(Debug)]
-struct Mistake {
-    place: Range<usize>,
-    cause: String,
-    next: String,
-}
+struct Mistake(usize, String, String);
 
 fn mistake(place: Range<usize>, cause: impl Into<String>, next: impl Into<String>) -> Mistake {
-    Mistake {
-        place,
-        cause: cause.into(),
-        next: next.into(),
-    }
+    Mistake(place.start, cause.into(), next.into())
 }
 
 /// Line and column, from 1, of a byte of the text. Columns count characters.
@@ -189,23 +179,19 @@ fn option(
             format!("correct it; {OPTIONS}"),
         )
     };
-    let is_flag = matches!(known.get_action(), ArgAction::SetTrue);
-    match value.get_ref() {
-        DeValue::Boolean(on) if is_flag => {
-            Ok(on.then(|| format!("--{name}")).into_iter().collect())
-        }
-        _ if is_flag => Err(wants("true or false")),
-        DeValue::Array(values) if matches!(known.get_action(), ArgAction::Append) => values
+    let word = |value: &Spanned<DeValue<'_>>, wanted: &str| match scalar(value.get_ref()) {
+        Some(value) => Ok(format!("--{name}={value}")),
+        None => Err(wants(wanted)),
+    };
+    match (known.get_action(), value.get_ref()) {
+        (ArgAction::SetTrue, DeValue::Boolean(true)) => Ok(vec![format!("--{name}")]),
+        (ArgAction::SetTrue, DeValue::Boolean(false)) => Ok(Vec::new()),
+        (ArgAction::SetTrue, _) => Err(wants("true or false")),
+        (ArgAction::Append, DeValue::Array(values)) => values
             .iter()
-            .map(|value| {
-                scalar(value.get_ref()).ok_or_else(|| wants("a list of strings or numbers"))
-            })
-            .map(|value| Ok(format!("--{name}={}", value?)))
+            .map(|value| word(value, "a list of strings or numbers"))
             .collect(),
-        value => match scalar(value) {
-            Some(value) => Ok(vec![format!("--{name}={value}")]),
-            None => Err(wants("a string or a number")),
-        },
+        _ => Ok(vec![word(value, "a string or a number")?]),
     }
 }
 
@@ -295,13 +281,9 @@ mod tests {
             (&format!("{good}{good}"), (3, 10), "duplicate"),
         ] {
             let mistake = parse(text).expect_err(text);
-            assert_eq!(
-                position(text, mistake.place.start),
-                at,
-                "{text}: {mistake:?}"
-            );
-            assert!(mistake.cause.contains(words), "{text}: {mistake:?}");
-            assert!(!mistake.cause.contains('\n') && !mistake.next.is_empty());
+            assert_eq!(position(text, mistake.0), at, "{text}: {mistake:?}");
+            assert!(mistake.1.contains(words), "{text}: {mistake:?}");
+            assert!(!mistake.1.contains('\n') && !mistake.2.is_empty());
         }
     }
 
