@@ -112,11 +112,15 @@ impl From<&Outcome> for Ended {
 #[serde(rename_all = "lowercase")]
 enum Reply {
     Ok(Value),
-    Error {
-        cause: String,
-        next: String,
-        status: u8,
-    },
+    Error(Told),
+}
+
+/// An [`Error`] to the client.
+#[derive(Debug, Serialize, Deserialize)]
+struct Told {
+    cause: String,
+    next: String,
+    status: u8,
 }
 
 impl From<Error> for Reply {
@@ -126,11 +130,11 @@ impl From<Error> for Reply {
             Error::Input { cause, next } => (cause, next),
             error @ Error::Call { .. } => (error.to_string(), String::new()),
         };
-        Self::Error {
+        Self::Error(Told {
             cause,
             next,
             status,
-        }
+        })
     }
 }
 

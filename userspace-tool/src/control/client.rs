@@ -16,7 +16,7 @@ use rustix::process::{pidfd_open, PidfdFlags};
 use serde::de::{Deserialize, DeserializeOwned};
 use serde_json::Value;
 
-use super::{gone, read_line, Reply, Request};
+use super::{gone, read_line, Reply, Request, Told};
 use crate::error::{failed, Error, Result, STATUS_INPUT};
 use crate::registry::{self, Name};
 
@@ -112,7 +112,7 @@ impl Client {
         };
         match self.parse(value)? {
             Reply::Ok(value) => self.parse(value).map(Some),
-            error => Err(self.said(error)),
+            Reply::Error(told) => Err(self.said(told)),
         }
     }
 
@@ -126,7 +126,7 @@ impl Client {
             return Ok(None);
         };
         match Reply::deserialize(&value) {
-            Ok(error @ Reply::Error { .. }) => Err(self.said(error)),
+            Ok(Reply::Error(told)) => Err(self.said(told)),
             _ => self.parse(value).map(Some),
         }
     }
@@ -145,15 +145,10 @@ impl Client {
             .map_err(|error| self.lost(io::Error::other(format!("its answer: {error}"))))
     }
 
-    fn said(&self, reply: Reply) -> Error {
-        match reply {
-            Reply::Error {
-                cause,
-                next,
-                status: STATUS_INPUT,
-            } => Error::input(cause, next),
-            Reply::Error { cause, .. } => self.lost(io::Error::other(cause)),
-            Reply::Ok(_) => self.lost(io::ErrorKind::InvalidData.into()),
+    fn said(&self, told: Told) -> Error {
+        match told.status {
+            STATUS_INPUT => Error::input(told.cause, told.next),
+            _ => self.lost(io::Error::other(told.cause)),
         }
     }
 
