@@ -68,8 +68,6 @@ struct State {
     shown: u64,
     /// Words of our own for standard output.
     words: Vec<u8>,
-    /// Why standard output has nothing more.
-    failed: Option<Error>,
     /// A thread waits for the next byte, whatever it is.
     idle: bool,
     typed: VecDeque<u8>,
@@ -122,17 +120,13 @@ impl Output {
     fn see_to(&self, show: impl FnOnce() -> io::Result<()>) {
         // What it leaves behind is the state, which is whole whenever its lock is free.
         let shown = catch_unwind(AssertUnwindSafe(show));
-        let Err(error) = shown.unwrap_or_else(|_| Err(io::Error::other("its thread panicked")))
-        else {
-            return;
-        };
-        let what = "writing the console";
-        let mut state = lock(&self.0.state);
-        state.shown = u64::MAX;
-        state.failed = Some(Error::call(what, io::Error::other(error.to_string())));
-        drop(state);
-        self.0.changed.notify_all();
-        self.0.control.end(Outcome::Host(Error::call(what, error)));
+        let panicked = |_| Err(io::Error::other("its thread panicked"));
+        if let Err(error) = shown.unwrap_or_else(panicked) {
+            let error = Error::call("writing the console", error);
+            self.0.control.end(Outcome::Host(error));
+            lock(&self.0.state).shown = u64::MAX;
+            self.0.changed.notify_all();
+        }
     }
 
     fn show_on(&self, file: &File, mut filter: Option<Filter>) -> io::Result<()> {
@@ -179,17 +173,12 @@ impl Output {
         taken
     }
 
-    /// Waits until standard output has all when the guest has ended. What it does not take for [`REST`] is dropped.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Call`] where it could not be written, be it before the guest's end.
-    pub fn finish(&self) -> Result<()> {
+    /// Waits until standard output has all when the guest has ended, or could not be written, which the control knows by
+    /// then. What it does not take for [`REST`] is dropped.
+    pub fn finish(&self) {
         let missing = |state: &mut State| state.behind() > 0;
         let state = lock(&self.0.state);
-        let waited = self.0.changed.wait_timeout_while(state, REST, missing);
-        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        state.failed.take().map_or(Ok(()), Err)
+        drop(self.0.changed.wait_timeout_while(state, REST, missing));
     }
 
     /// Shows words of our own on standard output, which pass as they are.

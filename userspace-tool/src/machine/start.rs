@@ -187,10 +187,14 @@ fn run_to_end(
     let outcome = outcomes.recv();
     let outcome = outcome.unwrap_or_else(|e| Outcome::Host(failed("watching the guest")(e)));
     machine.join();
-    let outcome = match (machine.console.output.finish(), outcome) {
+    machine.console.output.finish();
+    let lost = outcomes
+        .try_iter()
+        .find(|later| matches!(later, Outcome::Host(_)));
+    let outcome = match (outcome, lost) {
         // The guest's end came before it was seen that its last words are lost.
-        (Err(error), Outcome::PoweredOff | Outcome::Rebooted) => Outcome::Host(error),
-        (_, outcome) => outcome,
+        (Outcome::PoweredOff | Outcome::Rebooted, Some(lost)) => lost,
+        (outcome, _) => outcome,
     };
     drop(raw);
     say(&outcome);
