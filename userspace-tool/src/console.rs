@@ -30,7 +30,7 @@ use crate::outcome::Outcome;
 pub use attach::attach;
 pub use filter::Filter;
 use keys::{Key, Keys};
-pub use output::{Output, SCROLLBACK};
+pub use output::Output;
 pub use terminal::Raw;
 pub use wake::Wake;
 

@@ -148,10 +148,11 @@ pub fn folder(name: &Name) -> Result<PathBuf> {
 /// A name that is this process's until this is dropped.
 #[derive(Debug)]
 pub struct Claim {
-    name: Name,
+    /// The name.
+    pub name: Name,
     folder: PathBuf,
-    /// Locked; and for when this process may no longer go there by the path.
-    opened: File,
+    /// The folder with the machine's files: locked, and open for when this process may no longer go there by its path.
+    pub opened: File,
 }
 
 impl Claim {
@@ -200,24 +201,6 @@ impl Claim {
             }
         }
         Err(refused(io::Error::other("it keeps going away")))
-    }
-
-    /// The name.
-    #[must_use]
-    pub fn name(&self) -> &Name {
-        &self.name
-    }
-
-    /// The folder with the machine's files.
-    #[must_use]
-    pub fn folder(&self) -> &Path {
-        &self.folder
-    }
-
-    /// The same, open and locked.
-    #[must_use]
-    pub fn opened(&self) -> &File {
-        &self.opened
     }
 
     /// Writes down what the machine was made by, for [`origin`].

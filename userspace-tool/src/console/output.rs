@@ -34,7 +34,7 @@ const DELAY: Duration = Duration::from_millis(10);
 /// How many bytes may wait.
 const MOST: u64 = 4096;
 /// How many bytes of output are kept.
-pub const SCROLLBACK: usize = 64 << 10;
+const SCROLLBACK: usize = 64 << 10;
 /// How many are kept that standard output lacks, where a pause keeps the guest from waiting: it writes no more than
 /// it has begun with, a buffer of the virtio console at most.
 const KEPT: usize = 4 << 20;

@@ -104,7 +104,7 @@ fn start(
     let begin = load(&memory, devices.len())?;
     let (kvm, vm) = create_vm(options, &memory)?;
     let machine = Arc::new(Machine {
-        name: claim.name().clone(),
+        name: claim.name.clone(),
         options: options.clone(),
         sampler: Sampler::new(&vm),
         ports: ports(options, &control, &vm, &console),
@@ -172,14 +172,14 @@ fn run_to_end(
     let ready = ready.transpose()?;
     let raw = Raw::new().map_err(failed("setting the terminal"))?;
     // All that has a name is open by now, and all threads are still to come.
-    confine::seal(claim.opened())?;
+    confine::seal(&claim.opened)?;
     let server = Server::start(listener, {
         let machine = Arc::clone(machine);
         move |request, client| machine.obey(request, client)
     })?;
 
     let started = start_threads(machine, signals, metrics);
-    let told = started.and_then(|()| ready.map_or(Ok(()), |ready| ready.tell(claim.name())));
+    let told = started.and_then(|()| ready.map_or(Ok(()), |ready| ready.tell(&claim.name)));
     if let Err(error) = told {
         machine.control.end(Outcome::Host(error));
     }
