@@ -28,22 +28,21 @@ const CANCEL: u8 = 0x18;
 /// the terminal report the mouse or its focus.
 const MODES: [u16; 11] = [1, 5, 6, 7, 12, 25, 47, 1047, 1048, 1049, 2004];
 
-/// What a filter lets through.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Scope {
-    /// What is harmless to a screen that is the guest's.
-    Screen,
-    /// What stays in its line, for a screen that several share: text and colours.
-    Line,
-    /// Text alone.
-    Text,
-}
-
 /// The filter of one stream of output.
 pub struct Filter {
     parser: Parser,
+    allowed: Allowed,
+}
+
+/// What it lets through.
+#[derive(Clone, Copy)]
+struct Allowed {
+    /// Characters beyond ASCII.
     utf8: bool,
-    scope: Scope,
+    /// What changes colours.
+    colours: bool,
+    /// What is harmless to a screen that is the stream's alone.
+    screen: bool,
 }
 
 impl Filter {
@@ -53,20 +52,20 @@ impl Filter {
     pub fn new(utf8: bool) -> Self {
         Self {
             parser: Parser::new(),
-            utf8,
-            scope: Scope::Screen,
+            allowed: Allowed {
+                utf8,
+                colours: true,
+                screen: true,
+            },
         }
     }
 
     /// The same for a screen that several streams share, and that gets a line at a time of each: text and, where it
     /// has some, `colours`, which end with the line. Nothing moves the cursor to the lines of others.
     #[must_use]
-    pub fn within_lines(self, colours: bool) -> Self {
-        let scope = match colours {
-            true => Scope::Line,
-            false => Scope::Text,
-        };
-        Self { scope, ..self }
+    pub fn within_lines(mut self, colours: bool) -> Self {
+        (self.allowed.colours, self.allowed.screen) = (colours, false);
+        self
     }
 
     /// A filter for `output` where that is a terminal, unless it is to get all of it, `unfiltered`. LC_ALL, LC_CTYPE
@@ -88,8 +87,7 @@ impl Filter {
     /// Takes the next bytes of the stream and gives those that pass.
     pub fn passed(&mut self, bytes: &[u8]) -> Vec<u8> {
         let mut passed = Passed {
-            utf8: self.utf8,
-            scope: self.scope,
+            allowed: self.allowed,
             out: Vec::with_capacity(bytes.len()),
         };
         for line in bytes.chunk_by(|_, next| *next != b'\n') {
@@ -99,7 +97,7 @@ impl Filter {
             }
             self.parser.advance(&mut passed, line);
         }
-        if self.scope == Scope::Line && passed.out.contains(&ESC) {
+        if !self.allowed.screen && passed.out.contains(&ESC) {
             passed.out.extend_from_slice(b"\x1b[m");
         }
         passed.out
@@ -108,8 +106,7 @@ impl Filter {
 
 /// Takes what the parser has found, and writes what of it passes.
 struct Passed {
-    utf8: bool,
-    scope: Scope,
+    allowed: Allowed,
     out: Vec<u8>,
 }
 
@@ -119,7 +116,7 @@ impl Perform for Passed {
             ' '..='~' => character,
             '\x7f' => return,
             char::REPLACEMENT_CHARACTER => UNKNOWN,
-            _ if character.is_control() || !self.utf8 => UNKNOWN,
+            _ if character.is_control() || !self.allowed.utf8 => UNKNOWN,
             _ => character,
         };
         self.out
@@ -130,7 +127,7 @@ impl Perform for Passed {
         match byte {
             b'\t' => self.out.push(byte),
             // Bell, backspace, ends of lines and pages, the shifts between two character sets.
-            0x07..=0x0f if self.scope == Scope::Screen => self.out.push(byte),
+            0x07..=0x0f if self.allowed.screen => self.out.push(byte),
             0x80.. => self.print(UNKNOWN),
             _ => {}
         }
@@ -138,7 +135,7 @@ impl Perform for Passed {
 
     fn esc_dispatch(&mut self, between: &[u8], _ignore: bool, last: u8) {
         let harmless = match between {
-            _ if self.scope != Scope::Screen => false,
+            _ if !self.allowed.screen => false,
             // Save and restore the cursor, index, next line, reverse index, set a tab, the keypad's modes.
             [] => b"78DEMH=>".contains(&last),
             // The character set of a number.
@@ -153,12 +150,8 @@ impl Perform for Passed {
     }
 
     fn csi_dispatch(&mut self, params: &Params, between: &[u8], ignore: bool, last: char) {
-        let in_scope = match self.scope {
-            Scope::Screen => true,
-            Scope::Line => last == 'm',
-            Scope::Text => false,
-        };
-        if ignore || !in_scope || !is_harmless(params, between, last) {
+        let is_allowed = self.allowed.screen || self.allowed.colours && last == 'm';
+        if ignore || !is_allowed || !is_harmless(params, between, last) {
             return;
         }
         let numbers = |group: &[u16]| {
