@@ -31,7 +31,7 @@ use crate::registry::{Claim, Name};
 use crate::snapshot::{Snapshot, State};
 use crate::stat::{self, Sampler};
 use crate::vcpu::Vcpu;
-use crate::{confine, detach, hypervisor, layout, memory};
+use crate::{confine, detach, hypervisor, layout, memory, size};
 
 /// The capabilities without which no PC can be built.
 pub(crate) const NEEDED: [(Cap, &str); 4] = [
@@ -96,6 +96,11 @@ fn start(
     load: impl FnOnce(&Memory, usize) -> Result<Begin>,
 ) -> Result<Outcome> {
     memory::check_size(options.memory)?;
+    if options.balloon > options.memory {
+        let [balloon, memory] = [options.balloon, options.memory].map(size::text);
+        let cause = format!("--balloon {balloon} is more than the --memory of {memory}");
+        return Err(Error::input(cause, "give a smaller --balloon"));
+    }
     let claim = Claim::new(Name::of(options.name.as_ref(), std::process::id()))?;
     let memory = memory::allocate(options.memory, rom)?;
     let (control, outcomes) = Control::new();

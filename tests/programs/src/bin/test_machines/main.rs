@@ -321,6 +321,12 @@ fn balloon(device: &Device) -> Outcome {
     }
     let (_, said) = machines.gives(2, &["balloon", "one", "65M"])?;
     check_line(&said, &["has 64 MiB", "less"])?;
+    let kernel = ["run", "--kernel", "/guest/bzImage", "--memory", "64M"];
+    let (_, said) = machines.gives(2, &[&kernel, ["--balloon", "65M"].as_slice()].concat())?;
+    check_line(
+        &said,
+        &["--balloon 65 MiB", "--memory of 64 MiB", "smaller"],
+    )?;
     machines.gives(0, &["kill", "one"]).map(drop)
 }
 
