@@ -52,7 +52,7 @@ pub fn share(options: &RunOptions) -> Result<Option<u8>> {
     let name = Name::of(options.name.as_ref(), std::process::id());
     let group = Cgroup::new(&name, &settings)?;
     // The mode that the machine's process can't bring back where it is killed.
-    let _terminal = Raw::keep().map_err(failed("looking at the terminal"))?;
+    let terminal = Raw::keep().map_err(failed("looking at the terminal"))?;
     let signals = Signals::catch()?;
     let mut child = Command::new("/proc/self/exe")
         .arg0("rvisor")
@@ -69,6 +69,7 @@ pub fn share(options: &RunOptions) -> Result<Option<u8>> {
             let _ = child.kill();
             let _ = child.wait();
         })?;
+    drop(terminal);
     let Some(signal) = ended.signal() else {
         return Ok(Some(status_of(ended)));
     };

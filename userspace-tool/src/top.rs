@@ -166,8 +166,9 @@ impl Screen {
         let [vcpus, reasons] =
             Layout::horizontal([Constraint::Length(44), Constraint::Fill(1)]).areas(details);
         let text = format!(
-            "rvisor top: {} machines; up and down choose, q ends",
-            rates.len()
+            "rvisor top: {} machine{}; up and down choose, q ends",
+            rates.len(),
+            if rates.len() == 1 { "" } else { "s" }
         );
         frame.render_widget(Paragraph::new(text).bold(), title);
         let widths = [16, 8, 4, 6, 6, 6, 9, 9, 9, 11, 11].map(Constraint::Length);
