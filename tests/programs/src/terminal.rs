@@ -53,6 +53,21 @@ impl Terminal {
         Ok(self.other.try_clone()?)
     }
 
+    /// Gives it a size.
+    pub fn resize(&self, rows: u16, columns: u16) -> Outcome {
+        let size = libc::winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        // SAFETY: The ioctl reads one winsize.
+        if unsafe { libc::ioctl(self.other.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) } != 0 {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        Ok(())
+    }
+
     /// The terminal's mode.
     pub fn mode(&self) -> Result<libc::termios, Fail> {
         let mut mode = MaybeUninit::uninit();
@@ -86,6 +101,12 @@ impl Terminal {
         self.screen
             .push_str(&String::from_utf8_lossy(&bytes[..count]));
         Ok(count > 0)
+    }
+
+    /// Reads what comes within [`LOOK`]; gives all that has come, and whether something did.
+    pub fn read(&mut self) -> Result<(&str, bool), Fail> {
+        let more = self.look()?;
+        Ok((&self.screen, more))
     }
 
     /// Waits until `text` stands on the screen, and forgets all up to it.

@@ -6,7 +6,6 @@ use crate::PATIENCE;
 use rvisor_tests::ktap::Context;
 use rvisor_tests::terminal::{check_same, Terminal};
 use rvisor_tests::{check, check_eq, Device, Fail, Outcome};
-use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -141,17 +140,7 @@ pub(crate) fn metrics(device: &Device) -> Outcome {
 pub(crate) fn top(device: &Device) -> Outcome {
     let _machine = start(device, "topmost", &[])?;
     let mut terminal = Terminal::new()?;
-    let side = terminal.user_side()?;
-    let size = libc::winsize {
-        ws_row: 24,
-        ws_col: 120,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
-    // SAFETY: The ioctl reads one winsize.
-    if unsafe { libc::ioctl(side.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) } != 0 {
-        return Err(std::io::Error::last_os_error().into());
-    }
+    terminal.resize(24, 120)?;
     let before = terminal.mode()?;
     let mut child = Command::new(TOOL)
         .arg("top")
