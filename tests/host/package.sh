@@ -129,6 +129,19 @@ test_completions() {
 	gives test -s /usr/share/zsh/vendor-completions/_rvisor -a -s /usr/share/fish/vendor_completions.d/rvisor.fish
 }
 
+# README's steps are those that are taken here and in tests/package.sh.
+test_steps_of_the_readme() {
+	local step
+	while read -r step; do
+		check "README has no \"$step\"" grep -qxF "    $step" "$RVISOR_SRC/README.md" || return
+	done <<-END
+		apt install ./build/${deb##*/}
+		usermod -aG rvisor USER
+		cp /usr/share/doc/rvisor/examples/machines.toml /etc/rvisor/demo.toml
+		systemctl start rvisor@demo
+	END
+}
+
 # The files that the example names are where Debian has them.
 test_example() {
 	local file
@@ -225,5 +238,5 @@ test_make_install() {
 
 cp -a "$fresh/root" "$root"
 rm -f "$archive"
-run_tests dependencies install module_is_built accounts unit udev_rule tmpfiles files_are_the_packages manual_pages completions example archive \
+run_tests dependencies install module_is_built accounts unit udev_rule tmpfiles files_are_the_packages manual_pages completions steps_of_the_readme example archive \
 	failed_upgrade upgrade remove purge make_install
