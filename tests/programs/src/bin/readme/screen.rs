@@ -137,3 +137,50 @@ pub(crate) fn is(found: &[String], shown: &[String]) -> bool {
         None => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shows(found: &str, shown: &str) -> bool {
+        let split = |text: &str| text.lines().map(str::to_owned).collect::<Vec<_>>();
+        is(&split(found), &split(shown))
+    }
+
+    #[test]
+    fn numbers_are_any_and_words_are_not() {
+        assert!(shows(
+            "web  63  0:00:12  rip 0xffa0",
+            "web 7 0:01:02 rip 0x1"
+        ));
+        assert!(!shows("db 63", "web 63"));
+        assert!(!shows("rip ffa0", "rip 0x1"));
+    }
+
+    #[test]
+    fn an_exit_status_is_not_any_number() {
+        assert!(shows("8", "8"));
+        assert!(!shows("8", "0"));
+    }
+
+    #[test]
+    fn dots_are_any_text_and_any_lines() {
+        assert!(shows("a\nb\n\nc\nd", "...\nc\nd"));
+        assert!(shows("a\nd", "a\n...\nd"));
+        assert!(shows("one two three", "one...e"));
+        assert!(!shows("a\nb", "...\nc"));
+        assert!(!shows("one two", "one...three"));
+        assert!(!shows("a\nb", "a"));
+        assert!(!shows("a", "a\nb"));
+    }
+
+    #[test]
+    fn the_cursor_goes_where_it_is_sent() {
+        assert_eq!(
+            lines("x\u{1b}[?1049h\u{1b}[2;3Hab\u{1b}[1;1H\u{1b}[1mc\u{1b}[m"),
+            ["c", "  ab"]
+        );
+        assert_eq!(lines("abc\r\u{1b}[Jd\r\ne\n f"), ["d", "e", "  f"]);
+        assert_eq!(lines("abc\u{8}\u{8}x"), ["axc"]);
+    }
+}
