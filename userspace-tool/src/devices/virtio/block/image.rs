@@ -330,6 +330,12 @@ fn open_qcow2(file: File, path: &Path, readonly: bool) -> Result<(Access, u64)> 
         )
     };
     let mut tables = Tables::read(&file).map_err(damaged)?;
+    if tables.encrypted {
+        return Err(Error::input(
+            format!("--disk {} is encrypted", path.display()),
+            "decrypt it by 'qemu-img convert', and have the guest encrypt what it holds",
+        ));
+    }
     if !readonly && !tables.is_counted().map_err(damaged)? {
         return Err(Error::input(
             format!(
@@ -359,9 +365,11 @@ fn open_qcow2(file: File, path: &Path, readonly: bool) -> Result<(Access, u64)> 
     Ok((Access::Qcow2(image, file), size))
 }
 
-/// What the library takes on trust of a qcow2 image (docs/interop/qcow2.rst of QEMU): where its tables lie.
+/// What the library takes on trust of a qcow2 image (docs/interop/qcow2.rst of QEMU): where its tables lie, and that
+/// nothing is encrypted.
 struct Tables<'a> {
     file: &'a File,
+    encrypted: bool,
     /// Size of a cluster and of the file, in bytes.
     cluster: u64,
     size: u64,
@@ -393,6 +401,7 @@ impl<'a> Tables<'a> {
         }
         let mut tables = Self {
             file,
+            encrypted: word(8) != 0,
             cluster: 1 << word(5),
             size: raw_size(file)?,
             width: 1 << (order - 3),

@@ -458,6 +458,23 @@ fn damaged_images_are_refused_or_do_no_harm() {
     assert!(refused > 50 && opened > 50, "{refused} {opened}");
 }
 
+/// What the library would read and write as it is.
+#[test]
+fn an_encrypted_image_is_refused() {
+    let files = Files::new();
+    let disk = files.qcow2();
+    for method in [1, 2] {
+        let mut image = empty_qcow2();
+        image[35] = method;
+        fs::write(&disk.path, image).unwrap();
+        let error = Block::open(&disk).err().unwrap();
+        assert_eq!(error.status(), 2);
+        let error = error.to_string();
+        assert!(error.contains("is encrypted; "), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+}
+
 #[test]
 fn hostile_rings_do_no_harm() {
     let files = Files::new();
