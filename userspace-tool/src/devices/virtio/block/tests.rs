@@ -9,6 +9,7 @@ use std::process::Command;
 
 use std::sync::{Mutex, MutexGuard};
 
+use rustix::io::Errno;
 use tempfile::TempDir;
 
 use super::super::tests::{self, Driver, Numbers};
@@ -500,6 +501,30 @@ fn a_full_disk_loses_nothing() {
     driver.serve(0);
     assert_eq!(driver.used(0), 1);
     assert_eq!(read(&mut driver, 4, 512).unwrap(), [5; 512]);
+}
+
+/// A host that is too full to make a hole: nothing waits for room before it gives room back. Zeroes are written, which
+/// need none where data were.
+#[test]
+fn a_full_disk_holds_no_discard_up() {
+    let files = Files::new();
+    for disk in [files.raw(), files.qcow2()] {
+        let mut driver = start(&disk);
+        assert_eq!(tell(&mut driver, OUT, 0, &[5; 4096]), OK);
+        image::NO_HOLES.set(Some(Errno::NOSPC));
+        let finished = |driver: &mut Driver, kind, flags| {
+            driver.put_request(0, &[&head(kind, 0), &range(0, 8, flags)], 1);
+            driver.transport.serve(1, &|| false).unwrap()
+        };
+        assert!(finished(&mut driver, DISCARD, 0).stuck.is_none());
+        assert_eq!(read(&mut driver, 0, 4096).unwrap(), [5; 4096]);
+        assert!(finished(&mut driver, ZERO, 1).stuck.is_none());
+        assert_eq!(read(&mut driver, 0, 4096).unwrap(), [0; 4096]);
+        image::FULL.set(true);
+        assert!(finished(&mut driver, ZERO, 1).stuck.is_some());
+        image::FULL.set(false);
+        image::NO_HOLES.set(None);
+    }
 }
 
 /// A host that finds no room when it is to make writes durable has lost them: no flush says otherwise any more.
