@@ -218,10 +218,7 @@ impl Image {
                 }
             };
             match hole {
-                // A full host may have no room for the hole itself.
-                Err(error) if error.kind() == ErrorKind::Unsupported || is_full(&error) => {
-                    other(at, count)?;
-                }
+                Err(error) if makes_no_hole(&error) => other(at, count)?,
                 result => result?,
             }
             at += count;
@@ -254,6 +251,13 @@ pub(super) fn is_full(error: &io::Error) -> bool {
         error.kind(),
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded
     )
+}
+
+/// Whether the host has done nothing, and what it was to do can be done otherwise: it can't make holes, it has sectors
+/// that are larger than the range is aligned to, or it is too full for the hole itself.
+fn makes_no_hole(error: &io::Error) -> bool {
+    let kind = error.kind();
+    matches!(kind, ErrorKind::Unsupported | ErrorKind::InvalidInput) || is_full(error)
 }
 
 fn open_file(path: &Path, readonly: bool) -> Result<File> {

@@ -362,6 +362,24 @@ fn room_without_a_hole_is_filled_with_zeroes() {
     }
 }
 
+/// A block device with sectors of 4 KiB refuses a hole that begins or ends within one.
+#[test]
+fn what_the_host_makes_no_hole_of_is_filled_with_zeroes() {
+    let files = Files::new();
+    for disk in [files.raw(), files.qcow2()] {
+        let mut driver = start(&disk);
+        for error in [Errno::INVAL, Errno::OPNOTSUPP] {
+            assert_eq!(tell(&mut driver, OUT, 0, &[5; 4096]), OK);
+            image::NO_HOLES.set(Some(error));
+            assert_eq!(tell(&mut driver, DISCARD, 0, &range(1, 3, 0)), OK);
+            assert_eq!(tell(&mut driver, ZERO, 0, &range(1, 3, 1)), OK);
+            image::NO_HOLES.set(None);
+            let expected = [&[5; 512][..], &[0; 3 * 512], &[5; 4 * 512]].concat();
+            assert_eq!(read(&mut driver, 0, 4096).unwrap(), expected);
+        }
+    }
+}
+
 #[test]
 fn the_serial_number_is_told() {
     let files = Files::new();
