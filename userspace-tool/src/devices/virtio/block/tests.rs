@@ -380,6 +380,15 @@ fn what_the_host_makes_no_hole_of_is_filled_with_zeroes() {
     }
 }
 
+/// The fields of 5.2.4, which a driver keeps to.
+#[test]
+fn a_discard_is_told_to_be_short() {
+    let driver = start(&Files::new().raw());
+    let config = |at| driver.read(virtio_bindings::virtio_mmio::VIRTIO_MMIO_CONFIG + at);
+    assert_eq!(config(36), 128 * 2048);
+    assert_eq!((config(40), config(44)), (RANGES, 1));
+}
+
 #[test]
 fn the_serial_number_is_told() {
     let files = Files::new();
