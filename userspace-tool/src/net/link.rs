@@ -3,15 +3,18 @@
 //! This host's end of a network card, whatever it is joined to.
 
 use std::fmt::Display;
-use std::fs::{self, File};
+use std::fs;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
-use rustix::fs::{flock, FlockOperation};
-use rustix::io::{retry_on_intr, Errno};
+use rustix::fs::{flock, open, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{
     accept_with, connect, socket_with, AddressFamily, SocketAddrUnix, SocketFlags, SocketType,
@@ -21,12 +24,12 @@ use rustix::process::geteuid;
 use super::stream::Stream;
 use super::{tap, user, Joined, Mac, NetOptions, HEADER};
 use crate::error::{failed, say, Error, Result};
-use crate::registry;
 
 /// How many of those who come are looked at in a row.
 const COMERS: usize = 16;
-/// The file in the machines' folder that is locked by one that looks who is at a path. No machine has such a name.
-const LOCK: &str = ".net";
+/// How long to wait for others that look who is at a path, which takes each of them a moment; and until the next try.
+const TURN: Duration = Duration::from_secs(2);
+const TRY_AGAIN: Duration = Duration::from_millis(5);
 /// Those of all sockets here.
 const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 
@@ -63,6 +66,22 @@ pub(super) trait Wire: AsFd + Send {
     fn accept_features(&self, _features: u64) {}
 }
 
+/// A socket's path, and which file it is, by its file system and its number there.
+struct Place {
+    path: PathBuf,
+    file: (u64, u64),
+}
+
+impl Place {
+    fn of(path: &Path) -> io::Result<Self> {
+        let file = fs::symlink_metadata(path)?;
+        Ok(Self {
+            path: path.to_owned(),
+            file: (file.dev(), file.ino()),
+        })
+    }
+}
+
 /// One end of a network.
 ///
 /// It is a file descriptor to poll: readable when frames have come, or when there is room for one that had none.
@@ -70,8 +89,8 @@ pub struct Link {
     epoll: OwnedFd,
     /// None while nobody is there: then frames are lost.
     wire: Option<Box<dyn Wire>>,
-    /// Where another machine may come, and the path.
-    listener: Option<(UnixListener, PathBuf)>,
+    /// Where another machine may come, and what it has in the file system.
+    listener: Option<(UnixListener, Place)>,
     /// Room is waited for.
     awaits_room: bool,
     /// What messages call it.
@@ -110,8 +129,8 @@ impl Link {
         Ok((link, mac))
     }
 
-    /// Joins the machine that waits at `path`, or waits there. Says which of the two it is. Nothing here blocks, so the
-    /// others that want their turn do not wait for long.
+    /// Joins the machine that waits at `path`, or waits there. Says which of the two it is. Nothing blocks in its
+    /// turn, so the others that want theirs do not wait for long.
     fn meet(&mut self, path: &Path) -> Result<&'static str> {
         let cause = format!("--net socket={}", path.display());
         let refused = |error: &dyn Display| {
@@ -120,7 +139,13 @@ impl Link {
                 "give a path in a folder of yours, shorter than 108 bytes",
             )
         };
-        let _turn = take_turn()?;
+        let _turn = take_turn(path).map_err(|error| match error {
+            Errno::AGAIN => Error::input(
+                format!("{cause}: its folder is locked by another process"),
+                "give a path in a folder of yours that nothing else uses",
+            ),
+            error => refused(&error),
+        })?;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, FLAGS, None)
             .map_err(failed("making a socket"))?;
         match SocketAddrUnix::new(path).and_then(|address| connect(&socket, &address)) {
@@ -145,8 +170,9 @@ impl Link {
         }
         let socket = UnixListener::bind(path).map_err(|e| refused(&e))?;
         socket.set_nonblocking(true).map_err(|e| refused(&e))?;
+        let place = Place::of(path).map_err(|e| refused(&e))?;
         self.watch(&socket);
-        self.listener = Some((socket, path.to_owned()));
+        self.listener = Some((socket, place));
         Ok("first")
     }
 
@@ -284,9 +310,11 @@ impl AsFd for Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        if let Some((_, path)) = &self.listener {
-            // A path that stays is taken over by the next machine.
-            let _ = fs::remove_file(path);
+        // Nobody takes the place while its socket is open, unless it was removed. One that stays is taken over by the next.
+        if let Some((_, place)) = &self.listener {
+            if Place::of(&place.path).is_ok_and(|found| found.file == place.file) {
+                let _ = fs::remove_file(&place.path);
+            }
         }
     }
 }
@@ -296,17 +324,20 @@ fn is_trusted(socket: impl AsFd) -> bool {
     socket_peercred(socket).is_ok_and(|peer| peer.uid.is_root() || peer.uid == geteuid())
 }
 
-/// Waits until no other machine of this user looks who is at a path, and lets none look before the file is dropped: of
-/// two that start at once, the second meets the first.
-fn take_turn() -> Result<File> {
-    let path = registry::directory()?.join(LOCK);
-    let mut lock = File::options();
-    let lock = lock.write(true).create(true).truncate(false).open(&path);
-    let locked = lock.and_then(|lock| {
-        retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive))?;
-        Ok(lock)
-    });
-    locked.map_err(|error| Error::call(format!("locking {}", path.display()), error))
+/// Waits until nobody else looks who is at that path, and lets none look before the file is dropped: of two that start
+/// at once, the second meets the first. What is locked is the path's folder, which is the same for all who may meet
+/// there, root and the user, and in which nothing is left behind. Fails with [`Errno::AGAIN`] after [`TURN`].
+fn take_turn(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let folder = path.parent().filter(|folder| *folder != Path::new(""));
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = open(folder.unwrap_or(Path::new(".")), flags, Mode::empty())?;
+    let end = Instant::now() + TURN;
+    loop {
+        match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::AGAIN) if Instant::now() < end => thread::sleep(TRY_AGAIN),
+            locked => return locked.map(|()| folder),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::thread;
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::process::Uid;
@@ -198,6 +198,47 @@ fn of_machines_that_start_at_once_one_waits_and_the_others_come() {
         let waiting = links.iter().filter(|link| link.listener.is_some()).count();
         assert_eq!(waiting, 1);
     }
+}
+
+/// The lock is the folder's own: it is the same for all who may meet there, whoever and wherever they are.
+#[test]
+fn one_at_a_time_looks_who_is_there() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let turn = File::open(folder.path()).expect("the folder");
+    flock(&turn, FlockOperation::LockExclusive).expect("a lock");
+    let text = at(&folder);
+    thread::scope(|scope| {
+        let start = scope.spawn(|| open(&text).0);
+        thread::sleep(TURN / 4);
+        assert!(!folder.path().join("link").exists());
+        drop(turn);
+        assert!(start.join().expect("a machine").listener.is_some());
+    });
+}
+
+#[test]
+fn nobody_waits_for_a_turn_for_ever() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let turn = File::open(folder.path()).expect("the folder");
+    flock(&turn, FlockOperation::LockShared).expect("a lock");
+    let error = Link::open(&options(&at(&folder)), "test", 0).err();
+    let error = error.expect("it is locked").to_string();
+    assert!(error.contains("is locked by another process; "), "{error}");
+    assert!(!folder.path().join("link").exists());
+}
+
+/// Its path was removed, and another one waits there.
+#[test]
+fn one_that_ends_removes_nobody_elses_place() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("link");
+    let (first, _) = open(&at(&folder));
+    fs::remove_file(&path).expect("its path");
+    let (other, _) = open(&at(&folder));
+    drop(first);
+    assert!(path.exists());
+    drop(other);
+    assert!(!path.exists());
 }
 
 #[test]
