@@ -154,6 +154,12 @@ impl Link {
                 return Ok("second");
             }
             Ok(()) => return Err(refused(&"another user waits there")),
+            Err(Errno::AGAIN) => {
+                return Err(Error::input(
+                    format!("{cause}: others wait there already"),
+                    "give another PATH",
+                ))
+            }
             Err(Errno::NOENT) => {}
             Err(Errno::CONNREFUSED) => {
                 let file = fs::symlink_metadata(path).map_err(|e| refused(&e))?;
