@@ -83,7 +83,9 @@ pub struct RunOptions {
     ///                  by DHCP. What listens on this host's loopback addresses alone is not reached.
     ///   socket=PATH    without root: a cable to another machine of this user or root that is given the same PATH. The
     ///                  one that starts first waits there for another, also when the other has ended; its guest sees the
-    ///                  cable unplugged meanwhile. PATH is best in a folder of this user's alone.
+    ///                  cable unplugged meanwhile. The other's guest sees it plugged in until the first ends, also
+    ///                  before it is let in, which is when the first's guest runs and nobody else is at the other end.
+    ///                  PATH is best in a folder of this user's alone.
     /// Behind it, each after a comma:
     ///   forward=HOSTPORT:GUESTPORT
     ///                  with user: TCP connections to the port HOSTPORT of this host, on all its addresses, go to the

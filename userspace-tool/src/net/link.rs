@@ -203,7 +203,6 @@ impl Link {
 
     /// The next frame that has come, with its virtio header; it stays the next until [`Self::take`].
     pub fn front(&mut self) -> Option<([u8; HEADER], &[u8])> {
-        self.accept();
         match self.wire.as_mut()?.fill() {
             Ok(true) => self.wire.as_ref()?.frame(),
             Ok(false) => None,
@@ -224,7 +223,6 @@ impl Link {
     /// Sends a frame behind its virtio header. Says whether it was taken; one that was not can be sent again
     /// when there is room. What can't be sent at all is lost, as on a wire. The header may be overwritten.
     pub fn send(&mut self, packet: &mut [u8]) -> bool {
-        self.accept();
         let Some(wire) = &mut self.wire else {
             return true;
         };
@@ -275,8 +273,16 @@ impl Link {
         }
     }
 
+    /// Has the link told once more of who has come before, where that is a path.
+    pub fn look_again(&self) {
+        if let Some((listener, _)) = &self.listener {
+            let _ = epoll::delete(&self.epoll, listener);
+            self.watch(listener);
+        }
+    }
+
     /// Lets another machine in where nobody is there and one has come.
-    fn accept(&mut self) {
+    pub fn accept(&mut self) {
         let Some((listener, _)) = self.listener.as_ref().filter(|_| self.wire.is_none()) else {
             return;
         };
@@ -289,12 +295,10 @@ impl Link {
                 return;
             }
         }
-        // Who has come before is told once more when it is watched anew.
-        let _ = epoll::delete(&self.epoll, listener);
-        self.watch(listener);
+        self.look_again();
     }
 
-    /// The other side is gone: whoever waits for a place takes it.
+    /// The other side is gone: whoever waits for the place is told of.
     fn lose(&mut self) {
         if self.listener.is_none() {
             say(format_args!(
@@ -303,8 +307,7 @@ impl Link {
             ));
         }
         self.wire = None;
-        // One that has come before is not told again.
-        self.accept();
+        self.look_again();
     }
 }
 

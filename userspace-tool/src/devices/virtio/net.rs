@@ -2,6 +2,7 @@
 
 //! The network card (virtio 1.3, 5.1), with one pair of queues, joined to a [`Link`].
 
+use std::cell::Cell;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -28,6 +29,10 @@ pub struct Net {
     mergeable: bool,
     /// Whether somebody is at the other end, as the driver was told last.
     told: Option<bool>,
+    /// The driver reads that.
+    reads_status: bool,
+    /// It has not read yet that who was there is gone.
+    unread: Cell<bool>,
     /// The frame that is sent, behind its header.
     packet: Box<[u8]>,
     counters: Counters,
@@ -62,6 +67,8 @@ impl Net {
             link,
             mergeable: false,
             told: None,
+            reads_status: false,
+            unread: Cell::new(false),
             packet: vec![0; HEADER + LONGEST_FRAME].into_boxed_slice(),
             counters: Counters::default(),
         }
@@ -176,12 +183,17 @@ impl Device for Net {
     fn config(&self) -> Vec<u8> {
         // VIRTIO_NET_S_LINK_UP is bit 0.
         let status = u16::from(self.link.is_up());
+        if self.unread.replace(false) {
+            self.link.look_again();
+        }
         [&self.mac.bytes()[..], &status.to_le_bytes()].concat()
     }
 
     fn activate(&mut self, features: u64) {
         self.mergeable = features & bit(VIRTIO_NET_F_MRG_RXBUF) != 0;
+        self.reads_status = features & bit(VIRTIO_NET_F_STATUS) != 0;
         self.told = None;
+        self.unread.set(false);
         self.link.accept_features(features);
     }
 
@@ -190,12 +202,18 @@ impl Device for Net {
     }
 
     fn process(&mut self, queue: usize, rings: &mut Rings<'_>) -> Result<(), Fault> {
+        // A driver that did not see the link go down would take another machine for the one that was there.
+        if !self.unread.get() {
+            self.link.accept();
+        }
         match queue {
             TRANSMIT => self.transmit(rings)?,
             _ => self.receive(rings)?,
         }
-        let up = Some(self.link.is_up());
-        if std::mem::replace(&mut self.told, up) != up {
+        let up = self.link.is_up();
+        let told = self.told.replace(up);
+        if told != Some(up) {
+            self.unread.set(self.reads_status && told == Some(true));
             rings.config_changed();
         }
         Ok(())

@@ -40,6 +40,7 @@ fn is_ready(link: &Link, milliseconds: i64) -> bool {
 }
 
 fn frame(link: &mut Link) -> Option<Vec<u8>> {
+    link.accept();
     let frame = link.front().map(|(header, frame)| {
         assert_eq!(header, [0; HEADER]);
         frame.to_vec()
@@ -76,6 +77,7 @@ fn two_machines_meet_at_a_path() {
     assert_eq!(frame(&mut first), None);
     let (mut third, _) = open(&at(&folder));
     assert!(is_ready(&first, 1000));
+    first.accept();
     assert!(first.send(&mut packet(3, 60)));
     assert_eq!(frame(&mut third), Some(vec![3; 60]));
     drop(first);
@@ -90,6 +92,7 @@ fn a_full_link_says_so_and_loses_nothing() {
     let folder = tempfile::tempdir().expect("a folder");
     let (mut first, _) = open(&at(&folder));
     let (mut second, _) = open(&at(&folder));
+    first.accept();
     let length = |number: usize| 1000 + number % 5000;
     let mut sent = 0;
     while first.send(&mut packet(sent as u8, length(sent))) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use super::super::tests::{self, Driver, BUFFERS};
@@ -7,20 +8,31 @@ use super::*;
 use crate::net::NetOptions;
 use virtio_bindings::virtio_mmio as register;
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 const WRITE: u16 = 2;
 
 /// A card with its driver, and the other end of its link, which sends and gets frames behind their length.
 fn card() -> (Driver, UnixStream) {
+    let (driver, [peer], _) = card_with();
+    (driver, peer)
+}
+
+/// The same with several that want to be the other end, and the link's file.
+fn card_with<const N: usize>() -> (Driver, [UnixStream; N], OwnedFd) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("link");
     let options = NetOptions::parse(&format!("socket={}", path.display())).unwrap();
     let (link, mac) = Link::open(&options, "test", 0).unwrap();
-    let peer = UnixStream::connect(path).unwrap();
-    // A frame that does not come fails the test.
-    let patience = std::time::Duration::from_secs(10);
-    peer.set_read_timeout(Some(patience)).unwrap();
-    (Driver::new(Box::new(Net::new(0, mac, link))), peer)
+    let peers = [(); N].map(|()| {
+        let peer = UnixStream::connect(&path).unwrap();
+        // A frame that does not come fails the test.
+        let patience = std::time::Duration::from_secs(10);
+        peer.set_read_timeout(Some(patience)).unwrap();
+        peer
+    });
+    let file = link.as_fd().try_clone_to_owned().unwrap();
+    (Driver::new(Box::new(Net::new(0, mac, link))), peers, file)
 }
 
 fn send(peer: &mut UnixStream, frame: &[u8]) {
@@ -84,7 +96,8 @@ fn frames_go_out_whole_and_without_their_header() {
     );
 }
 
-/// Serves what has come from the link. The link's state, and the interrupts that the driver has got since.
+/// Serves what has come from the link. The link's state, and the interrupt about it where the driver
+/// has got one since.
 fn status(driver: &Driver) -> (u32, u32) {
     driver.serve_source();
     let interrupts = driver.read(register::VIRTIO_MMIO_INTERRUPT_STATUS);
@@ -92,6 +105,7 @@ fn status(driver: &Driver) -> (u32, u32) {
     let mut status = [0; 2];
     let at = register::VIRTIO_MMIO_CONFIG + 6;
     driver.transport.read(at.into(), &mut status);
+    let interrupts = interrupts & register::VIRTIO_MMIO_INT_CONFIG;
     (u16::from_le_bytes(status).into(), interrupts)
 }
 
@@ -106,6 +120,43 @@ fn the_driver_is_told_who_comes_and_goes() {
     // A driver that is new, or was restored with another link, is told in any case.
     driver.set_up(u64::MAX);
     assert_eq!(status(&driver), (0, register::VIRTIO_MMIO_INT_CONFIG));
+}
+
+/// A driver that reads "up" again has seen nothing: whoever waits for the place takes it when the driver has read "down".
+#[test]
+fn the_driver_is_told_of_one_that_takes_anothers_place() {
+    // As a device's worker looks at it.
+    let events = Epoll::new().unwrap();
+    let edges = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+    let is_told = || events.wait(0, &mut [EpollEvent::default()]).unwrap() == 1;
+    let watch = |file: &OwnedFd| events.ctl(ControlOperation::Add, file.as_raw_fd(), edges);
+    let (mut driver, [peer, mut next], file) = card_with();
+    watch(&file).unwrap();
+    assert_eq!(status(&driver), (1, register::VIRTIO_MMIO_INT_CONFIG));
+    drop(peer);
+    while is_told() {
+        driver.serve_source();
+    }
+    driver.serve_source();
+    driver.request(TRANSMIT, &[&[0; HEADER], &frame(60)], 0);
+    assert_eq!(status(&driver), (0, register::VIRTIO_MMIO_INT_CONFIG));
+    assert!(is_told());
+    assert_eq!(status(&driver), (1, register::VIRTIO_MMIO_INT_CONFIG));
+    driver.request(TRANSMIT, &[&[0; HEADER], &frame(61)], 0);
+    assert_eq!(get(&mut next), frame(61), "what nobody gets is lost");
+
+    // A driver that does not read it is waited for by nobody.
+    let (mut driver, [peer, mut next], file) = card_with();
+    watch(&file).unwrap();
+    driver.set_up(!(1 << VIRTIO_NET_F_STATUS));
+    driver.serve_source();
+    drop(peer);
+    assert!(is_told());
+    driver.request(TRANSMIT, &[&[0; HEADER], &frame(60)], 0);
+    assert!(is_told());
+    driver.serve_source();
+    driver.request(TRANSMIT, &[&[0; HEADER], &frame(61)], 0);
+    assert_eq!(get(&mut next), frame(61));
 }
 
 #[test]
