@@ -13,9 +13,7 @@ use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags, FADT};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
-use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
-use acpi_tables::xsdt::XSDT;
 use acpi_tables::Aml;
 
 use crate::devices::power::{self, SCI};
@@ -31,8 +29,8 @@ const REVISION: u32 = 1;
 /// The byte of the CMOS clock that holds the century.
 pub const CMOS_CENTURY: u8 = 0x32;
 
-/// Where the XSDT lies behind the RSDP, and the tables that it names.
-const XSDT_OFFSET: usize = 64;
+/// Where the RSDT lies behind the RSDP, and the tables that it names.
+const RSDT_OFFSET: usize = 64;
 const FIRST_TABLE: usize = 128;
 
 /// A table of that signature and revision, with so many bytes of zeroes behind its header of 36 (5.2.6).
@@ -137,17 +135,22 @@ fn dsdt(virtio_devices: usize) -> Sdt {
     dsdt
 }
 
-/// The root system description pointer (5.2.5.3) of tables that lie at `start`.
+/// The root system description pointer (5.2.5.3) as ACPI 1.0 has it, of tables that lie at `start`: all know it, and no
+/// address here needs more than 32 bits. GRUB switches off by an RSDT alone.
 #[must_use]
-pub fn rsdp(start: u64) -> Vec<u8> {
-    let mut rsdp = Vec::new();
-    Rsdp::new(OEM_ID, start + XSDT_OFFSET as u64).to_aml_bytes(&mut rsdp);
+pub fn rsdp(start: u64) -> [u8; 20] {
+    let mut rsdp = [0; 20];
+    rsdp[..8].copy_from_slice(b"RSD PTR ");
+    rsdp[9..15].copy_from_slice(&OEM_ID);
+    rsdp[16..].copy_from_slice(&(start as u32 + RSDT_OFFSET as u32).to_le_bytes());
+    let sum = rsdp.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
+    rsdp[8] = sum.wrapping_neg();
     rsdp
 }
 
 /// The tables for `cpus` CPUs and so many virtio devices, as they lie from the address `start` on, RSDP first.
 fn tables(start: u64, cpus: u8, virtio_devices: usize) -> Vec<u8> {
-    let mut all = rsdp(start);
+    let mut all = rsdp(start).to_vec();
     all.resize(FIRST_TABLE, 0);
     let mut place = |table: &dyn Aml| {
         // The FACS must lie at a multiple of 64; the others are glad of it.
@@ -157,12 +160,10 @@ fn tables(start: u64, cpus: u8, virtio_devices: usize) -> Vec<u8> {
         address
     };
     let (facs, dsdt) = (place(&FACS::new()), place(&dsdt(virtio_devices)));
-    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, REVISION);
-    xsdt.add_entry(place(&fadt(facs, dsdt)).into());
-    xsdt.add_entry(place(&madt(cpus)).into());
-    let mut bytes = Vec::new();
-    xsdt.to_aml_bytes(&mut bytes);
-    all[XSDT_OFFSET..][..bytes.len()].copy_from_slice(&bytes);
+    let entries = [place(&fadt(facs, dsdt)), place(&madt(cpus))];
+    let mut rsdt = table(b"RSDT", 0, 1);
+    rsdt.append_slice(&entries.map(u32::to_le_bytes).concat());
+    all[RSDT_OFFSET..][..rsdt.len()].copy_from_slice(rsdt.as_slice());
     all
 }
 

@@ -21,21 +21,13 @@ fn sum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
 }
 
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
-}
-
-/// Follows RSDP and XSDT to the tables, checking every signature, length and checksum on the way.
+/// Follows RSDP and RSDT to the tables, checking every signature, length and checksum on the way.
 fn found(cpus: u8) -> BTreeMap<String, Vec<u8>> {
     let memory = tables(START, cpus, MOST_DEVICES);
     assert!(memory.len() as u64 <= layout::ACPI_SIZE);
-    let rsdp = &memory[..36];
-    assert_eq!((&rsdp[..8], rsdp[15]), (b"RSD PTR ".as_slice(), 2));
-    assert_eq!((sum(&rsdp[..20]), sum(rsdp)), (0, 0));
-    assert_eq!(
-        (rsdp, u32_at(rsdp, 20)),
-        (super::rsdp(START).as_slice(), 36)
-    );
+    let rsdp = &memory[..20];
+    assert_eq!((&rsdp[..8], rsdp[15]), (b"RSD PTR ".as_slice(), 0));
+    assert_eq!((sum(rsdp), rsdp), (0, super::rsdp(START).as_slice()));
 
     let at = |address: u32| &memory[address as usize - START as usize..];
     let read = |address: u32| {
@@ -46,11 +38,11 @@ fn found(cpus: u8) -> BTreeMap<String, Vec<u8>> {
             table.to_vec(),
         )
     };
-    let (signature, xsdt) = read(u64_at(rsdp, 24) as u32);
-    assert_eq!(signature, "XSDT");
-    let mut found: BTreeMap<_, _> = xsdt[36..]
-        .chunks(8)
-        .map(|entry| read(u64_at(entry, 0) as u32))
+    let (signature, rsdt) = read(u32_at(rsdp, 16));
+    assert_eq!(signature, "RSDT");
+    let mut found: BTreeMap<_, _> = rsdt[36..]
+        .chunks(4)
+        .map(|entry| read(u32_at(entry, 0)))
         .collect();
     let fadt = &found["FACP"];
     let facs = u32_at(fadt, 36);

@@ -46,7 +46,7 @@ impl FwCfg {
         map.extend(e820(acpi, acpi + layout::ACPI_SIZE, layout::Kind::Reserved));
         let mut files = vec![
             ("etc/e820", map),
-            (RSDP, acpi::rsdp(acpi)),
+            (RSDP, acpi::rsdp(acpi).to_vec()),
             ("etc/table-loader", place_rsdp()),
         ];
         if screen {
