@@ -108,8 +108,9 @@ build_root_path() {
 	printf '%s/root-%s\n' "$RVISOR_CACHE" "$({ printf 'recipe 1\n'; grep -v '^#' "$RVISOR_SRC/scripts/packages"; } | key_of)"
 }
 
-# Where the build root has the tool's Rust: Debian's newest, beside the one that kernel and module are built with.
-TOOL_RUST=/opt/rust-web
+# Where the build root has the tool's Rust: Debian's newest, beside the one that kernel and module are built with. Its
+# name has the version that the tool wants at least, so that a later want makes it anew.
+TOOL_RUST=/opt/rust-web-$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$RVISOR_SRC/userspace-tool/Cargo.toml")
 
 # Prints which of testhost's kernels "make HOST=..." means; it comes here as RVISOR_HOST.
 kernel_of_host() {
