@@ -5,7 +5,7 @@
 //! The folder is `rvisor` in `$XDG_RUNTIME_DIR`; where that is no folder of root's or the user's own, `/run/rvisor` for
 //! root, and `/tmp/rvisor-UID` for others. For root that is also in place of `/run/user/0`, which sessions have and
 //! services don't. It is its user's alone. A machine has a folder of its name there, locked by flock(2) for as long as
-//! its process lives: the name is taken while it is. In it are
+//! its process lives: the name is taken while it is, and while its socket is listened at. In it are
 //!
 //! - `sock`, where it takes commands (see [`crate::control`]),
 //! - `log`, what it said on standard error since it runs detached. The next start begins it anew.
@@ -162,37 +162,46 @@ impl Claim {
     ///
     /// [`Error::Input`] where a machine that runs has it, or the folder is of no use.
     pub fn new(name: Name) -> Result<Self> {
-        let folder = folder(&name)?;
+        Self::of(folder(&name)?, name)
+    }
+
+    fn of(folder: PathBuf, name: Name) -> Result<Self> {
         let refused =
             |error: io::Error| Error::call(format!("locking {}", folder.display()), error);
+        let taken = || {
+            Error::input(
+                format!("a machine named {name} runs already"),
+                format!("give another --name, or end that one by 'rvisor stop {name}'"),
+            )
+        };
+        let mut opening = OpenOptions::new();
+        opening.read(true).custom_flags(libc::O_DIRECTORY);
         for tries in 1..=TRIES {
-            // Its owner may remove it between any two calls here: then the lock is on no folder.
-            let made = DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&folder);
-            made.map_err(refused)?;
-            let opened = match File::open(&folder) {
+            // Its owner may remove it between any two calls here: then there is none to open, or the lock is on none.
+            match DirBuilder::new().mode(0o700).create(&folder) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                made => made.map_err(refused)?,
+            }
+            let opened = match opening.open(&folder) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 opened => opened.map_err(refused)?,
             };
             match flock(&opened, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
                 // Nobody is there: 'rvisor ps' looks after one that was killed, or another one starts.
-                Err(Errno::WOULDBLOCK) if tries < TRIES && connect(&name)?.is_none() => {
+                Err(Errno::WOULDBLOCK) if tries < TRIES && reach(&folder, &name)?.is_none() => {
                     thread::sleep(TRY_AGAIN);
                     continue;
                 }
-                Err(Errno::WOULDBLOCK) => {
-                    return Err(Error::input(
-                        format!("a machine named {name} runs already"),
-                        format!("give another --name, or end that one by 'rvisor stop {name}'"),
-                    ))
-                }
+                Err(Errno::WOULDBLOCK) => return Err(taken()),
                 Err(error) => return Err(refused(error.into())),
             }
             let locked = opened.metadata().map_err(refused)?.ino();
             if fs::symlink_metadata(&folder).is_ok_and(|found| found.ino() == locked) {
+                // Those of an earlier version, which run on where this one is installed, lock a file in it instead.
+                if reach(&folder, &name)?.is_some() {
+                    return Err(taken());
+                }
                 return Ok(Self {
                     name,
                     folder,
@@ -310,8 +319,13 @@ pub fn sweep(name: &Name) {
 ///
 /// [`Error::Call`] where its socket can't be reached for another reason.
 pub fn connect(name: &Name) -> Result<Option<UnixStream>> {
+    reach(&folder(name)?, name)
+}
+
+/// As [`connect`], to the machine with that folder.
+fn reach(folder: &Path, name: &Name) -> Result<Option<UnixStream>> {
     use io::ErrorKind::{ConnectionRefused, NotFound};
-    match UnixStream::connect(folder(name)?.join(SOCKET)) {
+    match UnixStream::connect(folder.join(SOCKET)) {
         Ok(stream) => Ok(Some(stream)),
         Err(error) if matches!(error.kind(), NotFound | ConnectionRefused) => Ok(None),
         Err(error) => Err(Error::call(format!("reaching machine {name}"), error)),
@@ -321,6 +335,7 @@ pub fn connect(name: &Name) -> Result<Option<UnixStream>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     #[test]
     fn a_folder_of_another_user_is_not_taken() {
@@ -355,6 +370,48 @@ mod tests {
         ] {
             assert_eq!(place(runtime.map(PathBuf::from), uid), Path::new(found));
         }
+    }
+
+    fn web() -> Name {
+        "web".parse().expect("a name")
+    }
+
+    #[test]
+    fn a_machine_that_takes_commands_keeps_its_name_without_a_lock() {
+        let parent = tempfile::tempdir().expect("a folder");
+        let folder = parent.path().join("web");
+        fs::create_dir(&folder).expect("it is made");
+        let listener = UnixListener::bind(folder.join(SOCKET)).expect("a socket");
+        let error = Claim::of(folder.clone(), web()).expect_err("it runs");
+        assert!(error.to_string().contains("web runs already"), "{error}");
+        assert!(folder.join(SOCKET).exists());
+        drop(listener);
+        drop(Claim::of(folder.clone(), web()).expect("it has gone"));
+        assert!(!folder.exists());
+        fs::write(&folder, "no folder").expect("a file");
+        assert!(Claim::of(folder, web()).is_err());
+    }
+
+    #[test]
+    fn a_folder_that_goes_away_at_any_time_is_made_again() {
+        let parent = tempfile::tempdir().expect("a folder");
+        let folder = parent.path().join("web");
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    // As one that looks after what is left, and takes and leaves the name for that.
+                    let _ = fs::create_dir(&folder);
+                    let _ = fs::remove_dir(&folder);
+                }
+            });
+            let claims = (0..10_000).map(|_| Claim::of(folder.clone(), web()));
+            let failed = claims.filter_map(std::result::Result::err);
+            let failed: Vec<_> = failed.map(|error| error.to_string()).collect();
+            done.store(true, Ordering::SeqCst);
+            let other = |error: &&String| !error.ends_with("it keeps going away");
+            assert_eq!(failed.iter().find(other), None);
+        });
     }
 
     #[test]
