@@ -39,6 +39,10 @@ pub enum Outcome {
     /// A call into the host failed while the guest ran.
     #[error("{0}")]
     Host(Error),
+    /// The console's output could not be written. What the guest said last may be lost with it, so this holds even
+    /// where it is seen only after the guest has powered off or asked for a reboot.
+    #[error("{0}")]
+    OutputLost(Error),
 }
 
 /// Exit status where a signal ended the machine, less its number: the shell's own convention.
@@ -60,7 +64,7 @@ impl Outcome {
         match self {
             Self::PoweredOff => 0,
             // 2 is for wrong input.
-            Self::Host(_) => STATUS_HOST,
+            Self::Host(_) | Self::OutputLost(_) => STATUS_HOST,
             Self::Rebooted => 3,
             Self::Crashed(_) => 4,
             Self::Stuck(_) => 5,

@@ -123,7 +123,7 @@ impl Output {
         let panicked = |_| Err(io::Error::other("its thread panicked"));
         if let Err(error) = shown.unwrap_or_else(panicked) {
             let error = Error::call("writing the console", error);
-            self.0.control.end(Outcome::Host(error));
+            self.0.control.end(Outcome::OutputLost(error));
             lock(&self.0.state).shown = u64::MAX;
             self.0.changed.notify_all();
         }

@@ -193,20 +193,23 @@ fn run_to_end(
     let outcome = outcome.unwrap_or_else(|e| Outcome::Host(failed("watching the guest")(e)));
     machine.join();
     machine.console.output.finish();
-    let lost = outcomes
-        .try_iter()
-        .find(|later| matches!(later, Outcome::Host(_)));
-    let outcome = match (outcome, lost) {
-        // The guest's end came before it was seen that its last words are lost.
-        (Outcome::PoweredOff | Outcome::Rebooted, Some(lost)) => lost,
-        (outcome, _) => outcome,
-    };
+    let outcome = decisive(outcome, outcomes.try_iter());
     drop(raw);
     say(&outcome);
     // Whoever waits for the end may start one of the same name then.
     drop(claim);
     server.finish(Ended::from(&outcome));
     Ok(outcome)
+}
+
+/// The first outcome, but where the guest ended well before it was seen that its last words are lost.
+fn decisive(first: Outcome, mut later: impl Iterator<Item = Outcome>) -> Outcome {
+    match first {
+        Outcome::PoweredOff | Outcome::Rebooted => later
+            .find(|later| matches!(later, Outcome::OutputLost(_)))
+            .unwrap_or(first),
+        first => first,
+    }
 }
 
 /// Opens the hypervisor and makes a VM with that memory, and with the interrupt controllers and the timer in the
@@ -290,4 +293,22 @@ fn spawn(
     });
     lock(&machine.threads).push(thread.map_err(failed("starting a thread"))?);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_lost_output_takes_a_good_end_back() {
+        let error = || Error::call("test", "it failed");
+        let lost = || Outcome::OutputLost(error());
+        let decided = |first, later: [_; 2]| decisive(first, later.into_iter()).status();
+        let failed = || Outcome::Host(error());
+        assert_eq!(decided(Outcome::PoweredOff, [failed(), Outcome::Quit]), 0);
+        assert_eq!(decided(Outcome::PoweredOff, [failed(), lost()]), 1);
+        assert_eq!(decided(Outcome::Rebooted, [failed(), Outcome::Killed]), 3);
+        assert_eq!(decided(Outcome::Rebooted, [lost(), failed()]), 1);
+        assert_eq!(decided(Outcome::Killed, [lost(), failed()]), 8);
+    }
 }

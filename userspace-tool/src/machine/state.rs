@@ -9,7 +9,8 @@ use std::time::Duration;
 use crate::devices::lock;
 use crate::outcome::Outcome;
 
-/// Ends the guest and pauses it, from any thread. The first to end it decides how it ended.
+/// Ends the guest and pauses it, from any thread. The first to end it decides how it ended, but that the loss of its
+/// output may come to light behind its own end (see [`Outcome::OutputLost`]).
 #[derive(Clone)]
 pub struct Control(Arc<Shared>);
 
@@ -18,7 +19,7 @@ struct Shared {
     paused: AtomicBool,
     pause: Mutex<Pause>,
     changed: Condvar,
-    first: mpsc::Sender<Outcome>,
+    outcomes: mpsc::Sender<Outcome>,
 }
 
 #[derive(Default)]
@@ -28,17 +29,17 @@ struct Pause {
 }
 
 impl Control {
-    /// A control, and where its first outcome comes out.
+    /// A control, and where all outcomes come out that it is told.
     #[must_use]
     pub fn new() -> (Self, mpsc::Receiver<Outcome>) {
-        let (first, outcomes) = mpsc::channel();
+        let (sender, outcomes) = mpsc::channel();
         (
             Self(Arc::new(Shared {
                 ended: AtomicBool::new(false),
                 paused: AtomicBool::new(false),
                 pause: Mutex::default(),
                 changed: Condvar::new(),
-                first,
+                outcomes: sender,
             })),
             outcomes,
         )
@@ -47,8 +48,8 @@ impl Control {
     /// Ends the guest.
     pub fn end(&self, outcome: Outcome) {
         self.change(|_| self.0.ended.store(true, Ordering::SeqCst));
-        // Nobody listens any more when it has ended before.
-        let _ = self.0.first.send(outcome);
+        // Nobody listens any more once it has been said how it ended.
+        let _ = self.0.outcomes.send(outcome);
     }
 
     /// Whether the guest has ended.
