@@ -81,7 +81,8 @@ pub struct Status {
     pub cpus: u32,
     /// Its memory in bytes.
     pub memory: u64,
-    /// How much of it its guest has left to the host, in bytes.
+    /// How much of it its guest has left to the host, in bytes. Machines of earlier versions don't tell.
+    #[serde(default)]
     pub balloon: u64,
     /// The hypervisor's device.
     pub device: PathBuf,
@@ -290,5 +291,18 @@ impl Machine {
             }
         }
         answer(&Nothing {})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_of_an_earlier_version_has_a_status() {
+        let text = r#"{"name": "web", "pid": 7, "state": "running", "reason": null, "cpus": 1,
+            "memory": 4096, "device": "/dev/rvisor", "started": 1}"#;
+        let status: Status = serde_json::from_str(text).expect("its status");
+        assert_eq!(status.balloon, 0);
     }
 }
