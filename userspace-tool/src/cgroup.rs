@@ -151,7 +151,7 @@ impl Place {
             ));
         }
         let own = own(&fs::read_to_string("/proc/self/cgroup").unwrap_or_default());
-        let own = own.map(|own| root.join(own));
+        let own = own.map(|own| root.join(unmoved(&own)));
         if let Some(own) = own.filter(|own| is_delegated(own, is_root)) {
             return Ok(Self {
                 parent: own,
@@ -219,16 +219,20 @@ impl Place {
     }
 }
 
-/// This process's cgroup below the root, by /proc/self/cgroup; the one above where it was moved there by
-/// [`Place::clear`]. None for version 1 alone, or for one outside of this process's cgroup namespace.
+/// This process's cgroup below the root, by /proc/self/cgroup. None for version 1 alone, or for one outside of this
+/// process's cgroup namespace.
 fn own(text: &str) -> Option<PathBuf> {
     let path = Path::new(text.lines().find_map(|line| line.strip_prefix("0::/"))?);
     let inside = path
         .components()
         .all(|part| matches!(part, Component::Normal(_)));
-    let moved = path.file_name().is_some_and(|name| name == OTHERS);
-    let path = path.parent().filter(|_| moved).unwrap_or(path);
     inside.then(|| path.to_owned())
+}
+
+/// The cgroup that a process of this one was given: the one above where [`Place::clear`] has moved it.
+fn unmoved(own: &Path) -> &Path {
+    let moved = own.file_name().is_some_and(|name| name == OTHERS);
+    own.parent().filter(|_| moved).unwrap_or(own)
 }
 
 /// Whether this process may divide that cgroup. Root may write to each, and so divides only what is marked.
@@ -265,10 +269,11 @@ mod tests {
             of("1:cpu:/a\n0::/user.slice/b c.scope\n").as_deref(),
             Some("user.slice/b c.scope")
         );
-        assert_eq!(
-            of("0::/b.scope/rvisor.others\n").as_deref(),
-            Some("b.scope")
-        );
+        let moved = "b.scope/rvisor.others";
+        assert_eq!(of(&format!("0::/{moved}\n")).as_deref(), Some(moved));
+        for (own, given) in [(moved, "b.scope"), ("a/b.scope", "a/b.scope"), ("", "")] {
+            assert_eq!(unmoved(Path::new(own)), Path::new(given));
+        }
         assert_eq!(of("0::/../x\n"), None);
         assert_eq!(of("1:cpu:/a\n"), None);
         assert_eq!(of(""), None);
