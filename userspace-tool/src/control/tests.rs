@@ -100,6 +100,9 @@ fn a_line_is_bounded() {
     let folder = tempfile::tempdir().expect("a folder");
     let (server, connect) = server(folder.path());
     let stream = connect();
+    let blanks = " ".repeat(LONGEST - "{\"command\":\"status\"}\n".len() - 1);
+    let longest = format!("{{\"command\":{blanks}\"status\"}}\n");
+    assert_eq!(ask(&stream, &longest), json!({"ok": 1}));
     let answer = ask(&stream, &"x".repeat(LONGEST));
     let cause = answer["error"]["cause"].as_str().expect("a cause");
     assert!(cause.contains("65536"), "{cause}");
