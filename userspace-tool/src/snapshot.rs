@@ -14,7 +14,9 @@
 //! from the machine, which may be its guest's by then, but from what it wrote down in the beginning (see
 //! [`crate::registry`]).
 
+use std::collections::hash_map::RandomState;
 use std::fs::{self, File};
+use std::hash::{BuildHasher, Hasher};
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
@@ -191,34 +193,84 @@ pub fn take(name: &Name, path: &Path) -> Result<()> {
         name: name.clone(),
         origin: registry::origin(name)?,
     };
-    let hidden = path.with_file_name(format!(".rvisor.{}", std::process::id()));
-    let file = create(&hidden).map_err(|error| {
-        Error::input(
-            format!("{} can't be made: {error}", path.display()),
-            "give a file in a folder that this user may write to",
-        )
-    })?;
-    let stored = client.call(&Request::Snapshot {}).and_then(|Nothing {}| {
-        store(client.into_stream()?, &head, &file, path)?;
-        publish(&file, &hidden, path)
-            .map_err(|error| Error::call(format!("naming {}", path.display()), error))
-    });
-    // Where it had that name.
-    stored.inspect_err(|_| drop(fs::remove_file(&hidden)))
+    let new = New::create(path)?;
+    let Nothing {} = client.call(&Request::Snapshot {})?;
+    store(client.into_stream()?, &head, &new.file, path)?;
+    new.publish(path)
 }
 
-/// A new file for the guest's memory, which is nobody else's to read. It has no name, and so goes with this process,
-/// but for file systems that have no such files: there it is `hidden`.
-fn create(hidden: &Path) -> io::Result<File> {
-    let flags = OFlags::RDWR | OFlags::CLOEXEC;
-    let mode = Mode::RUSR | Mode::WUSR;
-    let made = match open(hidden.with_file_name("."), flags | OFlags::TMPFILE, mode) {
-        Err(Errno::OPNOTSUPP | Errno::ISDIR) => {
-            open(hidden, flags | OFlags::CREATE | OFlags::EXCL, mode)
+/// A new file for the guest's memory, which is nobody else's to read. It has no name, and so goes with this process, but
+/// for file systems that have no such files: there it is `hidden`, until this is dropped.
+struct New {
+    file: File,
+    /// The folder that it is in.
+    folder: File,
+    /// Its name before it is published: by its digits, no other file's.
+    hidden: PathBuf,
+}
+
+impl New {
+    /// Makes one that is to become `path`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`] where it can't be made there.
+    fn create(path: &Path) -> Result<Self> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let random = RandomState::new().build_hasher().finish();
+        // Within the 255 bytes that a name may have.
+        let hidden = path.with_file_name(format!(".{name:.50}.{random:016x}"));
+        let at = path.with_file_name(".");
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let made = File::open(&at).and_then(|folder| {
+            let file = match open(&at, flags | OFlags::TMPFILE, mode) {
+                Err(Errno::OPNOTSUPP | Errno::ISDIR) => {
+                    open(&hidden, flags | OFlags::CREATE | OFlags::EXCL, mode)
+                }
+                made => made,
+            };
+            Ok((folder, file?.into()))
+        });
+        let (folder, file) = made.map_err(|error| {
+            let [path, hidden] = [path, &hidden].map(Path::display);
+            Error::input(
+                format!("{path} can't be made, at first as {hidden}: {error}"),
+                "give a file in a folder that this user may read and write to",
+            )
+        })?;
+        Ok(Self {
+            file,
+            folder,
+            hidden,
+        })
+    }
+
+    /// Gives it its name, once it is on the disk; what has that name is replaced.
+    fn publish(self, path: &Path) -> Result<()> {
+        let failed = |what: &str, file: &Path| {
+            let what = format!("{what} {}", file.display());
+            move |error| Error::call(what, error)
+        };
+        let stored = self.file.sync_all().and_then(|()| self.file.metadata());
+        if stored.map_err(failed("storing", path))?.nlink() == 0 {
+            let open = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            let linked = linkat(CWD, open, CWD, &self.hidden, AtFlags::SYMLINK_FOLLOW);
+            linked.map_err(|error| failed("naming", &self.hidden)(error.into()))?;
         }
-        made => made,
-    };
-    Ok(made?.into())
+        fs::rename(&self.hidden, path).map_err(failed("naming", path))?;
+        let kept = self.folder.sync_all();
+        kept.map_err(failed("storing the name of", path))
+    }
+}
+
+impl Drop for New {
+    fn drop(&mut self) {
+        // A file that has no name has not made the one that may be there.
+        if self.file.metadata().is_ok_and(|file| file.nlink() > 0) {
+            let _ = fs::remove_file(&self.hidden);
+        }
+    }
 }
 
 /// Stores what a machine writes behind that head, and checks it.
@@ -236,17 +288,6 @@ fn store(from: impl Read, head: &Head, mut file: &File, path: &Path) -> Result<(
         })?;
     let what = "the machine did not write all of it; what it said on standard error tells why";
     check(BufReader::with_capacity(BUFFER, file), &options).map_err(|e| Error::call(what, e))
-}
-
-/// Gives the file that [`create`] made its name, once it is on the disk; what has that name is replaced.
-fn publish(file: &File, hidden: &Path, path: &Path) -> io::Result<()> {
-    file.sync_all()?;
-    if file.metadata()?.nlink() == 0 {
-        let open = format!("/proc/self/fd/{}", file.as_raw_fd());
-        linkat(CWD, open, CWD, hidden, AtFlags::SYMLINK_FOLLOW)?;
-    }
-    fs::rename(hidden, path)?;
-    File::open(path.with_file_name("."))?.sync_all()
 }
 
 /// A snapshot in a file, whose memory is still to be read.

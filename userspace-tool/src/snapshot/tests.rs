@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::memory::allocate;
-use std::os::unix::fs::PermissionsExt;
 use vm_memory::GuestAddress;
 
 const MIB: u64 = 1 << 20;
@@ -206,26 +205,42 @@ fn a_machine_that_fails_is_told_from_a_file_that_does() {
 #[test]
 fn the_file_has_its_name_when_it_is_whole_and_is_its_users_alone() {
     let folder = tempfile::tempdir().expect("a folder");
-    let (path, hidden) = (folder.path().join("file"), folder.path().join(".file.1"));
+    let path = folder.path().join("é".repeat(127));
     let names = || {
         let entries = fs::read_dir(folder.path()).expect("the folder");
-        let names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
+        let names: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
         names
     };
-    let file = create(&hidden).expect("it is made");
+    let new = || New::create(&path).expect("it is made");
+    // As where the file system has no files without a name.
+    let named = || {
+        let mut new = new();
+        new.file = File::create_new(&new.hidden).expect("it is made");
+        new
+    };
+    drop([new(), named()]);
     assert!(names().is_empty(), "{:?}", names());
-    // As where the file system has no files without a name, and over the one from above.
-    let named = File::create_new(&hidden).expect("it is made");
-    for (mut file, text) in [(&named, "first"), (&file, "second")] {
-        file.write_all(text.as_bytes()).expect("it takes it");
-        publish(file, &hidden, &path).expect("it is named");
-        assert_eq!(names(), ["file"]);
+    let mut mode = 0;
+    for (mut new, text) in [(named(), "first"), (new(), "second")] {
+        new.file.write_all(text.as_bytes()).expect("it takes it");
+        new.publish(&path).expect("it is named");
+        assert_eq!(names(), [&*path]);
         assert_eq!(fs::read_to_string(&path).expect("the file"), text);
+        mode = fs::metadata(&path).expect("it is there").mode();
     }
-    let mode = fs::metadata(&path).expect("it is there").permissions();
-    assert_eq!(mode.mode() & 0o777, 0o600);
+    assert_eq!(mode & 0o777, 0o600);
+
+    let (new, missing) = (new(), folder.path().join("missing/file"));
+    let hidden = new.hidden.clone();
     fs::write(&hidden, "another's").expect("it is made");
-    assert!(publish(&create(&hidden).expect("it is made"), &hidden, &path).is_err());
+    let said = new.publish(&path).expect_err("it is there").to_string();
+    assert!(said.starts_with(&format!("naming {}: File exists", hidden.display())));
+    assert!(hidden.exists());
+    let said = New::create(&missing).err().expect("no folder").to_string();
+    assert!(
+        said.contains("file can't be made, at first as ") && said.contains("/missing/.file."),
+        "{said}"
+    );
 }
 
 #[test]
