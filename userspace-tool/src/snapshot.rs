@@ -139,8 +139,10 @@ impl<R: Read> Read for Whole<R> {
 fn begin<R: Read>(mut input: R) -> io::Result<(Head, State, Frames<R>)> {
     let other = |what: String| io::Error::new(io::ErrorKind::Unsupported, what);
     let (mut magic, mut version) = (MAGIC.map(|_| 0), [0; 4]);
-    if input.read(&mut magic)? < MAGIC.len() || magic != MAGIC {
-        return Err(other("is no snapshot of a machine".to_owned()));
+    match input.read_exact(&mut magic) {
+        Ok(()) if magic == MAGIC => {}
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => return Err(error),
+        _ => return Err(other("is no snapshot of a machine".to_owned())),
     }
     input.read_exact(&mut version)?;
     let version = u32::from_le_bytes(version);
@@ -286,8 +288,13 @@ fn store(from: impl Read, head: &Head, mut file: &File, path: &Path) -> Result<(
             let (name, path) = (&head.name, path.display());
             Error::call(format!("storing machine {name} as {path}"), error)
         })?;
-    let what = "the machine did not write all of it; what it said on standard error tells why";
-    check(BufReader::with_capacity(BUFFER, file), &options).map_err(|e| Error::call(what, e))
+    let what = "the machine did not write all of it, or is of another version; what it said on \
+                standard error tells why";
+    let checked = check(BufReader::with_capacity(BUFFER, file), &options);
+    checked.map_err(|error| match error.raw_os_error() {
+        Some(_) => Error::call(format!("reading {}", path.display()), error),
+        None => Error::call(what, in_words(error)),
+    })
 }
 
 /// A snapshot in a file, whose memory is still to be read.
@@ -347,9 +354,19 @@ fn fill(frames: &mut impl Read, memory: &Memory) -> io::Result<()> {
     end(frames)
 }
 
+/// The same, where the decoder's own text is none for people.
+fn in_words(error: io::Error) -> io::Error {
+    match error.get_ref() {
+        Some(inner) if inner.is::<lz4_flex::frame::Error>() => {
+            io::Error::other("its checksums or blocks are wrong")
+        }
+        _ => error,
+    }
+}
+
 /// The error for people, where reading that file gave this one.
 fn wrong(file: &Path, error: io::Error) -> Error {
-    let file = file.display();
+    let (file, error) = (file.display(), in_words(error));
     let cause = match error.kind() {
         _ if error.raw_os_error().is_some() => {
             return Error::call(format!("reading {file}"), error)

@@ -156,6 +156,17 @@ fn other_files_and_versions_are_told_from_damage() {
     let told_version = told(&bytes);
     assert!(told_version.starts_with("file has version 2 of the format, and this rvisor reads 4;"));
     assert!(told(&written()[..1000]).starts_with("file is damaged: it ends too early;"));
+    // Where a file gives less than is asked for.
+    let whole = written();
+    assert!(begin(whole[..3].chain(&whole[3..])).is_ok());
+    bytes = written();
+    *bytes.last_mut().expect("a byte") ^= 1;
+    bytes[20..40].fill(0);
+    let damaged = told(&bytes);
+    assert!(
+        damaged.starts_with("file is damaged: its checksums or blocks are wrong;"),
+        "{damaged}"
+    );
     let folder = File::open("/").expect("it is there");
     let error = begin(folder).err().expect("it is no file");
     let told = wrong(Path::new("/"), error).to_string();
@@ -200,6 +211,13 @@ fn a_machine_that_fails_is_told_from_a_file_that_does() {
     assert!(said.starts_with(&format!("{begin}No space left")), "{said}");
     let said = error_of(&written()[..100], &tempfile::tempfile().expect("a file"));
     assert!(said.starts_with("the machine did not write all"), "{said}");
+    let unreadable = tempfile::NamedTempFile::new().expect("a file");
+    let unreadable = File::options().write(true).open(unreadable.path());
+    let said = error_of(&*written(), &unreadable.expect("it is there"));
+    assert!(
+        said.starts_with("reading file: Bad file descriptor"),
+        "{said}"
+    );
 }
 
 #[test]

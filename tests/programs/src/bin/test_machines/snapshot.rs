@@ -120,7 +120,7 @@ pub(super) fn bad_snapshots(device: &Device) -> Outcome {
             ["file is no snapshot", "rvisor snapshot"],
         ),
         (&later, ["version 9", "the rvisor that made it"]),
-        (&damaged, ["file is damaged", "Checksum"]),
+        (&damaged, ["file is damaged", "checksums"]),
         (
             &good[..good.len() - 100],
             ["file is damaged", "ends too early"],
