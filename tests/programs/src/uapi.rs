@@ -68,6 +68,7 @@ requests! {
     GET_IRQCHIP = iowr::<kvm_bindings::kvm_irqchip>(0x62);
     SET_IRQCHIP = ior::<kvm_bindings::kvm_irqchip>(0x63);
     GET_PIT2 = ior::<kvm_bindings::kvm_pit_state2>(0x9f);
+    SET_PIT2 = iow::<kvm_bindings::kvm_pit_state2>(0xa0);
     SET_CLOCK = iow::<kvm_bindings::kvm_clock_data>(0x7b);
     GET_CLOCK = ior::<kvm_bindings::kvm_clock_data>(0x7c);
     RUN = io(0x80);
