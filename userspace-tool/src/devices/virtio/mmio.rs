@@ -462,7 +462,7 @@ fn wait(events: &Epoll, timeout: Option<Duration>) -> io::Result<u64> {
 
 /// Where among the features the 32 lie that a driver has selected; there are 64.
 fn half(select: u32) -> Option<u32> {
-    (select < 2).then_some(32 * select)
+    (select < 2).then(|| 32 * select)
 }
 
 impl State {

@@ -111,12 +111,16 @@ impl Driver {
         flags: u16,
         next: u16,
     ) {
+        let at = descriptors(queue) + 16 * u64::from(index);
+        self.put_descriptor_at(at, address, length, flags, next);
+    }
+
+    fn put_descriptor_at(&self, at: u64, address: u64, length: u32, flags: u16, next: u16) {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&address.to_le_bytes());
         bytes[8..12].copy_from_slice(&length.to_le_bytes());
         bytes[12..14].copy_from_slice(&flags.to_le_bytes());
         bytes[14..].copy_from_slice(&next.to_le_bytes());
-        let at = descriptors(queue) + 16 * u64::from(index);
         self.memory.write_slice(&bytes, GuestAddress(at)).unwrap();
     }
 
@@ -265,13 +269,22 @@ fn torture_once(driver: &mut Driver, numbers: &mut Numbers) {
             driver.memory.write_obj(value, at).unwrap();
         }
     }
-    for index in 0..16 {
+    // The last four are a table of their own, to which some of the others lead.
+    const TABLE: u64 = BUFFERS + 8 * 4096;
+    for index in 0..20 {
         let place = BUFFERS + 4096 * (numbers.next() % 8);
         let address = numbers.of(&[place, place, place, place, 0, SIZE - 8, SIZE, u64::MAX]);
         let length = numbers.of(&[16, 16, 1, 0, 512, 4096, 24, 65_536, 1 << 20, u32::MAX]);
         let flags = numbers.of(&[1, 1, 3, 3, 2, 2, 0, 4, 6, 0xffff]);
         let next = numbers.of(&[index + 1, index + 1, index + 1, 0, 5, 0xffff]);
-        driver.put_descriptor(queue, index, address, length, flags, next);
+        match (index, flags) {
+            (16.., _) => {
+                let at = TABLE + 16 * u64::from(index - 16);
+                driver.put_descriptor_at(at, address, length, flags, next % 16);
+            }
+            (_, 4) => driver.put_descriptor(queue, index, TABLE, numbers.of(&[64, 16, 65]), 4, 0),
+            _ => driver.put_descriptor(queue, index, address, length, flags, next),
+        }
     }
     for _ in 0..numbers.of(&[1, 1, 2, 40]) {
         let head = numbers.of(&[0, 1, 2, 3, 7, 15, 15, 0xffff]);
@@ -284,11 +297,13 @@ fn torture_once(driver: &mut Driver, numbers: &mut Numbers) {
         driver.next[queue] = index;
     }
     for _ in 0..2 {
-        let offset = (numbers.next() % 0x140) as u32;
+        let offset = numbers.next() % 0x140;
+        let width = numbers.of(&[4, 4, 4, 1, 2, 8]);
         // A status of 0 is for the caller.
-        if !(0x70..0x74).contains(&offset) {
-            driver.read(offset);
-            driver.write(offset, numbers.next() as u32);
+        if offset != u64::from(register::VIRTIO_MMIO_STATUS) {
+            driver.transport.read(offset, &mut [0; 8][..width]);
+            let value = numbers.next().to_le_bytes();
+            driver.transport.write(offset, &value[..width]);
         }
     }
     driver.serve(queue);

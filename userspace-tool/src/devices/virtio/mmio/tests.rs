@@ -89,7 +89,7 @@ fn features_that_are_not_offered_are_not_accepted() {
     for (low, high, status) in [(1 << 3, 1, 11), (1 << 4, 1, 3), (1 << 3, 0, 3), (0, 3, 3)] {
         driver.write(register::VIRTIO_MMIO_STATUS, 0);
         driver.write(register::VIRTIO_MMIO_STATUS, 3);
-        for (half, value) in [(0, low), (1, high), (2, u32::MAX)] {
+        for (half, value) in [(0, low), (1, high), (2, u32::MAX), (u32::MAX, 7)] {
             driver.write(register::VIRTIO_MMIO_DRIVER_FEATURES_SEL, half);
             driver.write(register::VIRTIO_MMIO_DRIVER_FEATURES, value);
         }
