@@ -20,6 +20,11 @@ use crate::error::{Error, Result};
 /// With these bytes a qcow2 file begins.
 const QCOW2_MAGIC: &[u8; 4] = b"QFI\xfb";
 
+/// The largest sectors that a disk of the host's may have, which makes holes of whole ones alone.
+const SECTOR_MOST: u64 = 4096;
+/// How much room is given back at once.
+const HOLE: u64 = 128 << 20;
+
 /// How a file holds a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -199,10 +204,15 @@ impl Image {
         let mut at = offset;
         while at < end {
             halted(halt)?;
+            let left = end - at;
+            let most = match at % SECTOR_MOST {
+                0 if left > SECTOR_MOST => (left - left % SECTOR_MOST).min(HOLE),
+                inside => left.min(SECTOR_MOST - inside),
+            };
             let (hole, count) = match &self.access {
-                Access::Raw(file) => (punch(file, at, end - at), end - at),
+                Access::Raw(file) => (punch(file, at, most), most),
                 Access::Qcow2(image, file) => {
-                    let (mapping, count) = guarded(|| image.get_mapping(at, end - at))?;
+                    let (mapping, count) = guarded(|| image.get_mapping(at, most))?;
                     let hole = match mapping {
                         Mapping::Zero { .. } => Ok(()),
                         Mapping::Raw {
@@ -243,6 +253,8 @@ thread_local! {
     pub(super) static SYNC_FULL: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
     /// It makes no holes, and says why.
     pub(super) static NO_HOLES: std::cell::Cell<Option<Errno>> = const { std::cell::Cell::new(None) };
+    /// Its sectors have 4 KiB, of which it makes holes whole.
+    static WHOLE_HOLES: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
 /// Whether the host has no room, and nothing is lost: it may be tried again.
@@ -338,21 +350,30 @@ fn open_qcow2(file: File, path: &Path, readonly: bool) -> Result<(Access, u64)> 
             "'qemu-img check' tells more",
         )
     };
+    let refuse = |what: &str, next: &str| {
+        let cause = format!("--disk {} {what}", path.display());
+        Err(Error::input(cause, next))
+    };
+    const REPAIR: &str =
+        "repair it by 'qemu-img check -r all'; nothing that the guest has flushed is lost";
+    const NOT_CLOSED: &str = "was not closed, as its writer was killed";
     let mut tables = Tables::read(&file).map_err(damaged)?;
     if tables.encrypted {
-        return Err(Error::input(
-            format!("--disk {} is encrypted", path.display()),
+        return refuse(
+            "is encrypted",
             "decrypt it by 'qemu-img convert', and have the guest encrypt what it holds",
-        ));
+        );
     }
-    if !readonly && !tables.is_counted().map_err(damaged)? {
-        return Err(Error::input(
-            format!(
-                "--disk {} was not closed, as its writer was killed",
-                path.display()
-            ),
-            "repair it by 'qemu-img check -r all'; nothing that the guest has flushed is lost",
-        ));
+    match tables.features {
+        0 | EXTERNAL_DATA => {}
+        DIRTY => return refuse(NOT_CLOSED, REPAIR),
+        features if features & CORRUPT != 0 => return Err(damaged(invalid("it is marked so"))),
+        features => {
+            return refuse(
+                &format!("has features that are not known here ({features:#x})"),
+                "make one without by 'qemu-img convert -O qcow2'",
+            )
+        }
     }
     let storage = file.try_clone().and_then(imago::file::File::try_from);
     let storage = storage.map_err(damaged)?;
@@ -360,14 +381,14 @@ fn open_qcow2(file: File, path: &Path, readonly: bool) -> Result<(Access, u64)> 
     let other = image.implicit_backing_file();
     let other = other.or(image.implicit_external_data_file());
     if other.is_some() || image.requires_external_data_file() {
-        return Err(Error::input(
-            format!(
-                "--disk {} is only a part of a disk, the other being {:?}",
-                path.display(),
-                other.map_or("unknown", String::as_str)
-            ),
+        let other = other.map_or("unknown", String::as_str);
+        return refuse(
+            &format!("is only a part of a disk, the other being {other:?}"),
             "make one image of both by 'qemu-img convert -O qcow2'",
-        ));
+        );
+    }
+    if !readonly && !tables.is_counted().map_err(damaged)? {
+        return refuse(NOT_CLOSED, REPAIR);
     }
     let image = Box::new(FormatAccess::new(image));
     let size = image.size();
@@ -375,14 +396,16 @@ fn open_qcow2(file: File, path: &Path, readonly: bool) -> Result<(Access, u64)> 
 }
 
 /// What the library takes on trust of a qcow2 image (docs/interop/qcow2.rst of QEMU): where its tables lie, and that
-/// nothing is encrypted.
+/// nothing is encrypted. It also writes to images before it refuses them for their features.
 struct Tables<'a> {
     file: &'a File,
     encrypted: bool,
+    /// The features without which nobody may open it.
+    features: u64,
     /// Size of a cluster and of the file, in bytes.
     cluster: u64,
     size: u64,
-    /// Bytes of a refcount.
+    /// Bits of a refcount.
     width: u64,
     l1: Vec<u64>,
     refcounts: Vec<u64>,
@@ -395,6 +418,10 @@ const TABLE: u64 = 4 << 20;
 /// Bits of a table's entry: where what it names lies, and that it is compressed.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const COMPRESSED: u64 = 1 << 62;
+/// Features: refcounts may be wrong, all may be, and the data are in another file.
+const DIRTY: u64 = 1 << 0;
+const CORRUPT: u64 = 1 << 1;
+const EXTERNAL_DATA: u64 = 1 << 2;
 
 impl<'a> Tables<'a> {
     fn read(file: &'a File) -> io::Result<Self> {
@@ -404,16 +431,20 @@ impl<'a> Tables<'a> {
         let (words, _) = header.as_chunks();
         let word = |index: usize| u64::from(u32::from_be_bytes(words[index]));
         let long = |index| (word(index) << 32) | word(index + 1);
-        let order = if word(1) < 3 { 4 } else { word(24) };
-        if !(9..=21).contains(&word(5)) || !(3..=6).contains(&order) {
+        let (features, order) = match word(1) {
+            0..3 => (0, 4),
+            _ => (long(18), word(24)),
+        };
+        if !(9..=21).contains(&word(5)) || order > 6 {
             return Err(invalid("clusters or refcounts have an unknown size"));
         }
         let mut tables = Self {
             file,
             encrypted: word(8) != 0,
+            features,
             cluster: 1 << word(5),
             size: raw_size(file)?,
-            width: 1 << (order - 3),
+            width: 1 << order,
             l1: Vec::new(),
             refcounts: Vec::new(),
             block: (0, Vec::new()),
@@ -422,6 +453,18 @@ impl<'a> Tables<'a> {
         tables.refcounts = tables.entries(long(12), word(14) * tables.cluster)?;
         for block in tables.refcounts.iter().filter(|block| **block != 0) {
             tables.inside(*block, tables.cluster)?;
+        }
+        // As QEMU does. One that grows would take as much memory as the header says.
+        if (tables.l1.len() as u64 * (tables.cluster / 8) * tables.cluster) < long(6) {
+            return Err(invalid("its table is too small for the disk"));
+        }
+        // All are looked through, which takes no longer than the file is large where no two lie in one place.
+        let all = tables.l1.iter().chain(&tables.refcounts);
+        let all = all.map(|entry| entry & OFFSET).filter(|at| *at != 0);
+        let mut all: Vec<u64> = all.collect();
+        all.sort_unstable();
+        if all.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err(invalid("two tables lie in the same place"));
         }
         Ok(tables)
     }
@@ -473,7 +516,7 @@ impl<'a> Tables<'a> {
 
     /// Whether the cluster at `at` has a refcount that is not 0.
     fn has_count(&mut self, at: u64) -> io::Result<bool> {
-        let (index, counts) = (at / self.cluster, self.cluster / self.width);
+        let (index, counts) = (at / self.cluster, self.cluster * 8 / self.width);
         let block = usize::try_from(index / counts).ok();
         match block.and_then(|block| self.refcounts.get(block)) {
             None | Some(0) => return Ok(false),
@@ -484,9 +527,13 @@ impl<'a> Tables<'a> {
             }
             Some(_) => {}
         }
-        let place = (index % counts * self.width) as usize;
-        let count = self.block.1.get(place..place + self.width as usize);
-        Ok(count.is_some_and(|count| count.iter().any(|byte| *byte != 0)))
+        let bit = index % counts * self.width;
+        let bytes = (bit / 8) as usize..(bit + self.width).div_ceil(8) as usize;
+        let mask = (1_u64 << self.width.min(8)) - 1;
+        let count = self.block.1.get(bytes).unwrap_or_default();
+        Ok(count
+            .iter()
+            .any(|byte| u64::from(*byte) >> (bit % 8) & mask != 0))
     }
 }
 
@@ -508,6 +555,13 @@ fn punch(file: &File, offset: u64, length: u64) -> io::Result<()> {
     if let Some(error) = NO_HOLES.get() {
         return Err(error.into());
     }
+    #[cfg(test)]
+    if WHOLE_HOLES.get() && !(offset.is_multiple_of(4096) && length.is_multiple_of(4096)) {
+        return Err(ErrorKind::InvalidInput.into());
+    }
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     rustix::io::retry_on_intr(|| fallocate(file, flags, offset, length)).map_err(io::Error::from)
 }
+
+#[cfg(test)]
+mod tests;
