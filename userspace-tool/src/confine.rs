@@ -73,11 +73,9 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_openat,
     libc::SYS_unlink,
     libc::SYS_unlinkat,
-    // Memory.
-    libc::SYS_mmap,
+    // Memory, beside what [`filter`] says of its protection.
     libc::SYS_munmap,
     libc::SYS_mremap,
-    libc::SYS_mprotect,
     libc::SYS_madvise,
     libc::SYS_brk,
     // Threads, signals and time. What clone3 is told lies in memory, where no filter looks: see [`without_clone3`].
@@ -250,6 +248,10 @@ fn filter() -> std::result::Result<BpfProgram, seccompiler::BackendError> {
     rules.insert(libc::SYS_prctl, vec![thread_name]);
     let thread = argument(0, SeccompCmpOp::MaskedEq(THREAD_OR_NAMESPACES), THREAD)?;
     rules.insert(libc::SYS_clone, vec![thread]);
+    // All code is there by now, and what a guest puts into memory never is any.
+    let no_code = argument(2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0)?;
+    rules.insert(libc::SYS_mmap, vec![no_code.clone()]);
+    rules.insert(libc::SYS_mprotect, vec![no_code]);
     let own_process = argument(0, SeccompCmpOp::Eq, std::process::id().into())?;
     rules.insert(libc::SYS_tgkill, vec![own_process]);
     SeccompFilter::new(
@@ -301,6 +303,12 @@ mod tests {
             assert!(forbidden(
                 Command::new("/bin/true").spawn().expect_err("a program")
             ));
+            let code = |executable| {
+                let protection = libc::PROT_READ | executable;
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+                vm_memory::MmapRegion::<()>::build(None, 4096, protection, flags).is_ok()
+            };
+            assert_eq!([0, libc::PROT_EXEC].map(code), [true, false]);
             // A process that is made says that there is no such program.
             assert!(forbidden(Command::new("").spawn().expect_err("a process")));
             let asleep = thread::spawn(thread::park);
