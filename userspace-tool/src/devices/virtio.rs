@@ -28,6 +28,7 @@ use crate::layout;
 use crate::memory::Memory;
 use crate::net::Link;
 use crate::stat::counters::Counts;
+use balloon::Pages;
 pub use mmio::Transport;
 pub use rings::{Chain, Rings};
 
@@ -129,13 +130,9 @@ pub trait Device: Send {
         Vec::new()
     }
 
-    /// The guest is asked to leave so many bytes of its memory to the host. Says whether this device asks it.
-    fn set_balloon(&mut self, _bytes: u64) -> bool {
-        false
-    }
-
-    /// How many bytes of its memory the guest has left to the host, where this device knows.
-    fn balloon(&self) -> Option<u64> {
+    /// What the guest is asked for and has given of its memory, where this device asks it. Asked for once, at the start:
+    /// nobody who wants to know waits for the device.
+    fn balloon(&self) -> Option<Arc<Pages>> {
         None
     }
 

@@ -3,6 +3,9 @@
 //! The memory balloon (virtio 1.3, 5.5): the guest gives pages back to the host, as many as it is asked for
 //! and those that it has free.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+
 use rustix::mm::{madvise, Advice};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vm_memory::{Address, GuestAddress, GuestMemory, Le32};
@@ -21,28 +24,38 @@ const DEFLATE: usize = 1;
 /// The most pages of one request to inflate.
 const MOST: usize = 1 << 16;
 
-/// The balloon.
-pub struct Balloon {
-    /// How many pages the guest is asked for.
-    target: u32,
-    /// How many it says that it has given.
-    actual: u32,
+/// How many pages the guest is asked for, and how many it says that it has given.
+#[derive(Default)]
+pub struct Pages {
+    target: AtomicU32,
+    actual: AtomicU32,
 }
+
+impl Pages {
+    /// Asks for whole pages, `bytes` at least.
+    pub fn ask_for(&self, bytes: u64) {
+        let pages = u32::try_from(bytes.div_ceil(PAGE_SIZE)).unwrap_or(u32::MAX);
+        self.target.store(pages, Ordering::SeqCst);
+    }
+
+    /// How many bytes the guest has given.
+    #[must_use]
+    pub fn given(&self) -> u64 {
+        u64::from(self.actual.load(Ordering::SeqCst)) * PAGE_SIZE
+    }
+}
+
+/// The balloon.
+pub struct Balloon(Arc<Pages>);
 
 impl Balloon {
     /// A balloon that asks the guest for `bytes`.
     #[must_use]
     pub fn new(bytes: u64) -> Self {
-        Self {
-            target: pages(bytes),
-            actual: 0,
-        }
+        let pages = Arc::<Pages>::default();
+        pages.ask_for(bytes);
+        Self(pages)
     }
-}
-
-/// Whole pages, that many bytes at least.
-fn pages(bytes: u64) -> u32 {
-    u32::try_from(bytes.div_ceil(PAGE_SIZE)).unwrap_or(u32::MAX)
 }
 
 impl Device for Balloon {
@@ -63,26 +76,25 @@ impl Device for Balloon {
     }
 
     fn config(&self) -> Vec<u8> {
-        [self.target.to_le_bytes(), self.actual.to_le_bytes()].concat()
+        let fields = [&self.0.target, &self.0.actual];
+        fields
+            .map(|field| field.load(Ordering::SeqCst).to_le_bytes())
+            .concat()
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         if let (4, Ok(actual)) = (offset, data.try_into()) {
-            self.actual = u32::from_le_bytes(actual);
+            let actual = u32::from_le_bytes(actual);
+            self.0.actual.store(actual, Ordering::SeqCst);
         }
     }
 
     fn reset(&mut self) {
-        self.actual = 0;
+        self.0.actual.store(0, Ordering::SeqCst);
     }
 
-    fn set_balloon(&mut self, bytes: u64) -> bool {
-        self.target = pages(bytes);
-        true
-    }
-
-    fn balloon(&self) -> Option<u64> {
-        Some(u64::from(self.actual) * PAGE_SIZE)
+    fn balloon(&self) -> Option<Arc<Pages>> {
+        Some(Arc::clone(&self.0))
     }
 
     fn save(&self) -> Vec<u8> {
@@ -94,7 +106,8 @@ impl Device for Balloon {
             return false;
         };
         let both = u64::from_le_bytes(bytes);
-        (self.target, self.actual) = (both as u32, (both >> 32) as u32);
+        self.0.target.store(both as u32, Ordering::SeqCst);
+        self.0.actual.store((both >> 32) as u32, Ordering::SeqCst);
         true
     }
 
@@ -222,6 +235,19 @@ mod tests {
         assert_eq!(driver.read(register::VIRTIO_MMIO_INTERRUPT_STATUS), 2);
         driver.write(register::VIRTIO_MMIO_CONFIG + 4, 256);
         assert_eq!(driver.transport.balloon(), Some(MIB));
+    }
+
+    #[test]
+    fn nobody_waits_for_the_device_to_ask() {
+        let driver = driver();
+        let halt = || {
+            driver.transport.set_balloon(5 * MIB);
+            assert_eq!(driver.transport.balloon(), Some(0));
+            false
+        };
+        // The device has its lock while it looks whether it shall halt.
+        driver.transport.serve(1, &halt).expect("no failure");
+        assert_eq!(driver.read(register::VIRTIO_MMIO_CONFIG), 1280);
     }
 
     #[test]

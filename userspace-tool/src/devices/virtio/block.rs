@@ -134,9 +134,7 @@ impl Block {
                     reader.read_exact(piece).map_err(|_| BROKEN)?;
                     Ok(image.write(piece, offset)?)
                 })?;
-                if self.write_through {
-                    self.image.flush()?;
-                }
+                self.write_through()?;
                 self.counters.written.add(length as u64);
             }
             blk::VIRTIO_BLK_T_FLUSH => {
@@ -151,10 +149,19 @@ impl Block {
             }
             kind @ (blk::VIRTIO_BLK_T_DISCARD | blk::VIRTIO_BLK_T_WRITE_ZEROES) => {
                 self.clear(kind == blk::VIRTIO_BLK_T_WRITE_ZEROES, reader, halt)?;
+                self.write_through()?;
             }
             _ => return Err(UNSUPPORTED),
         }
         Ok(writer.bytes_written() as u32)
+    }
+
+    /// Makes what was written durable where the driver does not flush.
+    fn write_through(&mut self) -> io::Result<()> {
+        match self.write_through {
+            true => self.image.flush(),
+            false => Ok(()),
+        }
     }
 
     /// Where the sectors from `sector` on lie whose data has `length` bytes.
@@ -203,15 +210,17 @@ impl Block {
             let sector = read_u64(reader)?;
             let sectors = read_u32(reader)?;
             let flags = read_u32(reader)?;
+            let unmap = match (zero, flags) {
+                (_, 0) => false,
+                (true, blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP) => true,
+                _ => return Err(UNSUPPORTED),
+            };
             let length = u64::from(sectors) * SECTOR;
             let offset = self.place(sector, length)?;
-            match (zero, flags) {
-                (true, _) if sectors > ZEROES => return Err(BROKEN),
-                (true, flags @ 0..=blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP) => {
-                    self.image.zero(offset, length, flags != 0, halt)?;
-                }
-                (false, 0) => self.image.discard(offset, length, halt)?,
-                _ => return Err(UNSUPPORTED),
+            match zero {
+                true if sectors > ZEROES => return Err(BROKEN),
+                true => self.image.zero(offset, length, unmap, halt)?,
+                false => self.image.discard(offset, length, halt)?,
             }
         }
         Ok(())
@@ -302,7 +311,9 @@ impl Device for Block {
                 .write_all(&[status as u8])
                 .map_err(|_| Fault::Guest("a request has no room for its status".into()))?;
             self.counters.requests.add(1);
-            rings.push(queue, &chain, written + 1)?;
+            // The status counts where nothing in front of it is left as it was (2.7.8.2).
+            let written = written + u32::from(written as usize == end);
+            rings.push(queue, &chain, written)?;
         }
         Ok(())
     }

@@ -6,7 +6,7 @@
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -21,7 +21,8 @@ use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EventFd, EFD_CLOEXEC, EFD_NONBLOCK};
 
-use super::rings::{Finished, Halt};
+use super::balloon::Pages;
+use super::rings::{self, Finished, Halt};
 use super::{bit, Counter, Device, Fault, Rings};
 use crate::devices::lock;
 use crate::error::{failed, say, Error, Result};
@@ -45,6 +46,7 @@ pub struct Transport {
     pub name: String,
     /// What the device counts, by its names.
     pub counters: Vec<(&'static str, Counter)>,
+    balloon: Option<Arc<Pages>>,
     status: AtomicU32,
     interrupts: AtomicU32,
     generation: AtomicU32,
@@ -124,6 +126,7 @@ impl Transport {
         Ok(Self {
             name: device.name(),
             counters: device.counters(),
+            balloon: device.balloon(),
             status: AtomicU32::new(0),
             interrupts: AtomicU32::new(0),
             generation: AtomicU32::new(0),
@@ -250,7 +253,8 @@ impl Transport {
 
     /// Asks the guest for memory, where this is the balloon.
     pub fn set_balloon(&self, bytes: u64) {
-        if lock(&self.state).device.set_balloon(bytes) {
+        if let Some(pages) = &self.balloon {
+            pages.ask_for(bytes);
             self.config_changed();
         }
     }
@@ -258,7 +262,7 @@ impl Transport {
     /// How many bytes of its memory the guest has left, where this is the balloon.
     #[must_use]
     pub fn balloon(&self) -> Option<u64> {
-        lock(&self.state).device.balloon()
+        self.balloon.as_ref().map(|pages| pages.given())
     }
 
     /// Lets the device rest: when this returns, the worker does nothing and touches no memory of the guest
@@ -538,7 +542,7 @@ impl State {
         let features = self.registers.driver_features;
         let event_idx = features & bit(VIRTIO_RING_F_EVENT_IDX) != 0;
         for queue in self.queues.iter_mut().filter(|queue| queue.ready()) {
-            if !queue.is_valid(memory) {
+            if !rings::lie_in(memory, queue) {
                 return false;
             }
             queue.set_event_idx(event_idx);

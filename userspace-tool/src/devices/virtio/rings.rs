@@ -4,8 +4,9 @@
 
 use std::time::Duration;
 
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory};
 
 use super::Fault;
 use crate::memory::Memory;
@@ -21,6 +22,18 @@ const BATCH: u32 = 48;
 const USED_ELEMENTS: u64 = 4;
 /// The size of one: the chain's first descriptor and the bytes written, 32 bits each.
 const USED_ELEMENT: u64 = 8;
+
+/// Whether the rings of `queue` lie in the guest's memory. The library's own look wants a byte behind each.
+pub(super) fn lie_in(memory: &Memory, queue: &Queue) -> bool {
+    let size = usize::from(queue.size());
+    let parts = [
+        (queue.desc_table(), 16 * size),
+        (queue.avail_ring(), 6 + 2 * size),
+        (queue.used_ring(), 6 + 8 * size),
+    ];
+    let mut parts = parts.into_iter();
+    parts.all(|(at, length)| memory.check_range(GuestAddress(at), length))
+}
 
 /// Says whether the machine is to pause or has ended, so that a device leaves the rest for later.
 pub(super) type Halt<'a> = &'a dyn Fn() -> bool;
@@ -157,7 +170,7 @@ impl<'a> Rings<'a> {
         }
         // The index that the driver looks at moves with the last one alone. The queue does not count the others
         // when it finds out whether the driver has asked for an interrupt at one of them.
-        self.finished.interrupt |= !others.is_empty();
+        self.finished.interrupt |= ring.event_idx_enabled() && !others.is_empty();
         ring.set_next_used(next);
         self.push(queue, last, *length)
     }
@@ -185,8 +198,12 @@ impl<'a> Rings<'a> {
     /// A ring is none.
     pub(super) fn finish(mut self) -> Result<Finished, Fault> {
         for (index, queue) in self.queues.iter_mut().enumerate() {
-            if self.used & (1 << index) != 0 {
-                self.finished.interrupt |= queue.needs_notification(self.memory)?;
+            if self.used & (1 << index) != 0 && queue.needs_notification(self.memory)? {
+                // Without event indices the driver has a flag, which the library does not look at.
+                let flags = GuestAddress(queue.avail_ring());
+                let flags: u16 = self.memory.read_obj(flags).unwrap_or(0);
+                self.finished.interrupt |=
+                    queue.event_idx_enabled() || flags & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0;
             }
         }
         Ok(self.finished)

@@ -134,6 +134,12 @@ impl Driver {
         self.memory.write_obj(self.next[queue], index).unwrap();
     }
 
+    /// Sets the flags of an available ring.
+    pub(crate) fn set_flags(&self, queue: usize, flags: u16) {
+        let at = GuestAddress(available(queue));
+        self.memory.write_obj(flags, at).unwrap();
+    }
+
     /// Serves the device until it wants no more.
     pub(crate) fn serve(&self, queue: usize) {
         self.serve_all(1 << queue);

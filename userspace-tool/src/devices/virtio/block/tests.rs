@@ -104,10 +104,10 @@ pub(super) fn read(driver: &mut Driver, sector: u64, length: u32) -> Option<Vec<
     let head = head(blk::VIRTIO_BLK_T_IN, sector);
     let (written, mut bytes) = driver.request(0, &[&head], length + 1);
     let status = bytes.pop().unwrap();
-    (u32::from(status) == blk::VIRTIO_BLK_S_OK).then(|| {
-        assert_eq!(written, length + 1);
-        bytes
-    })
+    let is_read = u32::from(status) == blk::VIRTIO_BLK_S_OK;
+    // What is told to be written is all that is in front too.
+    assert_eq!(written, if is_read { length + 1 } else { 0 });
+    is_read.then_some(bytes)
 }
 
 pub(super) const OK: u32 = blk::VIRTIO_BLK_S_OK;
@@ -133,6 +133,8 @@ fn what_lies_outside_is_refused() {
         assert_eq!(tell(&mut driver, DISCARD, 0, &range(end - 1, 2, 0)), IOERR);
         assert_eq!(tell(&mut driver, DISCARD, 0, &range(0, 1, 1)), UNSUPP);
         assert_eq!(tell(&mut driver, ZERO, 0, &range(0, 1, 2)), UNSUPP);
+        assert_eq!(tell(&mut driver, ZERO, 0, &range(0, ZEROES + 1, 2)), UNSUPP);
+        assert_eq!(tell(&mut driver, DISCARD, 0, &range(end, 1, 1)), UNSUPP);
         assert_eq!(tell(&mut driver, ZERO, 0, &[0; 15]), IOERR);
         assert_eq!(tell(&mut driver, 99, 0, &[]), UNSUPP);
         assert_eq!(tell(&mut driver, OUT, end - 1, &[1; 512]), OK);
@@ -173,6 +175,8 @@ fn the_serial_number_is_told() {
     let (written, bytes) = driver.request(0, &[&head(blk::VIRTIO_BLK_T_GET_ID, 0)], 21);
     assert_eq!((written, bytes[20]), (21, 0));
     assert_eq!(&bytes[..12], b"rvisor-0001\0");
+    let (written, bytes) = driver.request(0, &[&head(blk::VIRTIO_BLK_T_GET_ID, 0)], 31);
+    assert_eq!((written, bytes[30]), (20, 0));
 }
 
 #[test]

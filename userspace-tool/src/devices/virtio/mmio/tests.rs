@@ -138,6 +138,39 @@ fn a_change_of_the_configuration_is_told() {
     assert_eq!(driver.read(register::VIRTIO_MMIO_CONFIG_GENERATION), 1);
 }
 
+/// A driver that polls wants none.
+#[test]
+fn a_driver_without_event_indices_switches_interrupts_off() {
+    let mut driver = driver();
+    driver.set_up(!(1 << 29));
+    for flags in [1, 0, 1] {
+        driver.set_flags(0, flags);
+        driver.request(0, &[&[1]], 0);
+        assert_eq!(driver.transport.interrupted(), flags == 0);
+    }
+}
+
+/// The last bytes of memory are as good as others.
+#[test]
+fn rings_may_end_where_the_memory_does() {
+    for (ring, length) in [
+        (register::VIRTIO_MMIO_QUEUE_DESC_LOW, 64 * 16),
+        (register::VIRTIO_MMIO_QUEUE_AVAIL_LOW, 6 + 64 * 2),
+    ] {
+        for beyond in [0, 16] {
+            let driver = driver();
+            driver.write(register::VIRTIO_MMIO_STATUS, 0);
+            driver.write(register::VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1);
+            driver.write(register::VIRTIO_MMIO_DRIVER_FEATURES, 1);
+            driver.write(register::VIRTIO_MMIO_STATUS, 11);
+            driver.write(ring, (2 << 20) - length + beyond);
+            driver.write(register::VIRTIO_MMIO_QUEUE_READY, 1);
+            driver.write(register::VIRTIO_MMIO_STATUS, 15);
+            assert_eq!(driver.needs_reset(), beyond != 0);
+        }
+    }
+}
+
 #[test]
 fn more_buffers_than_a_call_takes_all_come_back() {
     let mut driver = driver();

@@ -222,6 +222,23 @@ fn a_long_frame_takes_several_buffers() {
 }
 
 #[test]
+fn a_driver_that_polls_is_not_interrupted_by_several_buffers_either() {
+    let (mut driver, mut peer) = card();
+    driver.set_up(!(1 << 29));
+    driver.serve(RECEIVE);
+    for flags in [1, 0] {
+        driver.set_flags(RECEIVE, flags);
+        while driver.transport.interrupted() {}
+        send(&mut peer, &frame(300));
+        let before = driver.used(RECEIVE);
+        offer(&mut driver, 4, 100);
+        driver.serve(RECEIVE);
+        assert_eq!(driver.used(RECEIVE) - before, 4);
+        assert_eq!(driver.transport.interrupted(), flags == 0);
+    }
+}
+
+#[test]
 fn who_takes_no_several_buffers_gets_frames_that_fit() {
     let (mut driver, mut peer) = card();
     driver.set_up(!(1 << VIRTIO_NET_F_MRG_RXBUF));

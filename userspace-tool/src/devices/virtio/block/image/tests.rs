@@ -410,6 +410,7 @@ fn a_failed_flush_is_told_and_stays_one() {
         let mut write = |flush_status| {
             let status = if flush { OK } else { flush_status };
             assert_eq!(tell(&mut driver, OUT, 4, &[5; 512]), status);
+            assert_eq!(tell(&mut driver, ZERO, 0, &range(8, 1, 0)), status);
             assert_eq!(tell(&mut driver, FLUSH, 0, &[]), flush_status);
         };
         write(OK);
