@@ -432,7 +432,7 @@ fn disk(text: &str, words: &[&str]) {
 fn a_missing_disk_is_named() {
     disk(
         "/nowhere/d.img",
-        &["/nowhere/d.img", "there is no such file", "truncate"],
+        &["/nowhere/d.img", "No such file", "truncate"],
     );
 }
 

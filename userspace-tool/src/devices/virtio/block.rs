@@ -10,7 +10,7 @@ use std::time::Duration;
 use virtio_bindings::virtio_blk as blk;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::{Reader, Writer};
-use vm_memory::{Le32, Le64};
+use vm_memory::{ByteValued, Le32, Le64};
 
 use super::rings::Halt;
 use super::{bit, Chain, Counter, Device, Fault, Rings};
@@ -115,10 +115,10 @@ impl Block {
         halt: Halt<'_>,
     ) -> Done<u32> {
         // The head of a request (5.2.6).
-        let kind = read_u32(reader)?;
-        let _reserved = read_u32(reader)?;
-        let sector = read_u64(reader)?;
-        match kind {
+        let kind: Le32 = next(reader)?;
+        let _reserved: Le32 = next(reader)?;
+        let sector = next::<Le64>(reader)?.to_native();
+        match kind.to_native() {
             blk::VIRTIO_BLK_T_IN => {
                 let length = writer.available_bytes();
                 self.transfer(sector, length, halt, |image, piece, offset| {
@@ -207,9 +207,9 @@ impl Block {
             return Err(BROKEN);
         }
         for _ in 0..count {
-            let sector = read_u64(reader)?;
-            let sectors = read_u32(reader)?;
-            let flags = read_u32(reader)?;
+            let sector = next::<Le64>(reader)?.to_native();
+            let sectors = next::<Le32>(reader)?.to_native();
+            let flags = next::<Le32>(reader)?.to_native();
             let unmap = match (zero, flags) {
                 (_, 0) => false,
                 (true, blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP) => true,
@@ -342,14 +342,9 @@ fn halted(halt: Halt<'_>) -> io::Result<()> {
     Ok(())
 }
 
-fn read_u32(reader: &mut Reader<'_>) -> Done<u32> {
-    let number: Le32 = reader.read_obj().map_err(|_| BROKEN)?;
-    Ok(number.to_native())
-}
-
-fn read_u64(reader: &mut Reader<'_>) -> Done<u64> {
-    let number: Le64 = reader.read_obj().map_err(|_| BROKEN)?;
-    Ok(number.to_native())
+/// The next part of a request.
+fn next<T: ByteValued>(reader: &mut Reader<'_>) -> Done<T> {
+    reader.read_obj().map_err(|_| BROKEN)
 }
 
 /// The parts of a chain that the device reads, and that it writes.

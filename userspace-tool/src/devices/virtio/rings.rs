@@ -200,10 +200,11 @@ impl<'a> Rings<'a> {
         for (index, queue) in self.queues.iter_mut().enumerate() {
             if self.used & (1 << index) != 0 && queue.needs_notification(self.memory)? {
                 // Without event indices the driver has a flag, which the library does not look at.
-                let flags = GuestAddress(queue.avail_ring());
-                let flags: u16 = self.memory.read_obj(flags).unwrap_or(0);
-                self.finished.interrupt |=
-                    queue.event_idx_enabled() || flags & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0;
+                self.finished.interrupt |= queue.event_idx_enabled() || {
+                    let flags = GuestAddress(queue.avail_ring());
+                    let flags: u16 = self.memory.read_obj(flags).unwrap_or(0);
+                    flags & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0
+                };
             }
         }
         Ok(self.finished)

@@ -2,6 +2,7 @@
 
 //! The file of a disk, raw or qcow2.
 
+use std::fmt::Display;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
@@ -61,10 +62,8 @@ impl Image {
         let file = open_file(path, disk.readonly)?;
         lock(&file, path, disk.readonly)?;
         let broken = |error: io::Error| {
-            Error::input(
-                format!("--disk {} can't be read: {error}", path.display()),
-                "check the file",
-            )
+            let what = format!("can't be read: {error}");
+            refused(path, what, "check the file")
         };
         let mut magic = [0; 4];
         let qcow2 = match file.read_exact_at(&mut magic, 0) {
@@ -75,10 +74,8 @@ impl Image {
         let found = if qcow2 { Format::Qcow2 } else { Format::Raw };
         let (access, size) = match disk.format.unwrap_or(found) {
             Format::Qcow2 if !qcow2 => {
-                return Err(Error::input(
-                    format!("--disk {} is no qcow2 image", path.display()),
-                    "leave format=qcow2 out, or name another file",
-                ))
+                let next = "leave format=qcow2 out, or name another file";
+                return Err(refused(path, "is no qcow2 image", next));
             }
             Format::Qcow2 => open_qcow2(file, path, disk.readonly)?,
             Format::Raw => {
@@ -87,13 +84,9 @@ impl Image {
             }
         };
         if size == 0 || size % SECTOR != 0 {
-            return Err(Error::input(
-                format!(
-                    "--disk {} has {size} bytes, which are no disk of {SECTOR}-byte sectors",
-                    path.display()
-                ),
-                "give it a size, for example by 'truncate -s 1G FILE'",
-            ));
+            let what = format!("has {size} bytes, which are no disk of {SECTOR}-byte sectors");
+            let next = "give it a size, for example by 'truncate -s 1G FILE'";
+            return Err(refused(path, what, next));
         }
         Ok(Self {
             path: path.clone(),
@@ -272,25 +265,23 @@ fn makes_no_hole(error: &io::Error) -> bool {
     matches!(kind, ErrorKind::Unsupported | ErrorKind::InvalidInput) || is_full(error)
 }
 
+/// The user's disk is not what it has to be.
+fn refused(path: &Path, what: impl Display, next: &str) -> Error {
+    Error::input(format!("--disk {} {what}", path.display()), next)
+}
+
 fn open_file(path: &Path, readonly: bool) -> Result<File> {
-    let refuse = |cause: &str, next: &str| {
-        Err(Error::input(
-            format!("--disk {}: {cause}", path.display()),
-            next,
-        ))
-    };
-    let kind = match fs::metadata(path) {
-        Ok(metadata) => metadata.file_type(),
-        Err(error) if error.kind() == ErrorKind::NotFound => {
-            return refuse(
-                "there is no such file",
-                "name another, or make one by 'truncate -s 1G FILE'",
-            )
-        }
-        Err(error) => return refuse(&error.to_string(), "check the path"),
-    };
+    let metadata = fs::metadata(path).map_err(|error| {
+        let next = match error.kind() {
+            ErrorKind::NotFound => "name another, or make one by 'truncate -s 1G FILE'",
+            _ => "check the path",
+        };
+        refused(path, format_args!("can't be opened: {error}"), next)
+    })?;
+    let kind = metadata.file_type();
     if !kind.is_file() && !kind.is_block_device() {
-        return refuse("that is neither a file nor a block device", "name another");
+        let what = "is neither a file nor a block device";
+        return Err(refused(path, what, "name another"));
     }
     // To a block device that is to say: nobody else may have it, no file system above all.
     let flags = if kind.is_block_device() && !readonly {
@@ -301,16 +292,18 @@ fn open_file(path: &Path, readonly: bool) -> Result<File> {
     let opened = OpenOptions::new()
         .read(true)
         .write(!readonly)
-        .custom_flags(flags | libc::O_CLOEXEC)
+        .custom_flags(flags)
         .open(path);
-    opened.or_else(|error| match error.kind() {
-        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem if !readonly => refuse(
-            &format!("it can't be written: {error}"),
-            "get the right to write it, or add ',readonly'",
-        ),
-        ErrorKind::PermissionDenied => refuse(&error.to_string(), "get the right to read it"),
-        ErrorKind::ResourceBusy => refuse("it is in use", "unmount it, or add ',readonly'"),
-        _ => refuse(&error.to_string(), "check the file"),
+    opened.map_err(|error| {
+        let next = match error.kind() {
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem if !readonly => {
+                "get the right to write it, or add ',readonly'"
+            }
+            ErrorKind::PermissionDenied => "get the right to read it",
+            ErrorKind::ResourceBusy => "unmount it, or add ',readonly'",
+            _ => "check the file",
+        };
+        refused(path, format_args!("can't be opened: {error}"), next)
     })
 }
 
@@ -321,17 +314,13 @@ fn lock(file: &File, path: &Path, readonly: bool) -> Result<()> {
     } else {
         FlockOperation::NonBlockingLockExclusive
     };
-    match flock(file, operation) {
-        Ok(()) => Ok(()),
-        Err(Errno::AGAIN) => Err(Error::input(
-            format!("--disk {} is in use by another guest", path.display()),
-            "end that one, or give both ',readonly'",
-        )),
-        Err(error) => Err(Error::call(
-            format!("locking --disk {}", path.display()),
-            error,
-        )),
-    }
+    flock(file, operation).map_err(|error| match error {
+        Errno::AGAIN => {
+            let next = "end that one, or give both ',readonly'";
+            refused(path, "is in use by another guest", next)
+        }
+        error => Error::call(format!("locking --disk {}", path.display()), error),
+    })
 }
 
 /// Calls the library, which panics over some damaged tables. It keeps no lock over that, and what it has in
@@ -344,15 +333,10 @@ fn guarded<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
 }
 
 fn open_qcow2(file: File, path: &Path, readonly: bool) -> Result<(Access, u64)> {
+    let refuse = |what: &str, next| Err(refused(path, what, next));
     let damaged = |error: io::Error| {
-        Error::input(
-            format!("--disk {} is damaged: {error}", path.display()),
-            "'qemu-img check' tells more",
-        )
-    };
-    let refuse = |what: &str, next: &str| {
-        let cause = format!("--disk {} {what}", path.display());
-        Err(Error::input(cause, next))
+        let next = "'qemu-img check' tells more";
+        refused(path, format_args!("is damaged: {error}"), next)
     };
     const REPAIR: &str =
         "repair it by 'qemu-img check -r all'; nothing that the guest has flushed is lost";
