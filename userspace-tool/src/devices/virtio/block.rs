@@ -30,7 +30,7 @@ const MOST: usize = SEGMENTS as usize * SEGMENT_SIZE as usize;
 const RANGES: u32 = 16;
 const ZEROES: u32 = 32 << 11;
 /// The most sectors of a request that discards, as a driver is told: each cluster of a qcow2 image may take a look at its
-/// tables and a call of the host's, and the device does nothing else meanwhile. More is done all the same: a
+/// tables and a call of the host's, and the device does nothing else meanwhile. More is done all the same, so much at once: a
 /// driver in a snapshot may have been told so.
 const DISCARDS: u32 = 128 << 11;
 /// How much is on its way between the file and the guest's memory at once.

@@ -26,13 +26,10 @@ const USED_ELEMENT: u64 = 8;
 /// Whether the rings of `queue` lie in the guest's memory. The library's own look wants a byte behind each.
 pub(super) fn lie_in(memory: &Memory, queue: &Queue) -> bool {
     let size = usize::from(queue.size());
-    let parts = [
-        (queue.desc_table(), 16 * size),
-        (queue.avail_ring(), 6 + 2 * size),
-        (queue.used_ring(), 6 + 8 * size),
-    ];
-    let mut parts = parts.into_iter();
-    parts.all(|(at, length)| memory.check_range(GuestAddress(at), length))
+    let inside = |at, length| memory.check_range(GuestAddress(at), length);
+    inside(queue.desc_table(), 16 * size)
+        && inside(queue.avail_ring(), 6 + 2 * size)
+        && inside(queue.used_ring(), 6 + 8 * size)
 }
 
 /// Says whether the machine is to pause or has ended, so that a device leaves the rest for later.

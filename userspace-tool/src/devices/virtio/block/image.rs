@@ -14,7 +14,7 @@ use imago::{FormatAccess, Mapping};
 use rustix::fs::{fallocate, flock, FallocateFlags, FlockOperation};
 use rustix::io::Errno;
 
-use super::{halted, Halt, BUFFER, SECTOR};
+use super::{halted, Halt, BUFFER, DISCARDS, SECTOR};
 use crate::arguments::Disk;
 use crate::error::{Error, Result};
 
@@ -23,8 +23,6 @@ const QCOW2_MAGIC: &[u8; 4] = b"QFI\xfb";
 
 /// The largest sectors that a disk of the host's may have, which makes holes of whole ones alone.
 const SECTOR_MOST: u64 = 4096;
-/// How much room is given back at once.
-const HOLE: u64 = 128 << 20;
 
 /// How a file holds a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -197,9 +195,9 @@ impl Image {
         let mut at = offset;
         while at < end {
             halted(halt)?;
-            let left = end - at;
+            let left = (end - at).min(u64::from(DISCARDS) * SECTOR);
             let most = match at % SECTOR_MOST {
-                0 if left > SECTOR_MOST => (left - left % SECTOR_MOST).min(HOLE),
+                0 if left > SECTOR_MOST => left - left % SECTOR_MOST,
                 inside => left.min(SECTOR_MOST - inside),
             };
             let (hole, count) = match &self.access {
