@@ -146,12 +146,12 @@ pub trait Device: Send {
         saved.is_empty()
     }
 
-    /// The guest has ended: writes what has not reached the host's disk.
+    /// The guest has ended, or is paused: writes what its files do not have yet.
     ///
     /// # Errors
     ///
     /// What the host answers.
-    fn close(&mut self) -> Result<()> {
+    fn settle(&mut self) -> Result<()> {
         Ok(())
     }
 }

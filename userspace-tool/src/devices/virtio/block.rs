@@ -30,8 +30,8 @@ const MOST: usize = SEGMENTS as usize * SEGMENT_SIZE as usize;
 const RANGES: u32 = 16;
 const ZEROES: u32 = 32 << 11;
 /// The most sectors of a request that discards, as a driver is told: each cluster of a qcow2 image may take a look at its
-/// tables and a call of the host's, and the device does nothing else meanwhile. More is done all the same, so much at once: a
-/// driver in a snapshot may have been told so.
+/// tables and a call of the host's, and the device does nothing else meanwhile. More is done all the same, so much at
+/// once: a driver in a snapshot may have been told so.
 const DISCARDS: u32 = 128 << 11;
 /// How much is on its way between the file and the guest's memory at once.
 const BUFFER: usize = 64 << 10;
@@ -328,9 +328,11 @@ impl Device for Block {
         ]
     }
 
-    fn close(&mut self) -> Result<()> {
+    fn settle(&mut self) -> Result<()> {
         let what = format!("writing the rest of {}", self.name());
-        self.image.close().map_err(|error| Error::call(what, error))
+        self.image
+            .settle()
+            .map_err(|error| Error::call(what, error))
     }
 }
 

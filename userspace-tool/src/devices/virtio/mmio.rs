@@ -266,9 +266,12 @@ impl Transport {
     }
 
     /// Lets the device rest: when this returns, the worker does nothing and touches no memory of the guest
-    /// until [`resume`](Self::resume).
+    /// until [`resume`](Self::resume), and the device's files have what the guest was told is written.
     pub fn pause(&self) {
-        lock(&self.state).paused = true;
+        let mut state = lock(&self.state);
+        state.paused = true;
+        // What a full disk does not take stays to be written.
+        let _ = state.device.settle();
     }
 
     /// Lets the device go on with what has come meanwhile.
@@ -373,7 +376,7 @@ impl Transport {
                 delay
             });
         }
-        if let Err(error) = lock(&self.state).device.close() {
+        if let Err(error) = lock(&self.state).device.settle() {
             // How the guest ended is decided, and this is not why.
             say(error);
         }

@@ -228,7 +228,7 @@ impl Image {
     }
 
     /// Writes what the library still holds. A raw file has nothing of that kind.
-    pub(super) fn close(&mut self) -> io::Result<()> {
+    pub(super) fn settle(&mut self) -> io::Result<()> {
         match &self.access {
             Access::Qcow2(image, _) if !self.readonly => guarded(|| image.flush()),
             _ => Ok(()),

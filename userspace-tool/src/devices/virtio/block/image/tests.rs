@@ -168,6 +168,22 @@ fn room_is_given_back(disk: &Disk, kind: u32, flags: u32) {
     assert!(blocks() <= full, "{} blocks of {full}", blocks());
 }
 
+/// Whoever copies the file of a machine that is paused, or restores a snapshot behind a machine that was killed, has
+/// what its guest was told is written.
+#[test]
+fn a_machine_that_rests_has_all_in_its_file() {
+    let files = Files::new();
+    let copy = files.0.path().join("copy");
+    for original in [files.raw(), files.qcow2()] {
+        let mut driver = start(&original);
+        assert_eq!(tell(&mut driver, OUT, 9, &[7; 512]), OK);
+        driver.transport.pause();
+        fs::copy(&original.path, &copy).unwrap();
+        let mut copied = start(&disk(&copy));
+        assert_eq!(read(&mut copied, 9, 512).unwrap(), [7; 512]);
+    }
+}
+
 #[test]
 fn discarded_room_is_given_back() {
     for (kind, flags) in [(DISCARD, 0), (ZERO, 1)] {
