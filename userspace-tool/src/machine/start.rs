@@ -55,7 +55,8 @@ enum Begin {
 pub fn run(options: &RunOptions) -> Result<Outcome> {
     begin(options)?;
     let mut software = Software::open(options)?;
-    start(options, software.rom_size(), |memory, devices| {
+    // What it has open and has read goes when it is loaded.
+    start(options, software.rom_size(), move |memory, devices| {
         software.load(memory, options, devices).map(Begin::At)
     })
 }

@@ -455,7 +455,7 @@ impl<'a> Tables<'a> {
         let end = at.checked_add(length).filter(|end| *end <= self.size);
         if end.is_none() || at < self.cluster || !at.is_multiple_of(self.cluster) || length > TABLE
         {
-            return Err(invalid("a table lies outside the file"));
+            return Err(invalid("a table lies outside the file or is too large"));
         }
         Ok(())
     }

@@ -482,6 +482,10 @@ fn tables_are_bounded_by_the_file() {
         let text = refused(&image);
         assert!(text.contains("two tables lie in the same place"), "{text}");
     }
+    let mut image = empty_qcow2();
+    image[36..40].copy_from_slice(&(TABLE as u32 / 8 + 1).to_be_bytes());
+    let text = refused(&image);
+    assert!(text.contains("is too large"), "{text}");
     // The one entry of the L1 table is for 512 MiB.
     for (size, right) in [
         (512 * MIB, true),
