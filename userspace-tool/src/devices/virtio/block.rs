@@ -13,7 +13,7 @@ use virtio_queue::{Reader, Writer};
 use vm_memory::{ByteValued, Le32, Le64};
 
 use super::rings::Halt;
-use super::{bit, Chain, Counter, Device, Fault, Rings};
+use super::{bit, Counter, Device, Fault, Rings};
 use crate::arguments::Disk;
 use crate::error::{say, Error, Result};
 pub use image::Format;
@@ -280,7 +280,8 @@ impl Device for Block {
 
     fn process(&mut self, queue: usize, rings: &mut Rings<'_>) -> std::result::Result<(), Fault> {
         while let Some(chain) = rings.pop(queue)? {
-            let (mut reader, mut writer) = parts(&chain, rings)?;
+            let mut reader = chain.clone().reader(rings.memory())?;
+            let mut writer = chain.clone().writer(rings.memory())?;
             // The status is the last byte.
             let end = writer.available_bytes().saturating_sub(1);
             let mut status_writer = writer.split_at(end)?;
@@ -347,15 +348,6 @@ fn halted(halt: Halt<'_>) -> io::Result<()> {
 /// The next part of a request.
 fn next<T: ByteValued>(reader: &mut Reader<'_>) -> Done<T> {
     reader.read_obj().map_err(|_| BROKEN)
-}
-
-/// The parts of a chain that the device reads, and that it writes.
-fn parts<'a>(
-    chain: &Chain<'a>,
-    rings: &Rings<'a>,
-) -> std::result::Result<(Reader<'a>, Writer<'a>), Fault> {
-    let reader = chain.clone().reader(rings.memory())?;
-    Ok((reader, chain.clone().writer(rings.memory())?))
 }
 
 #[cfg(test)]
