@@ -123,7 +123,10 @@ fn place(
     mut header: [u8; HEADER],
     frame: &[u8],
 ) -> Result<Placed, Fault> {
-    let most = if mergeable { MOST_BUFFERS } else { 1 };
+    let most = match mergeable {
+        true => MOST_BUFFERS.min(rings.size(RECEIVE)),
+        false => 1,
+    };
     let wanted = HEADER + frame.len();
     let mut buffers = Vec::with_capacity(1);
     let mut room = 0_usize;

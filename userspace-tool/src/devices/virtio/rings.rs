@@ -83,6 +83,13 @@ impl<'a> Rings<'a> {
         self.halt
     }
 
+    /// How many chains the driver can make available in `queue`.
+    #[must_use]
+    pub fn size(&self, queue: usize) -> usize {
+        let ring = self.queues.get(queue);
+        ring.map_or(0, |ring| ring.size().into())
+    }
+
     /// Has `queue` processed again at once, or when the machine goes on.
     pub fn again(&mut self, queue: usize) {
         self.finished.again |= 1 << queue;

@@ -61,6 +61,11 @@ impl Driver {
 
     /// Resets the device and sets it up again, with those of its features that are in `mask`.
     pub(crate) fn set_up(&mut self, mask: u64) {
+        self.set_up_short(mask, u32::MAX);
+    }
+
+    /// The same with queues of so many entries at most.
+    pub(crate) fn set_up_short(&mut self, mask: u64, most: u32) {
         self.write(register::VIRTIO_MMIO_STATUS, 0);
         assert_eq!(self.read(register::VIRTIO_MMIO_STATUS), 0);
         self.write(register::VIRTIO_MMIO_STATUS, 3);
@@ -86,7 +91,7 @@ impl Driver {
             let zeros = vec![0; 0x8000];
             let start = GuestAddress(descriptors(queue));
             self.memory.write_slice(&zeros, start).unwrap();
-            self.write(register::VIRTIO_MMIO_QUEUE_NUM, size);
+            self.write(register::VIRTIO_MMIO_QUEUE_NUM, size.min(most));
             self.write(
                 register::VIRTIO_MMIO_QUEUE_DESC_LOW,
                 descriptors(queue) as u32,

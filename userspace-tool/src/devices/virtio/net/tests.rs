@@ -221,6 +221,19 @@ fn a_long_frame_takes_several_buffers() {
     drop(peer);
 }
 
+/// A queue that has all its buffers available gets no more: a frame that they have no room for does not hold up others.
+#[test]
+fn a_frame_longer_than_all_buffers_is_lost() {
+    let (mut driver, mut peer) = card();
+    driver.set_up_short(u64::MAX, 4);
+    driver.serve(RECEIVE);
+    offer(&mut driver, 4, 100);
+    send(&mut peer, &frame(400));
+    send(&mut peer, &frame(60));
+    driver.serve(RECEIVE);
+    assert_eq!(driver.used_element(RECEIVE, 0), (0, (HEADER + 60) as u32));
+}
+
 #[test]
 fn a_driver_that_polls_is_not_interrupted_by_several_buffers_either() {
     let (mut driver, mut peer) = card();
