@@ -101,8 +101,6 @@ fn tell(options: &RunOptions, process: u32, text: &str) {
 fn enter(group: &Path) -> Result<()> {
     let what = "following the parent's end";
     let parent = env::var(PARENT).ok().and_then(|text| text.parse().ok());
-    env::remove_var(CGROUP);
-    env::remove_var(PARENT);
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed(what))?;
     // It may have ended before.
     if getppid().map(Pid::as_raw_pid) != parent {

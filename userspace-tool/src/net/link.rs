@@ -320,10 +320,10 @@ impl AsFd for Link {
 impl Drop for Link {
     fn drop(&mut self) {
         // Nobody takes the place while its socket is open, unless it was removed. One that stays is taken over by the next.
-        if let Some((_, place)) = &self.listener {
-            if Place::of(&place.path).is_ok_and(|found| found.file == place.file) {
-                let _ = fs::remove_file(&place.path);
-            }
+        if let Some((_, place)) = &self.listener
+            && Place::of(&place.path).is_ok_and(|found| found.file == place.file)
+        {
+            let _ = fs::remove_file(&place.path);
         }
     }
 }
