@@ -115,7 +115,7 @@ pub enum Command {
     },
     /// List the machines that run
     ///
-    /// They are those that this user has started, on any device.
+    /// They are those that this user has started, on any device. The exit status is 1 where one does not answer.
     ///
     /// A machine is known by the folder rvisor/NAME, which it locks, with sock and, where it runs detached, log, in
     /// $XDG_RUNTIME_DIR; where that is no folder of root's or this user's own, in /run/rvisor/NAME for root and

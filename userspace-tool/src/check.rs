@@ -55,13 +55,17 @@ pub fn run(device: &Path) -> Result<u8> {
 
 /// All findings; the host's /proc and /sys are looked for below `root`.
 fn findings(root: &Path, device: &Path) -> Vec<Finding> {
-    let cpuinfo = fs::read_to_string(root.join("proc/cpuinfo")).unwrap_or_default();
-    let mut findings = cpu::findings(&cpuinfo, cpu::has_vmx());
-    if device == Path::new(DEFAULT_DEVICE) {
-        findings.push(kernel(root));
-        findings.push(module(root));
+    let (rvisor, api) = (device == Path::new(DEFAULT_DEVICE), api(device));
+    let mut findings = Vec::new();
+    // KVM runs on other CPUs too, so there they are no more than a reason.
+    if rvisor || api.iter().any(Result::is_err) {
+        let cpuinfo = fs::read_to_string(root.join("proc/cpuinfo")).unwrap_or_default();
+        findings = cpu::findings(&cpuinfo, cpu::has_vmx());
     }
-    findings.extend(api(device));
+    if rvisor {
+        findings.extend([kernel(root), module(root)]);
+    }
+    findings.extend(api);
     findings
 }
 

@@ -18,29 +18,40 @@ use crate::size;
 /// How long a machine that was told to end may take for it before its process is killed.
 const INSIST: Duration = Duration::from_secs(5);
 
-/// Prints a table of the machines that run, or an array of what each answers to `status`.
+/// Prints a table of the machines that run, or an array of what each answers to `status`. Returns the exit status: not
+/// 0 where one does not answer.
 ///
 /// # Errors
 ///
 /// [`Error::Call`] where the machines' folder or standard output fails.
-pub fn ps(json: bool) -> Result<()> {
-    let mut machines = Vec::new();
+pub fn ps(json: bool) -> Result<u8> {
+    let (mut machines, mut bad) = (Vec::new(), 0);
     for name in registry::names()? {
-        let Some(stream) = registry::connect(&name)? else {
-            registry::sweep(&name);
-            continue;
+        let status = match registry::connect(&name) {
+            Ok(Some(stream)) => Client::new(&name, stream).call(&Request::Status {}),
+            Ok(None) => {
+                registry::sweep(&name);
+                continue;
+            }
+            Err(error) => Err(error),
         };
-        match Client::new(&name, stream).call(&Request::Status {}) {
+        match status {
             Ok(status) => machines.push(status),
-            Err(error) if registry::connect(&name)?.is_some() => say(error),
-            Err(_) => {}
+            // It has ended meanwhile.
+            Err(_) if registry::connect(&name).is_ok_and(|found| found.is_none()) => {}
+            Err(error) => {
+                bad = error.status();
+                say(error);
+            }
         }
     }
     if json {
-        return print_json(&machines);
+        print_json(&machines)?;
+    } else {
+        let now = UNIX_EPOCH.elapsed().unwrap_or_default();
+        print(&table(&machines, now.as_secs()))?;
     }
-    let now = UNIX_EPOCH.elapsed().unwrap_or_default();
-    print(&table(&machines, now.as_secs()))
+    Ok(bad)
 }
 
 /// The table, for a moment in seconds since 1970.

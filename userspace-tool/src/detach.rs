@@ -9,15 +9,19 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use rustix::io::Errno;
-use rustix::process::setsid;
+use rustix::process::{kill_process, setsid, Pid, Signal};
 use rustix::stdio::{dup2_stderr, dup2_stdout};
 
-use crate::error::{failed, Error, Result};
+use crate::console::Signals;
+use crate::error::{failed, say, Error, Result};
+use crate::outcome::Outcome;
+use crate::ready::{self, PollFlags};
 use crate::registry::{Claim, Name};
 
 /// The option that `--detach` becomes for the machine's process.
@@ -26,7 +30,8 @@ pub const DETACHED: &str = "--detached";
 const LETTING_GO: &str = "letting go of the terminal";
 
 /// Starts a machine with those words behind `rvisor`, in the folder `directory` where there is one. Returns when
-/// its guest runs, with its name and itself, or with the exit status after it said why there is none.
+/// its guest runs, with its name and itself, or with the exit status after it said why there is none. One of `signals`
+/// ends it before.
 ///
 /// # Errors
 ///
@@ -34,6 +39,7 @@ const LETTING_GO: &str = "letting go of the terminal";
 pub fn start(
     words: &[OsString],
     directory: Option<&Path>,
+    signals: Option<&Signals>,
 ) -> Result<std::result::Result<(Name, Child), u8>> {
     let what = "starting the machine's process";
     let mut command = Command::new("/proc/self/exe");
@@ -47,8 +53,16 @@ pub fn start(
         command.current_dir(directory);
     }
     let mut child = command.spawn().map_err(failed(what))?;
+    let id = Pid::from_child(&child);
     let mut said = String::new();
     if let Some(pipe) = child.stdout.as_mut() {
+        if let Some(signals) = signals {
+            let files: [(&dyn AsFd, _); 2] = [(pipe, PollFlags::IN), (signals, PollFlags::IN)];
+            // It is in another session than the terminal that the signal may be from.
+            if ready::wait(&files, None).map_err(failed(what))?[1] {
+                let _ = kill_process(id, Signal::TERM);
+            }
+        }
         // One line: processes that the machine started may have the pipe for longer.
         BufReader::new(pipe)
             .read_line(&mut said)
@@ -60,7 +74,13 @@ pub fn start(
     let status = child.wait().map_err(failed(what))?;
     match status.code().and_then(|code| u8::try_from(code).ok()) {
         // It ends with its guest, which never ran.
-        Some(code) => Ok(Err(code.max(1))),
+        Some(code) => {
+            // Who watches it has no terminal to say so.
+            if code == Outcome::MemoryMax(String::new()).status() {
+                say("the machine reached its --memory-max before its guest ran; give it more");
+            }
+            Ok(Err(code.max(1)))
+        }
         None => Err(Error::call(what, status.to_string())),
     }
 }

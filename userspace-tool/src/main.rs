@@ -51,7 +51,7 @@ fn command_status(command: Command) -> Result<u8> {
             ..
         } => return restore(&file, name, detached),
         Command::Up(options) => return up::up(&options),
-        Command::Ps { json } => client::ps(json)?,
+        Command::Ps { json } => return client::ps(json),
         Command::Kill(machine) => drop(client::kill(&machine.name)?),
         Command::Pause(machine) => client::tell(&machine.name, &Request::Pause {})?,
         Command::Resume(machine) => client::tell(&machine.name, &Request::Resume {})?,
@@ -61,7 +61,7 @@ fn command_status(command: Command) -> Result<u8> {
         Command::Snapshot { name, file } => snapshot::take(&name, &file)?,
         Command::Generate { directory } => generate::run(&directory)?,
         Command::Stat { name, json } => stat::print(&name, json)?,
-        Command::Top => top::run()?,
+        Command::Top => return top::run(),
         Command::Trace {
             name,
             reason: reasons,
@@ -74,7 +74,7 @@ fn command_status(command: Command) -> Result<u8> {
 
 /// Starts this command's machine in another process. Returns the exit status.
 fn detach() -> Result<u8> {
-    Ok(match detach::start(&detach::words(), None)? {
+    Ok(match detach::start(&detach::words(), None, None)? {
         Ok((name, _)) => {
             print(&format!("{name}\n"))?;
             0

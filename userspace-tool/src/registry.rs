@@ -29,6 +29,8 @@ use std::time::Duration;
 
 use rustix::fs::{flock, unlinkat, AtFlags, FlockOperation};
 use rustix::io::Errno;
+use rustix::net::sockopt::{set_socket_timeout, Timeout};
+use rustix::net::{socket_with, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{geteuid, Uid};
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +46,8 @@ pub const LOG: &str = "log";
 /// takes commands; and how long after a try of the latter kind.
 const TRIES: usize = 16;
 const TRY_AGAIN: Duration = Duration::from_millis(10);
+/// How long a machine may take to let a client in.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The name of a machine: letters, digits, `.`, `_` and `-`, the first one a letter or digit.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -299,8 +303,12 @@ pub fn names() -> Result<Vec<Name>> {
     let unreadable = |error| Error::call(format!("reading {}", directory.display()), error);
     let mut names = Vec::new();
     for entry in fs::read_dir(&directory).map_err(unreadable)? {
-        let file = entry.map_err(unreadable)?.file_name();
-        names.extend(file.to_str().and_then(|name| name.parse::<Name>().ok()));
+        let entry = entry.map_err(unreadable)?;
+        if entry.file_type().is_ok_and(|kind| kind.is_dir())
+            && let Some(Ok(name)) = entry.file_name().to_str().map(str::parse)
+        {
+            names.push(name);
+        }
     }
     names.sort();
     Ok(names)
@@ -325,7 +333,19 @@ pub fn connect(name: &Name) -> Result<Option<UnixStream>> {
 /// As [`connect`], to the machine with that folder.
 fn reach(folder: &Path, name: &Name) -> Result<Option<UnixStream>> {
     use io::ErrorKind::{ConnectionRefused, NotFound};
-    match UnixStream::connect(folder.join(SOCKET)) {
+    // One that stands still and has many clients waiting would have this one wait without end.
+    let connect = || -> io::Result<_> {
+        let socket = socket_with(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
+        rustix::net::connect(&socket, &SocketAddrUnix::new(folder.join(SOCKET))?)?;
+        Ok(socket.into())
+    };
+    match connect() {
         Ok(stream) => Ok(Some(stream)),
         Err(error) if matches!(error.kind(), NotFound | ConnectionRefused) => Ok(None),
         Err(error) => Err(Error::call(format!("reaching machine {name}"), error)),
@@ -390,6 +410,18 @@ mod tests {
         assert!(!folder.exists());
         fs::write(&folder, "no folder").expect("a file");
         assert!(Claim::of(folder, web()).is_err());
+    }
+
+    #[test]
+    fn a_machine_that_lets_nobody_in_holds_nobody_up() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let listener = UnixListener::bind(folder.path().join(SOCKET)).expect("a socket");
+        // Fewer clients may wait there from now on.
+        rustix::net::listen(&listener, 0).expect("it is listened at");
+        let reach = || reach(folder.path(), &web());
+        let _first = reach().expect("there is a place").expect("it is there");
+        let error = reach().expect_err("there is no place").to_string();
+        assert!(error.starts_with("reaching machine web: "), "{error}");
     }
 
     #[test]

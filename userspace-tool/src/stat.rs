@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, UNIX_EPOCH};
 
 use rustix::thread::nanosleep;
@@ -144,7 +145,11 @@ fn monotonic() -> u64 {
 ///
 /// [`Error::Input`] where it can't be made.
 pub fn open_metrics(path: &std::path::Path) -> Result<File> {
-    File::create(path).map_err(|error| {
+    let mut new = File::options();
+    new.write(true).create(true).truncate(true);
+    // A pipe that nobody reads would hold the machine's end up.
+    let new = new.custom_flags(libc::O_NONBLOCK).open(path);
+    new.map_err(|error| {
         Error::input(
             format!("--metrics {}: {error}", path.display()),
             "give a file that this user can write",
@@ -174,22 +179,13 @@ pub fn write_metrics(mut file: &File, machine: &Machine) {
     }
 }
 
-/// Asks a machine.
-///
-/// # Errors
-///
-/// [`Error::Input`] where no such machine runs.
-pub fn ask(name: &Name) -> Result<Sample> {
-    Client::connect(name)?.call(&Request::Stats {})
-}
-
 /// Prints what a machine has done.
 ///
 /// # Errors
 ///
-/// As [`ask`], and where standard output fails.
+/// [`Error::Input`] where no such machine runs, [`Error::Call`] where it does not answer or standard output fails.
 pub fn print(name: &Name, json: bool) -> Result<()> {
-    let sample = ask(name)?;
+    let sample = Client::connect(name)?.call(&Request::Stats {})?;
     if json {
         return client::print_json(&sample);
     }
@@ -282,6 +278,24 @@ pub(crate) mod tests {
              received_bytes                       1200\n  \
              sent_bytes                             60\n"
         );
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_holds_nothing_up() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.expect("a process").success());
+        let error = open_metrics(&path).expect_err("nobody is there");
+        assert_eq!(error.status(), 2);
+        let mut reading = File::options();
+        let _reader = reading
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path);
+        let mut file = open_metrics(&path).expect("somebody is");
+        let full = std::iter::repeat_with(|| file.write_all(&[0; 4096])).find_map(|it| it.err());
+        assert_eq!(full.map(|e| e.kind()), Some(std::io::ErrorKind::WouldBlock));
     }
 
     #[test]

@@ -13,11 +13,14 @@ use ratatui::style::{Style, Stylize};
 use ratatui::widgets::{Paragraph, Row, Table, TableState};
 use ratatui::Frame;
 
+use crate::console::Signals;
+use crate::control::{Client, Request};
 use crate::error::{failed, Error, Result};
+use crate::outcome::Outcome;
 use crate::registry::{self, Name};
 use crate::size;
 use crate::stat::counters::{largest, Counts};
-use crate::stat::{self, mib, Sample, VcpuSample};
+use crate::stat::{mib, Sample, VcpuSample};
 
 /// How long a screen stands.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -138,8 +141,12 @@ impl Screen {
     fn look(&mut self) -> Result<()> {
         self.before = std::mem::take(&mut self.now);
         for name in registry::names()? {
-            // One that ends right now is left out.
-            if let Ok(sample) = stat::ask(&name) {
+            let sample = Client::connect(&name).and_then(|mut machine| {
+                machine.send(&[&Request::Stats {}])?;
+                machine.receive(PERIOD)
+            });
+            // One that ends right now, or is silent, is left out.
+            if let Ok(Some(sample)) = sample {
                 self.now.insert(name, sample);
             }
         }
@@ -199,12 +206,12 @@ fn table_of<'a>(
     Table::new(rows, widths).header(Row::new(head.split(',')).underlined())
 }
 
-/// Shows the machines until the user has seen enough.
+/// Shows the machines until the user has seen enough, or a signal ends it. Returns the exit status.
 ///
 /// # Errors
 ///
 /// [`Error::Input`] where standard output is no terminal; [`Error::Call`] where the terminal fails.
-pub fn run() -> Result<()> {
+pub fn run() -> Result<u8> {
     if !io::stdout().is_terminal() {
         return Err(Error::input(
             "'rvisor top' needs a terminal",
@@ -212,6 +219,7 @@ pub fn run() -> Result<()> {
         ));
     }
     let what = "using the terminal";
+    let signals = Signals::catch()?;
     let mut screen = Screen::default();
     screen.look()?;
     let mut terminal = ratatui::try_init().map_err(failed(what))?;
@@ -219,6 +227,9 @@ pub fn run() -> Result<()> {
     let result = (|| loop {
         let drawn = terminal.draw(|frame| screen.draw(frame));
         drawn.map_err(failed(what))?;
+        if let Some(signal) = signals.take() {
+            return Ok(Outcome::Signal(signal).status());
+        }
         let left = next.saturating_duration_since(Instant::now());
         if !event::poll(left).map_err(failed(what))? {
             screen.look()?;
@@ -230,8 +241,8 @@ pub fn run() -> Result<()> {
         };
         match key.code {
             _ if key.kind == KeyEventKind::Release => {}
-            KeyCode::Char('q') | KeyCode::Esc => return Ok(()),
-            KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return Ok(()),
+            KeyCode::Char('q') | KeyCode::Esc => return Ok(0),
+            KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return Ok(0),
             KeyCode::Up => screen.selected.select_previous(),
             KeyCode::Down => screen.selected.select_next(),
             _ => {}
@@ -244,6 +255,7 @@ pub fn run() -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stat;
     use ratatui::backend::TestBackend;
     use ratatui::Terminal;
 

@@ -100,8 +100,17 @@ pub(crate) fn stream(machine: &Machine, wanted: &Wanted, mut client: &UnixStream
     let mut traces = Vec::new();
     for vcpu in &machine.vcpus {
         if wanted.cpu.is_none_or(|cpu| cpu == vcpu.id) {
-            traces.push((vcpu.id, vcpu.trace().map_err(|error| refused(&error))?));
+            traces.push((vcpu.id, vcpu.trace().map_err(refused)?));
         }
+    }
+    if let Some(cpu) = wanted.cpu
+        && traces.is_empty()
+    {
+        let last = machine.vcpus.len() - 1;
+        return Err(Error::input(
+            format!("machine {} has no CPU {cpu}", machine.name),
+            format!("give one from 0 to {last}"),
+        ));
     }
     while !control::gone(client) {
         let mut files: Vec<(&dyn AsFd, _)> = vec![(&client, PollFlags::RDHUP)];
@@ -138,14 +147,14 @@ fn read(cpu: u32, mut file: &File, reasons: &[String]) -> Result<Vec<u8>> {
     Ok(lines)
 }
 
-fn refused(error: &io::Error) -> Error {
+fn refused(error: io::Error) -> Error {
     match error.raw_os_error() {
         Some(libc::ENOTTY | libc::EINVAL) => Error::input(
             "this hypervisor has no trace of a machine's exits",
             "run the machine on /dev/rvisor; for KVM there is the tracepoint kvm:kvm_exit ('perf trace')",
         ),
         Some(libc::EBUSY) => Error::input("the machine is being traced already", "end the other 'rvisor trace' first"),
-        _ => Error::call("opening the trace", io::Error::from(error.kind())),
+        _ => Error::call("opening the trace", error),
     }
 }
 
@@ -235,7 +244,7 @@ mod tests {
     #[test]
     fn what_the_machine_refuses_is_told() {
         assert_eq!(
-            refused(&io::Error::from_raw_os_error(libc::ENOTTY)).status(),
+            refused(io::Error::from_raw_os_error(libc::ENOTTY)).status(),
             2
         );
     }

@@ -55,7 +55,8 @@ pub fn up(options: &UpOptions) -> Result<u8> {
     let (mut started, mut processes) = (Vec::new(), Vec::new());
     for machine in &machines {
         let mut begin = || -> Result<Option<u8>> {
-            let (name, process) = match detach::start(&machine.words, options.file.parent())? {
+            let folder = options.file.parent();
+            let (name, process) = match detach::start(&machine.words, folder, Some(&signals))? {
                 Ok(started) => started,
                 Err(status) => {
                     say(format_args!("{} did not start", machine.name));
@@ -86,7 +87,11 @@ pub fn up(options: &UpOptions) -> Result<u8> {
         };
         if let Some(status) = begin().transpose() {
             end_all(&started, Duration::ZERO);
-            return status;
+            // What a signal has ended has not failed.
+            return match signals.take() {
+                Some(signal) => Ok(Outcome::Signal(signal).status()),
+                None => status,
+            };
         }
     }
     if options.detach {

@@ -12,7 +12,8 @@
 //! ```
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
 
@@ -25,7 +26,7 @@ use crate::arguments;
 use crate::error::{Error, Result};
 use crate::registry::Name;
 
-/// The most that a file may have, in bytes.
+/// What no file may have, in bytes.
 const LARGEST: u64 = 1 << 20;
 /// Options that are `up`'s own to give.
 const NOT_KEYS: [&str; 4] = ["name", "detach", "detached", "help"];
@@ -50,11 +51,11 @@ pub(super) fn read(path: &Path) -> Result<Vec<Machine>> {
             "give a file that describes machines; 'rvisor up --help' shows one",
         )
     };
-    let size = fs::metadata(path).map_err(|e| wrong(e.to_string()))?.len();
-    if size > LARGEST {
-        return Err(wrong(format!("it has {size} bytes, more than {LARGEST}")));
+    let mut text = String::new();
+    let read = File::open(path).and_then(|file| file.take(LARGEST).read_to_string(&mut text));
+    if read.map_err(|e| wrong(e.to_string()))? as u64 == LARGEST {
+        return Err(wrong(format!("it has {LARGEST} bytes or more")));
     }
-    let text = fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
     parse(&text).map_err(|Mistake(byte, cause, next)| {
         let (line, column) = position(&text, byte);
         let file = path.display();
@@ -285,6 +286,12 @@ mod tests {
             assert!(mistake.1.contains(words), "{text}: {mistake:?}");
             assert!(!mistake.1.contains('\n') && !mistake.2.is_empty());
         }
+    }
+
+    #[test]
+    fn a_file_without_end_is_refused() {
+        let said = read(Path::new("/dev/zero")).map_err(|error| error.to_string());
+        assert!(said.expect_err("it is too long").contains("bytes or more"));
     }
 
     #[test]

@@ -349,6 +349,24 @@ fn kill_insists(device: &Device) -> Outcome {
     Ok(())
 }
 
+/// A list without a machine that does not answer is no list of all; a file is no machine.
+fn silent(device: &Device) -> Outcome {
+    let machines = Machines::new(device)?;
+    firmware::start(&machines, firmware::minds_nothing())?;
+    fs::write(machines.file("file"), "")?;
+    let pids = pids(&machines.list()?);
+    for pid in &pids {
+        kill(*pid, libc::SIGSTOP);
+    }
+    let listed = machines.gives(1, &["ps", "--json"]);
+    for pid in pids {
+        kill(pid, libc::SIGKILL);
+    }
+    let (list, said) = listed?;
+    check_eq!(list.trim(), "[]", "the list");
+    check_line(&said, &["machine one", "does not answer"])
+}
+
 /// Clients that hang, send nonsense or are many do no harm.
 fn bad_clients(device: &Device) -> Outcome {
     let machines = Machines::new(device)?;
@@ -378,6 +396,7 @@ fn main() -> std::process::ExitCode {
         pause_and_resume,
         balloon,
         kill_insists,
+        silent,
         bad_clients,
         console::console,
         console::two_at_once,
@@ -390,6 +409,7 @@ fn main() -> std::process::ExitCode {
         up::up,
         up::all_or_none,
         up::mistakes,
+        up::interrupted,
         up::stopped_by_signal,
     ])
 }

@@ -5,7 +5,9 @@ use super::{check_line, kill, Machines, QUIET};
 use rvisor_tests::{check, check_eq, Device, Fail, Outcome};
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
+use std::time::Duration;
 
 /// A file with a machine for each name and end.
 fn file(machines: &Machines, list: &[(&str, &str)]) -> Outcome {
@@ -114,6 +116,37 @@ pub(super) fn mistakes(device: &Device) -> Outcome {
         &["machines.toml", "No such file"],
     )?;
     check_eq!(machines.list()?.trim(), "[]", "machines");
+    Ok(())
+}
+
+/// SIGTERM ends a start that lasts, here because passt does; none is left of what was started.
+pub(super) fn interrupted(device: &Device) -> Outcome {
+    let machines = Machines::new(device)?;
+    file(&machines, &[("one", "wait"), ("two", "wait")])?;
+    let path = machines.folder.join("machines.toml");
+    let text = fs::read_to_string(&path)?;
+    let (first, second) = text.split_at(text.rfind("[machine").unwrap_or_default());
+    fs::write(&path, format!("{first}{second}net = ['user']\n"))?;
+    let silent = machines.folder.join("passt");
+    fs::write(&silent, "#!/bin/sh\nexec /bin/sleep 15\n")?;
+    fs::set_permissions(&silent, PermissionsExt::from_mode(0o755))?;
+    let mut command = machines.tool(&["up"]);
+    command.env("PATH", &machines.folder).stdout(Stdio::null());
+    let mut child = command.spawn()?;
+    machines.wait("the first runs", || Ok(machines.connect("one").is_ok()))?;
+    // The second waits for its network then.
+    std::thread::sleep(Duration::from_millis(500));
+    let pid = libc::pid_t::try_from(child.id()).map_err(|_| Fail::new("its pid"))?;
+    kill(pid, libc::SIGTERM);
+    let mut status = None;
+    let ended = machines.wait("it ends", || {
+        status = child.try_wait()?;
+        Ok(status.is_some())
+    });
+    let _ = child.kill();
+    ended?;
+    check_eq!(status.and_then(|it| it.code()), Some(143), "status");
+    check_eq!(machines.list()?.trim(), "[]", "machines afterwards");
     Ok(())
 }
 

@@ -110,6 +110,22 @@ fn memory_of_up(device: &Device) -> Outcome {
     Ok(())
 }
 
+/// One that can't even start within its limit says so to who waits for it.
+fn memory_of_start(device: &Device) -> Outcome {
+    let _cgroups = Hierarchy::mounted()?;
+    let _quiet = QuietLog::new()?;
+    let mut command = machine::tool(device, &Software::Spins)?;
+    command.args(["--detach", "--memory-max", "64K"]);
+    let output = command.output().during(machine::TOOL)?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    check_eq!(output.status.code(), Some(7), "the exit status: {said}");
+    check!(
+        said.lines().count() == 1 && said.contains("--memory-max"),
+        "its words: {said}"
+    );
+    Ok(())
+}
+
 /// A guest that forks and spins on two CPUs, and one that spins on one, with the same share.
 fn fork_and_spin(device: &Device) -> Outcome {
     let _cgroups = Hierarchy::mounted()?;
@@ -295,6 +311,7 @@ fn main() -> std::process::ExitCode {
         half,
         memory,
         memory_of_up,
+        memory_of_start,
         fork_and_spin,
         signal,
         killed,

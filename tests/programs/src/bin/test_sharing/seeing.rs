@@ -142,18 +142,27 @@ pub(crate) fn top(device: &Device) -> Outcome {
     let mut terminal = Terminal::new()?;
     terminal.resize(24, 120)?;
     let before = terminal.mode()?;
-    let mut child = Command::new(TOOL)
-        .arg("top")
-        .env("TERM", "linux")
-        .stdin(terminal.user_side()?)
-        .stdout(terminal.user_side()?)
-        .stderr(terminal.user_side()?)
-        .spawn()?;
+    let side = terminal.user_side()?;
+    let start = || -> Result<_, Fail> {
+        let mut top = Command::new(TOOL);
+        top.arg("top").env("TERM", "linux");
+        top.stdin(side.try_clone()?).stdout(side.try_clone()?);
+        Ok(top.stderr(side.try_clone()?).spawn()?)
+    };
+    let mut child = start()?;
     terminal.await_text("topmost", PATIENCE)?;
     terminal.await_text("128 MiB", PATIENCE)?;
     terminal.type_keys(b"q")?;
     let screen = terminal.read_until_idle(&mut child, PATIENCE)?;
     check_eq!(child.wait()?.code(), Some(0), "the exit status: {screen}");
+    check_same(&before, &terminal.mode()?)?;
+    let mut child = start()?;
+    terminal.await_text("topmost", PATIENCE)?;
+    let pid = libc::pid_t::try_from(child.id()).map_err(|_| Fail::new("its pid"))?;
+    // SAFETY: Our own child, not reaped yet.
+    unsafe { libc::kill(pid, libc::SIGTERM) };
+    let screen = terminal.read_until_idle(&mut child, PATIENCE)?;
+    check_eq!(child.wait()?.code(), Some(143), "after SIGTERM: {screen}");
     check_same(&before, &terminal.mode()?)?;
     // Without a terminal it says what to do instead.
     let output = Command::new(TOOL).arg("top").output()?;
@@ -200,6 +209,15 @@ pub(crate) fn trace(device: &Device) -> Outcome {
         lines.len() > 10,
         "{} exits in half a second: {said}",
         lines.len()
+    );
+    let mut other = Command::new(TOOL);
+    other.args(["trace", "traced", "--cpu", "1"]);
+    let output = other.output().during(TOOL)?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    check_eq!(output.status.code(), Some(2), "of CPU 1: {said}");
+    check!(
+        said.contains("no CPU 1") && said.lines().count() == 1,
+        "{said}"
     );
     check!(
         lines
