@@ -22,11 +22,13 @@ pub fn report(vcpu: &VcpuFd) -> String {
 /// As the structures of KVM's API tell it themselves, in hexadecimal, four registers or one segment to a line.
 fn text(regs: &kvm_regs, sregs: &kvm_sregs) -> String {
     let general = format!("{regs:x?}");
-    let general: Vec<_> = general.split(", ").collect();
-    let rows = general.chunks(4).map(|row| row.join(", "));
+    let general = general.split(['{', ',', '}']);
+    let general = general.filter_map(|field| field.split_once(": "));
+    let general = general.map(|(name, value)| format!("{name:>7} {:>16}", value.trim()));
+    let rows = general.collect::<Vec<_>>();
+    let rows: Vec<_> = rows.chunks(4).map(|row| row.concat()).collect();
     let segments = format!("{sregs:x?}").replace("}, ", "},\n  ");
-    let general = rows.collect::<Vec<_>>().join(",\n  ");
-    format!("registers\n  {general}\n  {segments}")
+    format!("registers\n{}\n  {segments}", rows.join("\n"))
 }
 
 /// What the hypervisor told with `KVM_EXIT_INTERNAL_ERROR` in `run`: the reason, the instruction's bytes
@@ -126,8 +128,8 @@ mod tests {
         };
         let text = text(&regs, &sregs);
         for part in [
-            " rip: 12345678,",
-            " r15: feed,",
+            "\n    rax                0    rbx ",
+            "    r15             feed\n    rip         12345678 rflags                0\n",
             "\n  ldt: kvm_segment { base: 0,",
             " cr3: abcd000,",
         ] {
