@@ -3,10 +3,10 @@
 //! Snapshots: a machine that stands still, as a file.
 //!
 //! The file begins with [`MAGIC`] and the format's [`VERSION`] (4 bytes, little-endian). Two frames of LZ4 follow:
-//! [`Head`], a line of JSON, and what the machine writes: [`State`], a line of JSON too, and the bytes of its memory, RAM
-//! and firmware, by ascending guest-physical addresses. Their blocks have checksums. All of a frame has none: it would
-//! double the time that the machine stands still, most of whose memory is zeros, and a block that is missing or is read
-//! as something else shows by the size of all.
+//! [`Head`], a line of JSON, and what the machine writes: [`State`], a line of JSON too, and the pages of its memory, RAM
+//! and firmware, that are not zeros, each behind its guest-physical address. Behind the last are [`END`] and their
+//! number. Addresses and number have 8 bytes, little-endian. The frames' blocks have checksums; a block that is missing
+//! shows by the number of pages.
 //!
 //! The machine writes its frame into its control socket. The command `rvisor snapshot` puts the head before it, and
 //! reads all of it once before it gives the file its name: so the machine's process needs no right to files, and a file
@@ -27,26 +27,30 @@ use rustix::fs::{linkat, open, AtFlags, Mode, OFlags, CWD};
 use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use vm_memory::{Bytes, GuestMemory, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemory, GuestMemoryRegion, MemoryRegionAddress,
+};
 
 use crate::arguments::{self, Origin, RunOptions};
 use crate::control::{Client, Nothing, Request};
 use crate::devices::{self, virtio};
 use crate::error::{Error, Result};
-use crate::layout::{FIRMWARE_SIZE, PAGE_SIZE};
+use crate::layout::{self, FIRMWARE_SIZE, PAGE_SIZE};
 use crate::machine::saved;
 use crate::memory::Memory;
 use crate::registry::{self, Name};
 
 const MAGIC: [u8; 8] = *b"rvisorVM";
 /// Counted up with each change of the format or of what is in the state.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 /// The most that a line of JSON has, in bytes, and that a machine's frame has besides its memory.
 const LARGEST: u64 = 64 << 20;
 /// How many bytes of a file are read and written at once.
 const BUFFER: usize = 256 << 10;
 const PAGE: usize = PAGE_SIZE as usize;
 const ZEROS: [u8; PAGE] = [0; PAGE];
+/// No page's address.
+const END: u64 = u64::MAX;
 
 /// What is known of a machine without asking it.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -91,14 +95,21 @@ impl State {
 /// What `out` answers.
 pub fn write(out: impl Write, state: &State, memory: &Memory) -> io::Result<()> {
     let mut frame = frame(BufWriter::new(out), state)?;
-    let mut page = [0; PAGE];
+    let (mut page, mut count) = ([0; PAGE], 0_u64);
     for region in memory.iter() {
         for at in (0..region.len()).step_by(PAGE) {
             let read = region.read_slice(&mut page, MemoryRegionAddress(at));
             read.map_err(io::Error::other)?;
-            frame.write_all(&page)?;
+            if page != ZEROS {
+                let address = region.start_addr().raw_value() + at;
+                frame.write_all(&address.to_le_bytes())?;
+                frame.write_all(&page)?;
+                count += 1;
+            }
         }
     }
+    frame.write_all(&END.to_le_bytes())?;
+    frame.write_all(&count.to_le_bytes())?;
     frame.finish()?.flush()
 }
 
@@ -166,20 +177,48 @@ fn read_line<T: DeserializeOwned>(input: impl BufRead) -> io::Result<T> {
 fn end(input: &mut impl Read) -> io::Result<()> {
     match input.read(&mut [0])? {
         0 => Ok(()),
-        _ => Err(io::Error::other("it has more than its machine")),
+        _ => Err(more()),
     }
+}
+
+fn more() -> io::Error {
+    io::Error::other("it has more than its machine")
+}
+
+/// Reads the pages of memory, to their end, and has `put` take each with its address.
+fn pages(
+    input: &mut impl Read,
+    mut put: impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let (mut word, mut page) = ([0; 8], [0; PAGE]);
+    for count in 0_u64.. {
+        input.read_exact(&mut word)?;
+        let address = u64::from_le_bytes(word);
+        if address == END {
+            input.read_exact(&mut word)?;
+            return match u64::from_le_bytes(word) == count {
+                true => end(input),
+                false => Err(io::Error::other("it has not all of its pages")),
+            };
+        }
+        input.read_exact(&mut page)?;
+        put(address, &page)?;
+    }
+    Ok(())
 }
 
 /// Checks that all of a snapshot is there and that it can be that of a machine with these options.
 fn check(input: impl Read, options: &RunOptions) -> io::Result<()> {
     let (_, state, mut frames) = begin(input)?;
-    let memory = options.memory.saturating_add(state.rom);
-    if !state.fits(options)
-        || io::copy(&mut frames.by_ref().take(memory), &mut io::sink())? < memory
-    {
+    if !state.fits(options) {
         return Err(io::Error::other("it has less than its machine"));
     }
-    end(&mut frames)?;
+    let memory = layout::with_rom(layout::ram(options.memory), state.rom);
+    pages(&mut frames, |address, _| {
+        let known = memory.iter().any(|range| range.contains(&address));
+        let known = known && address.is_multiple_of(PAGE_SIZE);
+        known.then_some(()).ok_or_else(more)
+    })?;
     end(&mut frames.get_mut().0)
 }
 
@@ -218,6 +257,14 @@ impl New {
     ///
     /// [`Error::Input`] where it can't be made there.
     fn create(path: &Path) -> Result<Self> {
+        // What gives it its name would replace a device as well.
+        let taken = fs::metadata(path).is_ok_and(|found| !found.is_file());
+        if taken || path.to_string_lossy().ends_with('/') {
+            return Err(Error::input(
+                format!("{} can't become a file", path.display()),
+                "give the name of a file",
+            ));
+        }
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let random = RandomState::new().build_hasher().finish();
         // Within the 255 bytes that a name may have.
@@ -278,7 +325,9 @@ impl Drop for New {
 /// Stores what a machine writes behind that head, and checks it.
 fn store(from: impl Read, head: &Head, mut file: &File, path: &Path) -> Result<()> {
     let options = arguments::run_options(&head.origin, None, false)?;
-    let most = options.memory.saturating_add(FIRMWARE_SIZE.end() + LARGEST);
+    // What a page's address takes is counted in.
+    let beside = options.memory / 256 + FIRMWARE_SIZE.end() + LARGEST;
+    let most = options.memory.saturating_add(beside);
     let mut to = BufWriter::with_capacity(BUFFER, file);
     write_head(&mut to, head)
         .and_then(|()| io::copy(&mut from.take(most), &mut to))
@@ -338,20 +387,12 @@ impl Snapshot {
     }
 }
 
-/// Reads the memory into that of a machine. A page of zeros, which it has already, is not written: it would be
-/// allocated.
+/// Reads the memory into that of a machine. A page of zeros, which it has already, is not there: it would be allocated.
 fn fill(frames: &mut impl Read, memory: &Memory) -> io::Result<()> {
-    let mut page = [0; PAGE];
-    for region in memory.iter() {
-        for at in (0..region.len()).step_by(PAGE) {
-            frames.read_exact(&mut page)?;
-            if page != ZEROS {
-                let written = region.write_slice(&page, MemoryRegionAddress(at));
-                written.map_err(io::Error::other)?;
-            }
-        }
-    }
-    end(frames)
+    pages(frames, |address, page| {
+        let written = memory.write_slice(page, GuestAddress(address));
+        written.map_err(|_| more())
+    })
 }
 
 /// The same, where the decoder's own text is none for people.
@@ -368,6 +409,7 @@ fn in_words(error: io::Error) -> io::Error {
 fn wrong(file: &Path, error: io::Error) -> Error {
     let (file, error) = (file.display(), in_words(error));
     let cause = match error.kind() {
+        io::ErrorKind::IsADirectory => format!("{file} is a folder"),
         _ if error.raw_os_error().is_some() => {
             return Error::call(format!("reading {file}"), error)
         }
