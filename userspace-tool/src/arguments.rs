@@ -184,9 +184,9 @@ pub enum Command {
     },
     /// Write a machine as it is to a file; it stands still meanwhile
     ///
-    /// That is its memory but for pages of zeros, compressed by LZ4, its CPUs and its devices. The file is there when it is whole and on the
-    /// disk; where that fails, nothing is left of it, nor after Ctrl-C where the file system has files without a name.
-    /// This user alone may read it.
+    /// That is its memory but for pages of zeros, compressed by LZ4, its CPUs and its devices. The file is there when it
+    /// is whole and on the disk; where that fails, nothing is left of it, nor after Ctrl-C where the file system has
+    /// files without a name. This user alone may read it.
     ///
     /// What is on the machine's disks is not in the file: copy them while the machine is paused.
     Snapshot {

@@ -8,11 +8,9 @@ use std::fs;
 use std::path::Path;
 
 use crate::arguments::DEFAULT_DEVICE;
-use crate::error::{print, Error, Result};
+use crate::error::{print, Error, Result, STATUS_HOST};
 use crate::hypervisor;
 
-/// Exit status where something that guests need is missing.
-const STATUS_MISSING: u8 = 1;
 /// The Linux that the module is made for.
 const KERNEL: (u32, u32) = (7, 3);
 
@@ -32,7 +30,7 @@ fn line(finding: &Finding) -> String {
     }
 }
 
-/// Prints the report for `device` and returns the exit status: 0 where guests can run there, else 1.
+/// Prints the report for `device` and returns the exit status: 0 where guests can run there, else [`STATUS_HOST`].
 ///
 /// # Errors
 ///
@@ -40,17 +38,16 @@ fn line(finding: &Finding) -> String {
 pub fn run(device: &Path) -> Result<u8> {
     let root = Path::new("/");
     let findings = findings(root, device);
-    for finding in &findings {
-        print(&format!("{}\n", line(finding)))?;
-    }
-    print(&format!("note  {}\n", kvm(root, device)))?;
-    let device = device.display();
-    if findings.iter().any(Result::is_err) {
-        print(&format!("Guests can't run on {device} yet.\n"))?;
-        return Ok(STATUS_MISSING);
-    }
-    print(&format!("Guests can run on {device}.\n"))?;
-    Ok(0)
+    let lines: String = findings.iter().map(|it| line(it) + "\n").collect();
+    let (status, can, yet) = match findings.iter().all(Result::is_ok) {
+        true => (0, "can", ""),
+        false => (STATUS_HOST, "can't", " yet"),
+    };
+    let (kvm, device) = (kvm(root, device), device.display());
+    print(&format!(
+        "{lines}note  {kvm}\nGuests {can} run on {device}{yet}.\n"
+    ))?;
+    Ok(status)
 }
 
 /// All findings; the host's /proc and /sys are looked for below `root`.

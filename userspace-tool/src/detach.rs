@@ -9,7 +9,6 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -56,12 +55,12 @@ pub fn start(
     let id = Pid::from_child(&child);
     let mut said = String::new();
     if let Some(pipe) = child.stdout.as_mut() {
-        if let Some(signals) = signals {
-            let files: [(&dyn AsFd, _); 2] = [(pipe, PollFlags::IN), (signals, PollFlags::IN)];
-            // It is in another session than the terminal that the signal may be from.
-            if ready::wait(&files, None).map_err(failed(what))?[1] {
-                let _ = kill_process(id, Signal::TERM);
-            }
+        // It is in another session than the terminal that the signal may be from.
+        if let Some(signals) = signals
+            && ready::wait(&[(pipe, PollFlags::IN), (signals, PollFlags::IN)], None)
+                .map_err(failed(what))?[1]
+        {
+            let _ = kill_process(id, Signal::TERM);
         }
         // One line: processes that the machine started may have the pipe for longer.
         BufReader::new(pipe)

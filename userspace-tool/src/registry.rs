@@ -332,7 +332,7 @@ pub fn connect(name: &Name) -> Result<Option<UnixStream>> {
 
 /// As [`connect`], to the machine with that folder.
 fn reach(folder: &Path, name: &Name) -> Result<Option<UnixStream>> {
-    use io::ErrorKind::{ConnectionRefused, NotFound};
+    use io::ErrorKind::{ConnectionRefused, InvalidFilename, NotFound};
     // One that stands still and has many clients waiting would have this one wait without end.
     let connect = || -> io::Result<_> {
         let socket = socket_with(
@@ -347,8 +347,11 @@ fn reach(folder: &Path, name: &Name) -> Result<Option<UnixStream>> {
     };
     match connect() {
         Ok(stream) => Ok(Some(stream)),
-        Err(error) if matches!(error.kind(), NotFound | ConnectionRefused) => Ok(None),
-        Err(error) => Err(Error::call(format!("reaching machine {name}"), error)),
+        // Where its path is too long for a socket there never was one.
+        Err(error) => match error.kind() {
+            NotFound | ConnectionRefused | InvalidFilename => Ok(None),
+            _ => Err(Error::call(format!("reaching machine {name}"), error)),
+        },
     }
 }
 
@@ -422,6 +425,17 @@ mod tests {
         let _first = reach().expect("there is a place").expect("it is there");
         let error = reach().expect_err("there is no place").to_string();
         assert!(error.starts_with("reaching machine web: "), "{error}");
+    }
+
+    #[test]
+    fn a_path_that_is_too_long_for_a_socket_is_told_and_left() {
+        let parent = tempfile::tempdir().expect("a folder");
+        let folder = parent.path().join("l".repeat(120));
+        let claim = Claim::of(folder.clone(), web()).expect("nobody has it");
+        let error = claim.listen().expect_err("it is too long").to_string();
+        assert!(error.ends_with("name a shorter path"), "{error}");
+        drop(claim);
+        assert!(!folder.exists());
     }
 
     #[test]

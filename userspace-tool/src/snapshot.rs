@@ -4,9 +4,8 @@
 //!
 //! The file begins with [`MAGIC`] and the format's [`VERSION`] (4 bytes, little-endian). Two frames of LZ4 follow:
 //! [`Head`], a line of JSON, and what the machine writes: [`State`], a line of JSON too, and the pages of its memory, RAM
-//! and firmware, that are not zeros, each behind its guest-physical address. Behind the last are [`END`] and their
-//! number. Addresses and number have 8 bytes, little-endian. The frames' blocks have checksums; a block that is missing
-//! shows by the number of pages.
+//! and firmware, that are not zeros, each behind its guest-physical address (8 bytes, little-endian). The frames and
+//! their blocks have checksums.
 //!
 //! The machine writes its frame into its control socket. The command `rvisor snapshot` puts the head before it, and
 //! reads all of it once before it gives the file its name: so the machine's process needs no right to files, and a file
@@ -39,6 +38,7 @@ use crate::layout::{self, FIRMWARE_SIZE, PAGE_SIZE};
 use crate::machine::saved;
 use crate::memory::Memory;
 use crate::registry::{self, Name};
+use crate::stat::counters::number;
 
 const MAGIC: [u8; 8] = *b"rvisorVM";
 /// Counted up with each change of the format or of what is in the state.
@@ -49,8 +49,6 @@ const LARGEST: u64 = 64 << 20;
 const BUFFER: usize = 256 << 10;
 const PAGE: usize = PAGE_SIZE as usize;
 const ZEROS: [u8; PAGE] = [0; PAGE];
-/// No page's address.
-const END: u64 = u64::MAX;
 
 /// What is known of a machine without asking it.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -95,7 +93,7 @@ impl State {
 /// What `out` answers.
 pub fn write(out: impl Write, state: &State, memory: &Memory) -> io::Result<()> {
     let mut frame = frame(BufWriter::new(out), state)?;
-    let (mut page, mut count) = ([0; PAGE], 0_u64);
+    let mut page = [0; PAGE];
     for region in memory.iter() {
         for at in (0..region.len()).step_by(PAGE) {
             let read = region.read_slice(&mut page, MemoryRegionAddress(at));
@@ -104,12 +102,9 @@ pub fn write(out: impl Write, state: &State, memory: &Memory) -> io::Result<()> 
                 let address = region.start_addr().raw_value() + at;
                 frame.write_all(&address.to_le_bytes())?;
                 frame.write_all(&page)?;
-                count += 1;
             }
         }
     }
-    frame.write_all(&END.to_le_bytes())?;
-    frame.write_all(&count.to_le_bytes())?;
     frame.finish()?.flush()
 }
 
@@ -123,7 +118,7 @@ fn write_head(out: &mut impl Write, head: &Head) -> io::Result<()> {
 /// Begins a frame with that as a line of JSON.
 fn frame<W: Write>(out: W, line: &impl Serialize) -> io::Result<FrameEncoder<W>> {
     let info = FrameInfo::new().block_size(BlockSize::Max256KB);
-    let info = info.block_checksums(true);
+    let info = info.block_checksums(true).content_checksum(true);
     let mut frame = FrameEncoder::with_frame_info(info, out);
     serde_json::to_writer(&mut frame, line)?;
     frame.write_all(b"\n")?;
@@ -190,19 +185,11 @@ fn pages(
     input: &mut impl Read,
     mut put: impl FnMut(u64, &[u8]) -> io::Result<()>,
 ) -> io::Result<()> {
-    let (mut word, mut page) = ([0; 8], [0; PAGE]);
-    for count in 0_u64.. {
-        input.read_exact(&mut word)?;
-        let address = u64::from_le_bytes(word);
-        if address == END {
-            input.read_exact(&mut word)?;
-            return match u64::from_le_bytes(word) == count {
-                true => end(input),
-                false => Err(io::Error::other("it has not all of its pages")),
-            };
-        }
-        input.read_exact(&mut page)?;
-        put(address, &page)?;
+    let mut page = [0; 8 + PAGE];
+    while input.read(&mut page[..1])? > 0 {
+        input.read_exact(&mut page[1..])?;
+        let (address, page) = page.split_at(8);
+        put(number(address, 0, 8), page)?;
     }
     Ok(())
 }

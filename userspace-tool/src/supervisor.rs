@@ -89,9 +89,11 @@ fn tell(options: &RunOptions, process: u32, text: &str) {
     if !options.detached {
         return say(text);
     }
-    let folder = registry::folder(&Name::of(options.name.as_ref(), process));
-    let log = folder.map(|folder| folder.join(registry::LOG));
-    if let Ok(Ok(mut log)) = log.map(|log| File::options().append(true).open(log)) {
+    if let Ok(folder) = registry::folder(&Name::of(options.name.as_ref(), process))
+        && let Ok(mut log) = File::options()
+            .append(true)
+            .open(folder.join(registry::LOG))
+    {
         // Nobody may be left to tell.
         let _ = writeln!(log, "rvisor: {text}");
     }
@@ -121,8 +123,9 @@ fn watch(child: &mut Child, signals: &Signals) -> Result<ExitStatus> {
         if ready::wait(&files, None).map_err(failed(what))?[0] {
             return child.wait().map_err(failed(what));
         }
-        let signal = signals.take().map(i32::from);
-        if let Some(signal) = signal.and_then(Signal::from_named_raw) {
+        if let Some(signal) = signals.take()
+            && let Some(signal) = Signal::from_named_raw(signal.into())
+        {
             // Fails only where it has just ended.
             let _ = pidfd_send_signal(&process, signal);
         }

@@ -8,8 +8,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use kvm_bindings::{
-    kvm_msr_entry, CpuId, Msrs, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
-    KVM_SYSTEM_EVENT_SHUTDOWN,
+    CpuId, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
@@ -180,13 +179,8 @@ fn reason(exit: &std::result::Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Option
 /// Sets what firmware sets. A hypervisor that lacks one of these registers has the guest without it.
 fn set_msrs(fd: &VcpuFd) -> Result<()> {
     for (index, data) in FIRMWARE_MSRS {
-        let entry = kvm_msr_entry {
-            index,
-            data,
-            ..Default::default()
-        };
-        let msrs = Msrs::from_entries(&[entry]).map_err(failed("listing MSRs"))?;
-        fd.set_msrs(&msrs).map_err(failed("setting a CPU's MSRs"))?;
+        let set = fd.set_msrs(&saved::one_msr(index, data)?);
+        set.map_err(failed("setting a CPU's MSRs"))?;
     }
     Ok(())
 }

@@ -121,10 +121,7 @@ fn set(what: &str, result: std::result::Result<(), kvm_ioctls::Error>) -> Result
 fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>> {
     let mut read = Vec::with_capacity(indices.len());
     for index in indices {
-        let mut msr = one_msr(kvm_msr_entry {
-            index: *index,
-            ..Default::default()
-        })?;
+        let mut msr = one_msr(*index, 0)?;
         if fd.get_msrs(&mut msr).map_err(failed("reading MSRs"))? > 0 {
             read.extend(msr.as_slice());
         }
@@ -133,7 +130,7 @@ fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>> {
 }
 
 fn write_msr(fd: &VcpuFd, entry: kvm_msr_entry) -> Result<()> {
-    match fd.set_msrs(&one_msr(entry)?) {
+    match fd.set_msrs(&one_msr(entry.index, entry.data)?) {
         Ok(1..) => Ok(()),
         Ok(0) => Err(foreign(&format!("MSR {:#x}", entry.index))),
         Err(error) => Err(Error::call("writing MSRs", error)),
@@ -141,7 +138,12 @@ fn write_msr(fd: &VcpuFd, entry: kvm_msr_entry) -> Result<()> {
 }
 
 /// A list of one, as the calls take it: of a longer one they tell only how far they came.
-fn one_msr(entry: kvm_msr_entry) -> Result<Msrs> {
+pub(crate) fn one_msr(index: u32, data: u64) -> Result<Msrs> {
+    let entry = kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
     Msrs::from_entries(&[entry]).map_err(failed("listing MSRs"))
 }
 

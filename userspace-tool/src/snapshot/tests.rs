@@ -177,28 +177,25 @@ fn other_files_and_versions_are_told_from_damage() {
     assert!(told.starts_with("reading x: Bad file descr"), "{told}");
 }
 
-/// What a machine writes with one page, which has that address and is told to be one of so many.
-fn with_page(address: u64, count: u64) -> Vec<u8> {
+/// What a machine writes with one page, which has that address, and `more` behind it.
+fn with_page(address: u64, more: &[u8]) -> Vec<u8> {
     let mut frame = frame(Vec::new(), &state()).expect("a vector takes all");
-    let parts = [&address.to_le_bytes(), &[1; PAGE][..]];
-    let end = [END, count].map(u64::to_le_bytes).concat();
-    frame
-        .write_all(&[&parts.concat(), &*end].concat())
-        .expect("a vector takes all");
+    let page = [&address.to_le_bytes(), &[1; PAGE][..], more].concat();
+    frame.write_all(&page).expect("a vector takes all");
     frame.finish().expect("a vector takes all")
 }
 
 #[test]
-fn pages_are_where_the_machine_has_memory_and_all_are_there() {
-    for (address, count, words) in [
-        (4 * MIB - PAGE_SIZE, 1, None),
-        (4 * MIB, 1, Some("more than its machine")),
-        (4 * MIB - PAGE_SIZE + 8, 1, Some("more than its machine")),
-        (END - 1, 1, Some("more than its machine")),
-        (0, 2, Some("not all of its pages")),
-        (0, 0, Some("not all of its pages")),
+fn pages_are_whole_and_where_the_machine_has_memory() {
+    let last = 4 * MIB - PAGE_SIZE;
+    for (address, behind, words) in [
+        (last, "", None),
+        (4 * MIB, "", Some("more than its machine")),
+        (last + 8, "", Some("more than its machine")),
+        (u64::MAX, "", Some("more than its machine")),
+        (last, "x", Some("")),
     ] {
-        let machines = with_page(address, count);
+        let machines = with_page(address, behind.as_bytes());
         let mut bytes = Vec::new();
         write_head(&mut bytes, &head()).expect("a vector takes all");
         bytes.extend(&machines);
@@ -211,8 +208,31 @@ fn pages_are_where_the_machine_has_memory_and_all_are_there() {
                 (Some(said), Some(words)) => said.contains(words),
                 (said, words) => said.is_none() && words.is_none(),
             };
-            assert!(as_expected, "{address:#x}, {count}: {said:?}");
+            assert!(as_expected, "{address:#x}: {said:?}");
         }
+    }
+}
+
+/// Between pages, so that nothing else shows it.
+#[test]
+fn a_block_that_is_missing_is_found() {
+    let mut frame = frame(Vec::new(), &state()).expect("a vector takes all");
+    let ends = [0, PAGE_SIZE].map(|address: u64| {
+        let page = [&address.to_le_bytes(), &[1; PAGE][..]].concat();
+        let written = frame.write_all(&page).and_then(|()| frame.flush());
+        written.expect("a vector takes all");
+        frame.get_ref().len()
+    });
+    let machines = frame.finish().expect("a vector takes all");
+    for whole in [true, false] {
+        let mut bytes = Vec::new();
+        write_head(&mut bytes, &head()).expect("a vector takes all");
+        bytes.extend(&machines[..ends[0]]);
+        bytes.extend(&machines[ends[usize::from(!whole)]..]);
+        let error = read(&bytes)
+            .err()
+            .map(|error| wrong(Path::new("file"), error));
+        assert_eq!(error.is_none(), whole, "{error:?}");
     }
 }
 
@@ -304,7 +324,7 @@ fn what_is_no_file_is_not_replaced() {
 #[test]
 fn a_machine_has_no_more_memory_than_it_was_made_with() {
     let most = 4 * MIB + 4 * MIB / 256 + FIRMWARE_SIZE.end() + LARGEST;
-    let large = with_page(4 * MIB, 1);
+    let large = with_page(4 * MIB, b"");
     let of_another = State {
         rom: FIRMWARE_SIZE.end() + PAGE_SIZE,
         ..state()
