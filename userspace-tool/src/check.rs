@@ -206,6 +206,17 @@ mod tests {
     }
 
     #[test]
+    fn of_a_device_that_works_the_cpu_matters_not() {
+        let device = Path::new("/dev/kvm");
+        if !api(device).iter().all(Result::is_ok) {
+            return crate::error::say("SKIP: there is no /dev/kvm that works");
+        }
+        let host = host(&[]);
+        let findings = findings(host.path(), device);
+        assert!(findings.iter().all(Result::is_ok), "{findings:?}");
+    }
+
+    #[test]
     fn only_rvisors_device_needs_rvisors_module() {
         let host = host(&[]);
         let has_module = |device: &str| {
