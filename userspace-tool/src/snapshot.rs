@@ -4,8 +4,8 @@
 //!
 //! The file begins with [`MAGIC`] and the format's [`VERSION`] (4 bytes, little-endian). Two frames of LZ4 follow:
 //! [`Head`], a line of JSON, and what the machine writes: [`State`], a line of JSON too, and the pages of its memory, RAM
-//! and firmware, that are not zeros, each behind its guest-physical address (8 bytes, little-endian). The frames and
-//! their blocks have checksums.
+//! and firmware, that are not zeros, each behind its guest-physical address (8 bytes, little-endian), in their order. The
+//! frames and their blocks have checksums.
 //!
 //! The machine writes its frame into its control socket. The command `rvisor snapshot` puts the head before it, and
 //! reads all of it once before it gives the file its name: so the machine's process needs no right to files, and a file
@@ -185,11 +185,16 @@ fn pages(
     input: &mut impl Read,
     mut put: impl FnMut(u64, &[u8]) -> io::Result<()>,
 ) -> io::Result<()> {
-    let mut page = [0; 8 + PAGE];
+    let (mut page, mut least) = ([0; 8 + PAGE], 0);
     while input.read(&mut page[..1])? > 0 {
         input.read_exact(&mut page[1..])?;
-        let (address, page) = page.split_at(8);
-        put(number(address, 0, 8), page)?;
+        let address = number(&page, 0, 8);
+        // By their order there are no more than the machine has.
+        if address < least || !address.is_multiple_of(PAGE_SIZE) {
+            return Err(more());
+        }
+        least = address.saturating_add(1);
+        put(address, &page[8..])?;
     }
     Ok(())
 }
@@ -203,7 +208,6 @@ fn check(input: impl Read, options: &RunOptions) -> io::Result<()> {
     let memory = layout::with_rom(layout::ram(options.memory), state.rom);
     pages(&mut frames, |address, _| {
         let known = memory.iter().any(|range| range.contains(&address));
-        let known = known && address.is_multiple_of(PAGE_SIZE);
         known.then_some(()).ok_or_else(more)
     })?;
     end(&mut frames.get_mut().0)

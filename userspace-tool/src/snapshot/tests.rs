@@ -189,13 +189,14 @@ fn with_page(address: u64, more: &[u8]) -> Vec<u8> {
 fn pages_are_whole_and_where_the_machine_has_memory() {
     let last = 4 * MIB - PAGE_SIZE;
     for (address, behind, words) in [
-        (last, "", None),
-        (4 * MIB, "", Some("more than its machine")),
-        (last + 8, "", Some("more than its machine")),
-        (u64::MAX, "", Some("more than its machine")),
-        (last, "x", Some("")),
+        (last, [].as_slice(), None),
+        (4 * MIB, &[], Some("more than its machine")),
+        (last - 8, &[], Some("more than its machine")),
+        (u64::MAX - 4095, &[], Some("more than its machine")),
+        (0, &[0; 8 + PAGE], Some("more than its machine")),
+        (last, &[1], Some("")),
     ] {
-        let machines = with_page(address, behind.as_bytes());
+        let machines = with_page(address, behind);
         let mut bytes = Vec::new();
         write_head(&mut bytes, &head()).expect("a vector takes all");
         bytes.extend(&machines);

@@ -143,7 +143,7 @@ pub(super) fn bad_snapshots(device: &Device) -> Outcome {
 fn full_disk(machines: &Machines) -> Outcome {
     let folder = machines.folder.join("full");
     fs::create_dir(&folder)?;
-    let mount = ["-t", "tmpfs", "-o", "size=8k", "none"];
+    let mount = ["-t", "tmpfs", "-o", "size=4k", "none"];
     let status = Command::new("mount").args(mount).arg(&folder).status()?;
     check!(status.success(), "no small disk: {status}");
     fs::write(folder.join("file"), "old")?;
@@ -160,7 +160,7 @@ fn full_disk(machines: &Machines) -> Outcome {
         (1, "old"),
         "files on the full disk: {left:?}"
     );
-    let list = machines.list()?;
-    check!(list.contains("\"state\":\"running\""), "{list}");
-    Ok(())
+    machines.wait("the machine goes on", || {
+        Ok(machines.list()?.contains("\"state\":\"running\""))
+    })
 }
