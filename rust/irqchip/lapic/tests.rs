@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
+mod page;
 mod timer;
+mod x2apic;
 
 use super::*;
 use crate::irqchip::destination::{DeliveryMode, Shorthand};
-use crate::irqchip::{Clock, Nanoseconds};
+use crate::irqchip::Nanoseconds;
 use crate::x86::msr::MsrIndex;
 
 const NOW: Now = at(1_000_000_000);
@@ -367,100 +369,6 @@ fn identity_changes_are_told() {
     assert_eq!(apic.identity().mode, ApicMode::X2Apic);
 }
 
-/// Tells no time: whoever asks is wrong.
-struct NoClock;
-
-impl Clock for NoClock {
-    fn now(&self) -> Now {
-        panic!("the moment does not matter here")
-    }
-}
-
-#[test]
-fn clocks_are_read_for_the_timer_only() {
-    let mut apic = x2apic();
-    for index in [
-        0x802, 0x803, 0x808, 0x80a, 0x80d, 0x80f, 0x810, 0x830, 0x838,
-    ] {
-        assert!(apic.read_msr(MsrIndex(index), NoClock).is_ok());
-    }
-    for (index, value) in [(0x808, 0), (0x80b, 0), (0x830, 0x41), (0x83f, 0x41)] {
-        assert!(apic.write_msr(MsrIndex(index), value, NoClock).is_ok());
-    }
-    let mut apic = enabled();
-    let _ = apic.read(0x30, NoClock);
-    assert_eq!(apic.write(0xb0, 0, NoClock), LapicEffect::None);
-}
-
-#[test]
-fn x2apic_eoi_ends_the_highest() {
-    let mut apic = x2apic();
-    request(&mut apic, 0x41);
-    apic.acknowledge(Vector(0x41));
-    apic.set_irr(Vector(0x71), TriggerMode::Level);
-    apic.acknowledge(Vector(0x71));
-    let mut end = || apic.write_msr(MsrIndex(0x80b), 0, NOW);
-    assert_eq!(end(), Ok(LapicEffect::Eoi(Vector(0x71))));
-    assert_eq!(end(), Ok(LapicEffect::None));
-    assert_eq!(apic.ppr(), 0);
-}
-
-#[test]
-fn x2apic_registers() {
-    let mut apic = x2apic();
-    assert_eq!(apic.read_msr(MsrIndex(0x802), NOW), Ok(3));
-    assert_eq!(apic.read_msr(MsrIndex(0x80d), NOW), Ok(0x8));
-    // SDM vol. 3, table 12-6: no DFR, no upper ICR, and what can only be written.
-    for index in [0x80b, 0x80e, 0x831, 0x83f, 0x840, 0x800, 0x809] {
-        assert_eq!(
-            apic.read_msr(MsrIndex(index), NOW),
-            Err(Invalid),
-            "{index:x}"
-        );
-    }
-    for index in [
-        0x802, 0x803, 0x80a, 0x80d, 0x810, 0x827, 0x839, 0x80e, 0x831,
-    ] {
-        assert_eq!(
-            apic.write_msr(MsrIndex(index), 0, NOW),
-            Err(Invalid),
-            "{index:x}"
-        );
-    }
-    for (index, bad) in [
-        (0x808, 0x100),
-        (0x80b, 1),
-        (0x80f, 0x400),
-        (0x828, 1),
-        (0x832, 1 << 20),
-        (0x835, 1 << 17),
-        (0x837, 1 << 15),
-        (0x83e, 4),
-        (0x838, 1 << 32),
-        (0x830, 1 << 13),
-        (0x830, 1 << 16),
-        (0x830, 1 << 20),
-    ] {
-        assert_eq!(
-            apic.write_msr(MsrIndex(index), bad, NOW),
-            Err(Invalid),
-            "{index:x}"
-        );
-    }
-    let Ok(LapicEffect::SendIpi(message)) =
-        apic.write_msr(MsrIndex(0x830), 0x0001_0002_0000_4841, NOW)
-    else {
-        panic!("no IPI");
-    };
-    assert_eq!(message.destination, 0x0001_0002);
-    assert!(message.logical);
-    assert_eq!(
-        apic.read_msr(MsrIndex(0x830), NOW),
-        Ok(0x0001_0002_0000_4841)
-    );
-    assert_eq!(enabled().read_msr(MsrIndex(0x802), NOW), Err(Invalid));
-}
-
 #[test]
 fn local_inputs_go_by_their_entries() {
     let mut apic = enabled();
@@ -531,75 +439,4 @@ fn init_keeps_the_identity_and_the_mode() {
     assert_eq!(apic.identity().xapic_id, 9);
     apic.reset(ResetKind::PowerUp);
     assert_eq!(apic.identity().xapic_id, 3);
-}
-
-fn word(page: &[u8; REGISTERS_SIZE], offset: usize) -> u32 {
-    u32::from_le_bytes(page[offset..offset + 4].try_into().unwrap())
-}
-
-#[test]
-fn page_carries_the_whole_state() {
-    let mut apic = enabled();
-    let _ = apic.write(0xd0, 0x0400_0000, NOW);
-    let _ = apic.write(0x320, 0x2_00ec, NOW);
-    let _ = apic.write(0x3e0, 0b1011, NOW);
-    let _ = apic.write(0x350, 0x700, NOW);
-    let _ = apic.write(0x310, 0x0500_0000, NOW);
-    let _ = apic.write(0x300, 0x4041, NOW);
-    let _ = apic.write(0x380, 1_000_000, NOW);
-    request(&mut apic, 0x31);
-    apic.set_irr(Vector(0xa1), TriggerMode::Level);
-    apic.acknowledge(Vector(0xa1));
-    apic.set_tpr(0x23);
-    let later = at(NOW.nanoseconds.0 + 300_000);
-    let page = apic.registers(PageFormat::Legacy, later);
-    assert_eq!(word(&page, 0x20), 3 << 24);
-    assert_eq!(word(&page, 0xa0), 0xa0);
-    assert_eq!(word(&page, 0x150), 2);
-    assert_eq!(word(&page, 0x210), 1 << 17);
-    assert_eq!(word(&page, 0x390), 700_000);
-
-    let mut copy = LocalApic::new(ApicId(3), false, features(), BusCycle::DEFAULT);
-    let restored = at(5);
-    copy.set_registers(&page, PageFormat::Legacy, restored)
-        .unwrap();
-    assert_eq!(
-        copy.deadline(),
-        Some(Deadline::At(Nanoseconds(700_005))),
-        "the rest of the count"
-    );
-    assert_eq!(copy.registers(PageFormat::Legacy, restored), page);
-    assert_eq!(copy.identity(), apic.identity());
-    assert_eq!(copy.eoi(), Some(Vector(0xa1)));
-    assert_eq!(copy.highest_pending(), Some(Vector(0x31)));
-}
-
-#[test]
-fn page_has_the_x2apic_identifier_in_either_form() {
-    let mut apic = LocalApic::new(ApicId(0x123), false, features(), BusCycle::DEFAULT);
-    let _ = apic.set_base(0xfee0_0c00, Origin::Guest).unwrap();
-    let legacy = apic.registers(PageFormat::Legacy, NOW);
-    assert_eq!(word(&legacy, 0x20), 0x2300_0000);
-    let mut page = apic.registers(PageFormat::X2Apic, NOW);
-    assert_eq!(word(&page, 0x20), 0x123);
-    assert_eq!(word(&page, 0xd0), 0x0012_0008);
-    assert!(apic.set_registers(&page, PageFormat::X2Apic, NOW).is_ok());
-    assert!(apic.set_registers(&legacy, PageFormat::Legacy, NOW).is_ok());
-    page[0x20] = 0x22;
-    assert_eq!(
-        apic.set_registers(&page, PageFormat::X2Apic, NOW),
-        Err(Invalid)
-    );
-    let _ = apic.write_msr(MsrIndex(0x80f), 0x1ff, NOW);
-    let _ = apic.write_msr(MsrIndex(0x830), 0x0001_0002_0000_4041, NOW);
-    let page = apic.registers(PageFormat::X2Apic, NOW);
-    assert_eq!(
-        (word(&page, 0x300), word(&page, 0x310)),
-        (0x4041, 0x0001_0002)
-    );
-    apic.set_registers(&page, PageFormat::X2Apic, NOW).unwrap();
-    assert_eq!(
-        apic.read_msr(MsrIndex(0x830), NOW),
-        Ok(0x0001_0002_0000_4041)
-    );
 }
