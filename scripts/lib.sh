@@ -28,38 +28,63 @@ seconds_text() {
 	fi
 }
 
-# ticker TEXT START: keeps a line of progress alive on a terminal until it is killed.
+# ticker PATIENCE TEXT: says TEXT once PATIENCE seconds are over; on a terminal, keeps the time beside it until it is
+# killed or the script has ended.
 ticker() {
-	while sleep 1; do
-		printf '\r%s ... %s ' "$1" "$(seconds_text $((SECONDS - $2)))" >&2
+	local since=$SECONDS
+	# What a sleep has of the script's output is not to be held open by it.
+	trap 'kill $! 2>/dev/null; exit' TERM
+	while sleep "$([ -t 2 ] && echo 1 || echo "$1")" & wait $! && kill -0 $$ 2>/dev/null; do
+		if [ ! -t 2 ]; then
+			printf '%s ...\n' "$2" >&2
+			return
+		fi
+		[ $((SECONDS - since)) -lt "$1" ] || printf '\r%s ... %s ' "$2" "$(seconds_text $((SECONDS - since)))" >&2
 	done
+}
+
+# start_progress TEXT PATIENCE: a line of progress once PATIENCE seconds are over. end_progress ends it.
+start_progress() {
+	progress_text=$1 progress_patience=$2 progress_since=$SECONDS progress=''
+	if [ "$2" -eq 0 ] && [ ! -t 2 ]; then
+		printf '%s ...\n' "$1" >&2
+		return
+	fi
+	ticker "$2" "$1" </dev/null >/dev/null &
+	progress=$!
+}
+
+# end_progress STATUS: says the time taken, where it went well and was worth a line.
+end_progress() {
+	progress_taken=$((SECONDS - progress_since))
+	if [ -n "$progress" ]; then
+		kill "$progress" 2>/dev/null || true
+		wait "$progress" 2>/dev/null || true
+		[ ! -t 2 ] || printf '\r\033[K' >&2
+	fi
+	[ "$1" -ne 0 ] || [ "$progress_taken" -lt "$progress_patience" ] ||
+		printf '%s: %s\n' "$progress_text" "$(seconds_text "$progress_taken")" >&2
 }
 
 # step LOG TEXT COMMAND...: runs COMMAND with its output in the file LOG. Says TEXT at the start and
 # the time taken at the end; on failure says why, with the end of LOG where the network is not the reason.
-step() {
-	local log=$1 text=$2 start=$SECONDS status=0 ticking=''
-	shift 2
+# quiet_step: the same, but what is over within two seconds says nothing.
+step() { run_step 0 "$@"; }
+quiet_step() { run_step 2 "$@"; }
+
+run_step() {
+	local patience=$1 log=$2 text=$3 status=0
+	shift 3
 	mkdir -p "$(dirname "$log")"
+	start_progress "$text" "$patience"
 	# The command stays in the foreground, where Ctrl-C reaches it.
-	if [ -t 2 ]; then
-		ticker "$text" "$start" &
-		ticking=$!
-	else
-		printf '%s ...\n' "$text" >&2
-	fi
 	# A subshell of its own with errexit: `||` would switch errexit off in a function called here.
 	set +e
 	(set -e; "$@") >"$log" 2>&1 </dev/null
 	status=$?
 	set -e
-	if [ -n "$ticking" ]; then
-		kill "$ticking" 2>/dev/null || true
-		wait "$ticking" 2>/dev/null || true
-		printf '\r\033[K' >&2
-	fi
-	[ "$status" -eq 0 ] || step_failed "$log" "$text" "$status" $((SECONDS - start))
-	printf '%s: %s\n' "$text" "$(seconds_text $((SECONDS - start)))" >&2
+	end_progress "$status"
+	[ "$status" -eq 0 ] || step_failed "$log" "$text" "$status" "$progress_taken"
 }
 
 # What apt, debootstrap and cargo say where there is no network.

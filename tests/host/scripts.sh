@@ -80,6 +80,17 @@ echo $$ >'"$work/started"'; sleep 30'
 	check "it left $left behind" test -z "$left"
 }
 
+# What takes long says what it is, and how long it took; what is quick is silent.
+test_progress() {
+	cat >"$work/steps" <<-END
+		. $scripts/lib.sh
+		quiet_step $work/log quick true
+		quiet_step $work/log slow sleep 3
+	END
+	said=$(bash "$work/steps" 2>&1 | tr '\n' ' ')
+	check "it says: $said" test "$said" = 'slow ... slow: 3 s '
+}
+
 test_module_without_a_tree() {
 	refuses "no kernel build tree at $work/nowhere" "$scripts/module" "$work/nowhere"
 }
@@ -165,7 +176,7 @@ test_package_keeps_a_tree() {
 	check "kept: $kept" test "$kept" = '7.3.2-there 7.3.4-test'
 }
 
-run_tests not_root unknown_host no_network too_little_disk no_place_for_the_cache interrupted \
+run_tests not_root unknown_host no_network too_little_disk no_place_for_the_cache interrupted progress \
 	module_without_a_tree module_for_a_kernel_without_rust module_for_a_realtime_kernel \
 	module_names_all_that_is_missing install_without_a_kernel install_where_nothing_can_be_written package_goes_though_dkms_fails \
 	package_is_for_kernels_with_source package_keeps_a_tree
