@@ -19,35 +19,35 @@ MAKEFLAGS += --no-print-directory
 	test-qemu test-kvm-selftests test-systems test-package demo shell bench wakeups install deb clean distclean
 
 help: ## this text
-	@echo 'make demo        load rvisor.ko in a machine with VMX and boot a Linux guest there, on this screen'
-	@echo 'make test        all checks and tests, those inside the test host too'
-	@echo '  HOST=debian    each with Debian'\''s stock kernel in that machine; so with shell and bench'
-	@echo '  HOST=checked   with a kernel that checks locks, sleeping and memory'
-	@echo 'make test-events CPU hot-unplug and suspend of the host while guests run'
-	@echo 'make test-models a guest on each CPU model that Bochs has'
-	@echo 'make test-guests guests that others have made: stock kernels of 64 and 32 bits, memtest86+ (minutes)'
-	@echo 'make test-systems  Debian on a disk, by GRUB too, 32-bit Linux, memtest86+, all at once (minutes)'
-	@echo 'make test-package  the package, installed in a fresh Debian that is the host then (minutes)'
-	@echo 'make test-leaks  10,000 machines and 100,000 runs leave nothing behind'
-	@echo 'make test-mitigations  speculation control, on the small kernel and on that of Debian'
-	@echo 'make test-qemu   Debian'\''s own QEMU boots Linux on rvisor'
-	@echo 'make test-kvm-selftests   those of the kernel'\''s own tests of KVM that pass on rvisor'
+	@echo 'make demo                load rvisor.ko in a machine with VMX and boot a Linux guest there, on this screen'
+	@echo 'make test                all checks and tests, those inside the test host too'
+	@echo '  HOST=debian            each with Debian'\''s stock kernel in that machine; so with demo, shell and bench'
+	@echo '  HOST=checked           with a kernel that checks locks, sleeping and memory'
+	@echo 'make test-events         CPU hot-unplug and suspend of the host while guests run'
+	@echo 'make test-models         a guest on each CPU model that Bochs has'
+	@echo 'make test-guests         guests that others have made: stock kernels of 64 and 32 bits, memtest86+ (minutes)'
+	@echo 'make test-systems        Debian on a disk, by GRUB too, 32-bit Linux, memtest86+, all at once (minutes)'
+	@echo 'make test-package        the package, installed in a fresh Debian that is the host then (minutes)'
+	@echo 'make test-leaks          10,000 machines and 100,000 runs leave nothing behind'
+	@echo 'make test-mitigations    speculation control, on the small kernel and on that of Debian'
+	@echo 'make test-qemu           Debian'\''s own QEMU boots Linux on rvisor'
+	@echo 'make test-kvm-selftests  those of the kernel'\''s own tests of KVM that pass on rvisor'
 	@echo
-	@echo 'make module      build/rvisor.ko for the test host'
-	@echo '  KDIR=stock     for Debian'\''s stock 7.3 kernel: build/RELEASE/rvisor.ko, ready for insmod'
-	@echo '  KDIR=DIR       for the kernel with the build tree DIR, such as /lib/modules/$$(uname -r)/build'
-	@echo 'make tool        build/rvisor, the program that runs guests'
-	@echo 'make programs    build/tests, the test programs'
-	@echo 'make check       format, lints, the tests that need no test host'
-	@echo 'make fuzz        the instruction emulator against iced-x86 and this CPU, at length'
-	@echo '  CASES=N        so many cases of each kind (10000000); SEED=N where they begin'
-	@echo 'make shell       a shell in the test host, with the module loaded'
-	@echo 'make bench       compare with KVM, in instructions'
-	@echo 'make wakeups     wake halted guests millions of times (half an hour)'
-	@echo 'make install     module (KDIR=DIR, INSTALL_MOD_PATH=DIR) and tool (PREFIX=DIR, DESTDIR=DIR)'
-	@echo 'make deb         a Debian package: the tool, and the module to be built by DKMS'
-	@echo 'make clean       remove build/'
-	@echo 'make distclean   remove build/ and the cache (build root, kernel)'
+	@echo 'make module              build/rvisor.ko for the test host'
+	@echo '  KDIR=stock             for Debian'\''s stock 7.3 kernel: build/RELEASE/rvisor.ko, ready for insmod'
+	@echo '  KDIR=DIR               for the kernel with the build tree DIR, such as /lib/modules/$$(uname -r)/build'
+	@echo 'make tool                build/rvisor, the program that runs guests'
+	@echo 'make programs            build/tests, the test programs'
+	@echo 'make check               format, lints, the tests that need no test host'
+	@echo 'make fuzz                the instruction emulator against iced-x86 and this CPU, at length'
+	@echo '  CASES=N                so many cases of each kind (10000000); SEED=N where they begin'
+	@echo 'make shell               a shell in the test host, with the module loaded'
+	@echo 'make bench               compare with KVM, in instructions'
+	@echo 'make wakeups             wake halted guests millions of times (half an hour)'
+	@echo 'make install             module (KDIR=DIR, INSTALL_MOD_PATH=DIR) and tool (PREFIX=DIR, DESTDIR=DIR)'
+	@echo 'make deb                 a Debian package: the tool, and the module to be built by DKMS'
+	@echo 'make clean               remove build/'
+	@echo 'make distclean           remove build/ and the cache (build root, kernel)'
 
 module:
 	@scripts/module $(if $(KDIR),"$(KDIR)")
@@ -106,7 +106,8 @@ bench: module tool programs
 wakeups: module programs
 	@scripts/wakeups
 
-install: module tool
+# Without KDIR it only says that it wants one.
+install: $(if $(KDIR),module tool)
 	@scripts/install $(if $(KDIR),"$(KDIR)")
 
 deb: tool

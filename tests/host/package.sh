@@ -219,19 +219,22 @@ test_purge() {
 
 # files_below FOLDER: what is there but the module's source and what the package alone has.
 files_below() {
-	(cd "$1" && find . -type f ! -path './src/*' ! -path ./share/doc/rvisor/README.md ! -path ./share/doc/rvisor/copyright \
-		! -path ./share/doc/rvisor/changelog.gz | LC_ALL=C sort)
+	(cd "$1" && find . -type f ! -path './src/*' ! -path './share/kernel/*' ! -path './share/lintian/*' ! -path ./share/doc/rvisor/README.md \
+		! -path ./share/doc/rvisor/copyright ! -path ./share/doc/rvisor/c\*.gz | LC_ALL=C sort)
 }
 
-# "make install" installs the same, and the module itself.
+# "make install" installs the same, and the module itself, for all users to read, whatever root's umask. zsh has another
+# folder below /usr/local.
 test_make_install() {
-	local unit=lib/systemd/system/rvisor@.service
-	DESTDIR=$work/made PREFIX=/usr/local "$RVISOR_SRC/scripts/install" stock >"$work/out" 2>&1 ||
+	local unit=lib/systemd/system/rvisor@.service secret
+	(cd "$work" && umask 077 && DESTDIR=made PREFIX=/usr/local "$RVISOR_SRC/scripts/install" stock >"$work/out" 2>&1) ||
 		{ why "$(tail -n 2 "$work/out")"; return 1; }
 	in_root dpkg-deb -x "$deb" "$work/package"
-	files_below "$work/package/usr" >"$work/of-package"
-	files_below "$work/made/usr/local" | diff "$work/of-package" - >"$work/out"
+	files_below "$work/package/usr" | sed 's|zsh/vendor-completions|zsh/site-functions|' >"$work/of-package"
+	files_below "$work/made/usr/local" | LC_ALL=C sort | diff "$work/of-package" - >"$work/out"
 	check "$(grep '^[<>]' "$work/out" | head -n 3 | tr '\n' ' ')" test ! -s "$work/out" || return
+	secret=$(find "$work/made" ! -perm -o=r | head -n 3 | tr '\n' ' ')
+	check "not for all: $secret" test -z "$secret" || return
 	check "the unit names another tool" grep -q '^ExecStart=/usr/local/bin/rvisor ' "$work/made/usr/local/$unit" || return
 	check "no module" cmp "$RVISOR_BUILD/$release/rvisor.ko" "$work/made/lib/modules/$release/extra/rvisor.ko"
 }
