@@ -141,6 +141,15 @@ test_service_tells_mistakes() {
 	check "it says: $said" test "$said" = "rvisor: /etc/rvisor/wrong.toml:3:1: there is no option 'cmd'; 'rvisor run --help' lists the options"
 }
 
+# A name without a file is told by systemctl itself.
+test_service_without_a_file() {
+	if systemctl start rvisor@nowhere >/tmp/out 2>&1; then
+		why "it says that it starts"
+		return 1
+	fi
+	check "it says: $(told)" grep -q 'Assertion failed on job for rvisor@nowhere' /tmp/out
+}
+
 # Removing the package ends the services' machines first. A unit of the user's own says how long they may take.
 test_removal() {
 	mkdir /etc/systemd/system/rvisor@demo.service.d
@@ -163,4 +172,4 @@ test_no_complaints() {
 }
 
 run_tests debian module_is_loaded node refusal_is_no_failure load_again member_runs_a_machine others_do_not members_machines_have_names \
-	service_starts service_logs service_stops service_tells_mistakes removal no_complaints
+	service_starts service_logs service_stops service_tells_mistakes service_without_a_file removal no_complaints
