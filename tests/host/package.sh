@@ -129,6 +129,13 @@ test_completions() {
 	gives test -s /usr/share/zsh/vendor-completions/_rvisor -a -s /usr/share/fish/vendor_completions.d/rvisor.fish
 }
 
+# What the crates that the tool is linked with want said of them.
+test_notices() {
+	gives zcat /usr/share/doc/rvisor/crates.gz || return
+	check "it does not name clap" grep -q '^clap v[0-9.]* MIT OR Apache-2.0$' "$work/out" || return
+	check "it has no notice of clap's" grep -q '^==> clap v[0-9.]*: LICENSE-MIT <==$' "$work/out"
+}
+
 # README's steps are those that are taken here and in tests/package.sh.
 test_steps_of_the_readme() {
 	local step
@@ -241,5 +248,5 @@ test_make_install() {
 
 cp -a "$fresh/root" "$root"
 rm -f "$archive"
-run_tests dependencies install module_is_built accounts unit udev_rule tmpfiles files_are_the_packages manual_pages completions steps_of_the_readme example archive \
-	failed_upgrade upgrade remove purge make_install
+run_tests dependencies install module_is_built accounts unit udev_rule tmpfiles files_are_the_packages manual_pages completions notices \
+	steps_of_the_readme example archive failed_upgrade upgrade remove purge make_install
