@@ -60,17 +60,40 @@ test_dependencies() {
 	done <"$work/needed"
 }
 
+# A kernel that the package has no source for, and one whose build fails; both are older than Debian's.
+sourceless=7.3.2+deb13-sourceless failing=7.3.3+deb13-failing
+make_kernels() {
+	local kernel
+	for kernel in "$sourceless" "$failing"; do
+		mkdir -p "$root/usr/lib/modules/$kernel/build"/{include,rust}
+		echo CONFIG_RUST=y >"$root/usr/lib/modules/$kernel/build/.config"
+	done
+	touch "$root/usr/lib/modules/$failing/build/rust/libkernel.rmeta"
+}
+
 # As "apt install ./rvisor.deb": DKMS builds the module for the kernel that is there. All that it needs is there too:
 # debian-root goes by the package's own words.
 test_install() {
 	gives true || return
+	make_kernels
+	mkdir "$root/wrong"
+	printf '#!/bin/sh\nexit 1\n' >"$root/wrong/rustc"
+	chmod 755 "$root/wrong/rustc"
 	files >"$work/before"
 	# As an earlier installation may have left it.
 	gives groupadd --system rvisor-machine || return
-	gives apt-get install -y "$deb" || return
+	# What an administrator may have set for other work does not reach the build.
+	gives env PATH=/wrong:/usr/sbin:/usr/bin:/sbin:/bin ARCH=arm64 apt-get install -y "$deb" || return
 	cp "$work/out" "$work/install"
 	check "$(grep 'newly installed' "$work/out")" grep -q '0 upgraded, 1 newly installed, 0 to remove' "$work/out" || return
-	check_not "$(tail -n 5 "$work/out" | tr '\n' ' ')" grep -q 'the module was not built' "$work/out"
+	check_not "$(grep -A 5 'was not built' "$work/out" | tr '\n' ' ')" grep -q "was not built.*$release" "$work/out"
+}
+
+# A kernel that can't have the module does not keep it from the others, and is told with the reason.
+test_other_kernels() {
+	check "it says: $(grep 'was not built' "$work/install")" grep -q "^rvisor: the module was not built for $failing; " "$work/install" || return
+	check "what has no source is told as a failure" test "$(grep -c 'was not built for' "$work/install")" -eq 1 || return
+	check "no reason is told" grep -q "^rvisor: no module for $sourceless: the package linux-source-7.3 is ${release%%+*}, not 7.3.2" "$work/install"
 }
 
 test_module_is_built() {
@@ -79,6 +102,26 @@ test_module_is_built() {
 	check "it is for $(cat "$work/out")" grep -q "^$release " "$work/out" || return
 	gives modinfo -k "$release" -n rvisor || return
 	check "it is $(cat "$work/out")" grep -q "^/lib/modules/$release/updates/dkms/rvisor\.ko" "$work/out"
+}
+
+# A kernel's module is built when its source comes, though the package was there before.
+test_source_comes_later() {
+	gives dkms unbuild "rvisor/$version" -k "$release" || return
+	gives dpkg-trigger --by-package=linux-source-7.3 /usr/src/linux-source-7.3.tar.xz || return
+	gives dpkg --triggers-only rvisor || return
+	answers "rvisor/$version, $release, x86_64: installed" dkms status
+}
+
+# The tree that the module was built against goes with its kernel, not with an upgrade of that, and not with others.
+test_tree_goes_with_its_kernel() {
+	local trees=$root/var/cache/rvisor
+	check "there is no tree" test -s "$trees/$release/complete" || return
+	mkdir "$trees/$failing"
+	gives linux-run-hooks image postrm "$failing" "/boot/vmlinuz-$failing" -- upgrade 1 || return
+	check "it goes with an upgrade" test -d "$trees/$failing" || return
+	gives linux-run-hooks image postrm "$failing" "/boot/vmlinuz-$failing" -- remove || return
+	check "it is left" test ! -e "$trees/$failing" || return
+	check "another kernel's is gone" test -s "$trees/$release/complete"
 }
 
 # What the package's script has made is what systemd would make.
@@ -214,6 +257,7 @@ test_remove() {
 	answers '' dkms status || return
 	left=$(cd "$root" && find lib/modules var/lib/dkms -name '*rvisor*') || { why "find: $?"; return 1; }
 	check "left: $left" test -z "$left" || return
+	check "trees are left" test ! -e "$root/var/cache/rvisor" || return
 	check "the tool is still there" test ! -e "$root/usr/bin/rvisor"
 }
 
@@ -248,5 +292,5 @@ test_make_install() {
 
 cp -a "$fresh/root" "$root"
 rm -f "$archive"
-run_tests dependencies install module_is_built accounts unit udev_rule tmpfiles files_are_the_packages manual_pages completions notices \
+run_tests dependencies install module_is_built other_kernels source_comes_later tree_goes_with_its_kernel accounts unit udev_rule tmpfiles files_are_the_packages manual_pages completions notices \
 	steps_of_the_readme example archive failed_upgrade upgrade remove purge make_install

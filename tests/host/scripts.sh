@@ -152,20 +152,28 @@ test_package_is_for_kernels_with_source() {
 	check "DKMS takes $taken" test "$taken" = '7.3.4+deb13-cloud-amd64 7.3-amd64 '
 }
 
-# The tree that DKMS's build makes: anew where it was not finished or the compilers are others; not where its kernel is gone.
+# dkms_build [--check] RELEASE: packaging/dkms-build with folders and programs of this test's.
+dkms_build() {
+	(cd "$work/dkms" && RVISOR_ENVIRONMENT=test RVISOR_HEADERS=$work/linux/headers RVISOR_SOURCES=$work RVISOR_TREES=$work/trees \
+		RVISOR_MODULES=$work/modules stubbed sh "$here/../../packaging/dkms-build" "$@") >"$work/out" 2>&1
+}
+
+# The tree that DKMS's build makes: anew where it was not finished, the compilers or the headers are others; not where its
+# kernel is gone.
 test_package_keeps_a_tree() {
 	mkdir -p "$work/dkms/packaging" "$work/linux/headers" "$work/trees/7.3.3-gone" "$work/trees/7.3.2-there" "$work/modules/7.3.2-there"
-	touch "$work/linux/headers/.config"
+	touch "$work/linux/headers/.config" "$work/linux/headers/Module.symvers"
 	tar -C "$work/linux" -cf "$work/linux-source-7.3.tar.xz" headers
 	# shellcheck disable=SC2016 # for the stub
-	stub make 'case $0 in *make) echo 7.3.4 ;; *) echo "$COMPILER" ;; esac'
-	cp "$work/bin/make" "$work/bin/rustc"
-	cp "$work/bin/make" "$work/bin/x86_64-linux-gnu-gcc-14"
+	stub make 'case $0 in *make) echo 7.3.4 ;; *dpkg-query) echo "$SOURCE" ;; *) echo "$COMPILER" ;; esac'
+	for program in rustc x86_64-linux-gnu-gcc-14 dpkg-query; do
+		cp "$work/bin/make" "$work/bin/$program"
+	done
 	# shellcheck disable=SC2016 # for the stub
 	echo 'mkdir "$4" && echo "$COMPILER" >>"$4/../../../made" && [ "$COMPILER" != wrong ]' >"$work/dkms/packaging/module-tree"
-	for COMPILER in wrong one one two; do
-		(cd "$work/dkms" && COMPILER=$COMPILER RVISOR_HEADERS=$work/linux/headers RVISOR_SOURCES=$work RVISOR_TREES=$work/trees \
-			RVISOR_MODULES=$work/modules stubbed sh "$here/../../packaging/dkms-build" 7.3.4-test) >"$work/out" 2>&1
+	for COMPILER in wrong one one two two; do
+		export COMPILER
+		dkms_build 7.3.4-test
 		status=$?
 		if [ "$COMPILER" = wrong ]; then
 			check "it succeeded" test $status -ne 0 || return
@@ -173,10 +181,30 @@ test_package_keeps_a_tree() {
 		else
 			check "it ended with $status: $(cat "$work/out")" test $status -eq 0 || return
 		fi
+		# The second "two" is for other headers.
+		[ "$COMPILER" != two ] || echo changed >"$work/linux/headers/Module.symvers"
 	done
-	check "trees made: $(tr '\n' ' ' <"$work/made")" test "$(tr '\n' ' ' <"$work/made")" = 'wrong one two ' || return
+	check "trees made: $(tr '\n' ' ' <"$work/made")" test "$(tr '\n' ' ' <"$work/made")" = 'wrong one two two ' || return
 	kept=$(cd "$work/trees" && echo *)
-	check "kept: $kept" test "$kept" = '7.3.2-there 7.3.4-test'
+	check "kept: $kept" test "$kept" = '7.3.2-there 7.3.4-test' || return
+	tree_or_source
+}
+
+# A kernel without source is passed over, but for one whose tree is there.
+tree_or_source() {
+	export SOURCE=7.3.5-1~bpo13+1
+	dkms_build --check 7.3.4-test
+	status=$?
+	check "with a tree it ended with $status: $(cat "$work/out")" test $status -eq 0 || return
+	rm -r "$work/trees/7.3.4-test"
+	dkms_build --check 7.3.4-test
+	status=$?
+	check "without source it ended with $status: $(cat "$work/out")" test $status -eq 77 || return
+	check "it says: $(cat "$work/out")" grep -qx 'rvisor: .* linux-source-7.3 is 7.3.5, not 7.3.4' "$work/out" || return
+	SOURCE=7.3.4-1~bpo13+1
+	dkms_build --check 7.3.4-test
+	status=$?
+	check "with source it ended with $status: $(cat "$work/out")" test $status -eq 0
 }
 
 run_tests not_root unknown_host no_network too_little_disk no_place_for_the_cache interrupted progress \
