@@ -292,5 +292,6 @@ test_make_install() {
 
 cp -a "$fresh/root" "$root"
 rm -f "$archive"
-run_tests dependencies install module_is_built other_kernels source_comes_later tree_goes_with_its_kernel accounts unit udev_rule tmpfiles files_are_the_packages manual_pages completions notices \
-	steps_of_the_readme example archive failed_upgrade upgrade remove purge make_install
+run_tests dependencies install module_is_built other_kernels source_comes_later tree_goes_with_its_kernel \
+	accounts unit udev_rule tmpfiles files_are_the_packages manual_pages completions notices steps_of_the_readme example archive \
+	failed_upgrade upgrade remove purge make_install
