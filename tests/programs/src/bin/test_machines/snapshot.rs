@@ -22,12 +22,15 @@ fn counting(machines: &Machines, words: &[&str]) -> Result<u32, Fail> {
     machines.await_console("one", "guest: end by shell")?;
     let mut client = console(machines, "one")?;
     client.write_all(b"i=0; while :; do i=$((i+1)); echo tick-$i; usleep 20000; done\n")?;
-    last_tick(&await_text(&mut client, "tick-5")?)
+    await_text(&mut client, "tick-5")?;
+    tick(&mut client)
 }
 
-fn last_tick(text: &str) -> Result<u32, Fail> {
+/// What it has counted to. The number at the end of what has come may go on, so it is none.
+fn tick(client: &mut UnixStream) -> Result<u32, Fail> {
+    let text = await_text(client, "tick-")? + &await_text(client, "tick-")?;
     let number = text.rsplit("tick-").find_map(|rest| {
-        let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+        let (digits, _) = rest.split_once(|c: char| !c.is_ascii_digit())?;
         digits.parse().ok()
     });
     number.ok_or_else(|| Fail::new(format!("no tick: {text}")))
@@ -41,7 +44,7 @@ pub(super) fn snapshot(device: &Device) -> Outcome {
     let size = fs::metadata(machines.folder.join("file"))?.len();
     check!(size < 34 << 20, "zeros are in the file: {size} bytes");
     let mut client = console(&machines, "one")?;
-    let before = last_tick(&await_text(&mut client, "tick-")?)?;
+    let before = tick(&mut client)?;
     await_text(&mut client, &format!("tick-{}", before + 3))?;
     restored(&machines, "two")?;
     check_eq!(pids(&machines.list()?).len(), 2, "machines");
@@ -70,7 +73,7 @@ fn restored(machines: &Machines, name: &str) -> Outcome {
     let (printed, _) = machines.gives(0, &["restore", "file", "--detach", "--name", name])?;
     check_eq!(printed.trim(), name, "what it prints");
     let mut client = console(machines, name)?;
-    let first = last_tick(&await_text(&mut client, "tick-")?)?;
+    let first = tick(&mut client)?;
     check!(
         first > 4,
         "it counts from {first}: the guest has booted anew"
