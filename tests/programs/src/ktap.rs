@@ -116,11 +116,18 @@ pub fn last_word(path: &'static str) -> &'static str {
     path.rsplit([':', ' ']).next().unwrap_or(path)
 }
 
-/// How long one test may take, by the machine's time: longer where the host's kernel checks each lock, which makes
-/// it several times slower.
+/// How much longer all takes where the host's kernel checks each lock.
+pub fn slowness() -> u32 {
+    if std::path::Path::new("/proc/lockdep").exists() {
+        3
+    } else {
+        1
+    }
+}
+
+/// How long one test may take, by the machine's time.
 fn limit() -> Duration {
-    let checks_locks = std::path::Path::new("/proc/lockdep").exists();
-    Duration::from_secs(if checks_locks { 60 } else { 20 })
+    Duration::from_secs(20) * slowness()
 }
 
 /// Seconds that a killed child may take to be gone.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! `rvisor console`: a terminal that comes and goes.
 
-use super::{Machines, PATIENCE};
+use super::{patience, Machines};
 use rvisor_tests::terminal::{self, Terminal};
 use rvisor_tests::{check_eq, Device, Fail, Outcome};
 use std::process::Child;
@@ -30,12 +30,12 @@ impl Console {
     }
 
     fn await_text(&mut self, text: &str) -> Outcome {
-        self.terminal.await_text(text, PATIENCE)
+        self.terminal.await_text(text, patience())
     }
 
     /// It ends with that status, and the terminal is as it was.
     fn ends_with(mut self, wanted: i32) -> Result<String, Fail> {
-        let screen = self.terminal.read_until_idle(&mut self.child, PATIENCE)?;
+        let screen = self.terminal.read_until_idle(&mut self.child, patience())?;
         check_eq!(
             self.child.wait()?.code(),
             Some(wanted),

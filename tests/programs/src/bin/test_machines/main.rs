@@ -17,7 +17,9 @@ use std::time::{Duration, Instant};
 
 const TOOL: &str = "/bin/rvisor";
 /// How long a guest may take to its userspace, and a command for what it does.
-const PATIENCE: Duration = Duration::from_secs(8);
+fn patience() -> Duration {
+    Duration::from_secs(8) * ktap::slowness()
+}
 /// The words that make the small guest's kernel quiet.
 const QUIET: &str = "loglevel=4";
 
@@ -111,7 +113,7 @@ impl Machines {
 
     /// Waits until `done` says so.
     fn wait(&self, what: &str, mut done: impl FnMut() -> Result<bool, Fail>) -> Outcome {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + patience();
         while Instant::now() < end {
             if done()? {
                 return Ok(());
@@ -133,7 +135,7 @@ impl Drop for Machines {
 
 /// Reads until `text` has come, and what came before it.
 fn await_text(client: &mut UnixStream, text: &str) -> Result<String, Fail> {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + patience();
     let mut read = String::new();
     client.set_read_timeout(Some(Duration::from_millis(100)))?;
     while !read.contains(text) {

@@ -17,7 +17,9 @@ use std::time::{Duration, Instant};
 const LOOK: Duration = Duration::from_secs(2);
 const SECOND: Duration = Duration::from_secs(1);
 /// How long a machine may take to its first instructions or to its end.
-const PATIENCE: Duration = Duration::from_secs(4);
+fn patience() -> Duration {
+    Duration::from_secs(4) * ktap::slowness()
+}
 /// An ordinary user.
 const NOBODY: u32 = 65534;
 
@@ -46,8 +48,8 @@ fn shares(device: &Device) -> Outcome {
     let _cgroups = Hierarchy::mounted()?;
     let large = Machine::start(device, Software::Spins, &["--cpu-share", "300"])?;
     let small = Machine::start(device, Software::Spins, &["--cpu-share", "100"])?;
-    large.await_cpu_time(PATIENCE)?;
-    small.await_cpu_time(PATIENCE)?;
+    large.await_cpu_time(patience())?;
+    small.await_cpu_time(patience())?;
     check_shares(&[(&large, 75.0), (&small, 25.0)])
 }
 
@@ -55,7 +57,7 @@ fn shares(device: &Device) -> Outcome {
 fn half(device: &Device) -> Outcome {
     let _cgroups = Hierarchy::mounted()?;
     let machine = Machine::start(device, Software::Spins, &["--cpu-max", "50%"])?;
-    machine.await_cpu_time(PATIENCE)?;
+    machine.await_cpu_time(patience())?;
     let mut looks = vec![(Instant::now(), machine.cpu_time()?)];
     while looks[0].0.elapsed() < LOOK {
         std::thread::sleep(Duration::from_millis(50));
@@ -82,8 +84,8 @@ fn memory(device: &Device) -> Outcome {
     let _quiet = QuietLog::new()?;
     let other = Machine::start(device, Software::Spins, &["--memory-max", "32M"])?;
     let mut eater = Machine::start(device, Software::EatsMemory, &["--memory-max", "32M"])?;
-    other.await_cpu_time(PATIENCE)?;
-    let (status, text) = eater.end(PATIENCE)?;
+    other.await_cpu_time(patience())?;
+    let (status, text) = eater.end(patience())?;
     check_eq!(status, Some(7), "the exit status: {text}");
     check!(
         text.lines().count() == 1 && text.contains("--memory-max of 32 MiB"),
@@ -135,10 +137,10 @@ fn fork_and_spin(device: &Device) -> Outcome {
         Software::Shell,
         &[share[0], share[1], "--cpus", "2"],
     )?;
-    wild.await_text("guest: end by shell", PATIENCE)?;
+    wild.await_text("guest: end by shell", patience())?;
     wild.type_keys(b"while :; do (while :; do :; done) & done\r")?;
     let calm = Machine::start(device, Software::Spins, &share)?;
-    calm.await_cpu_time(PATIENCE)?;
+    calm.await_cpu_time(patience())?;
     check_shares(&[(&wild, 50.0), (&calm, 50.0)])
 }
 
@@ -151,7 +153,7 @@ fn pin(device: &Device) -> Outcome {
     check!(threads.iter().all(|cpus| cpus == "0"), "{threads:?}");
     machine.kill()?;
     let mut machine = Machine::start(device, Software::Spins, &["--pin", "0,77"])?;
-    let (status, text) = machine.end(PATIENCE)?;
+    let (status, text) = machine.end(patience())?;
     check_eq!(status, Some(2), "the exit status: {text}");
     check!(
         text.contains("CPU 77") && text.lines().count() == 1,
@@ -164,9 +166,9 @@ fn pin(device: &Device) -> Outcome {
 fn signal(device: &Device) -> Outcome {
     let _cgroups = Hierarchy::mounted()?;
     let mut machine = Machine::start(device, Software::Spins, &["--cpu-share", "50"])?;
-    machine.await_cpu_time(PATIENCE)?;
+    machine.await_cpu_time(patience())?;
     machine.signal(libc::SIGTERM)?;
-    let (status, text) = machine.end(PATIENCE)?;
+    let (status, text) = machine.end(patience())?;
     check_eq!(status, Some(143), "the exit status: {text}");
     check!(!machine.group().exists(), "its cgroup is still there");
     Ok(())
@@ -180,16 +182,16 @@ fn killed(device: &Device) -> Outcome {
         Machine::start_named(device, "killed", None, Software::Spins, &words)
     };
     let mut machine = start()?;
-    machine.await_cpu_time(PATIENCE)?;
+    machine.await_cpu_time(patience())?;
     machine.kill()?;
     let group = machine.group();
     check!(group.exists(), "its cgroup went away: nothing was tested");
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + patience();
     while !std::fs::read(group.join("cgroup.procs"))?.is_empty() {
         check!(Instant::now() < end, "its process lives on");
         std::thread::sleep(Duration::from_millis(20));
     }
-    start()?.await_cpu_time(PATIENCE)
+    start()?.await_cpu_time(patience())
 }
 
 /// A name that is in use stays its owner's.
@@ -200,9 +202,9 @@ fn name_in_use(device: &Device) -> Outcome {
         Machine::start_named(device, "twin", None, Software::Spins, &words)
     };
     let first = start()?;
-    first.await_cpu_time(PATIENCE)?;
+    first.await_cpu_time(patience())?;
     let mut second = start()?;
-    let (status, text) = second.end(PATIENCE)?;
+    let (status, text) = second.end(patience())?;
     check_eq!(status, Some(2), "the exit status: {text}");
     check_eq!(text.lines().count(), 1, "lines: {text}");
     let before = first.cpu_time()?;
@@ -221,14 +223,14 @@ fn delegated(device: &Device) -> Outcome {
         Software::Spins,
         &["--cpu-share", "50"],
     )?;
-    machine.await_cpu_time(PATIENCE)?;
+    machine.await_cpu_time(patience())?;
     check!(
         machine.group().starts_with(&given),
         "it went to {}",
         machine.group().display()
     );
     machine.signal(libc::SIGTERM)?;
-    let (status, text) = machine.end(PATIENCE)?;
+    let (status, text) = machine.end(patience())?;
     check_eq!(status, Some(143), "the exit status: {text}");
     for left in ["rvisor.others", ""] {
         std::fs::remove_dir(given.join(left)).during("removing what the test made")?;
@@ -293,7 +295,7 @@ fn io(device: &Device) -> Outcome {
     }
     let words = ["--io-max", "/dev/ram0:rbps=1M,wiops=500"];
     let machine = Machine::start(device, Software::Spins, &words)?;
-    machine.await_cpu_time(PATIENCE)?;
+    machine.await_cpu_time(patience())?;
     let text = std::fs::read_to_string(machine.group().join("io.max"))?;
     check_eq!(
         text.trim(),

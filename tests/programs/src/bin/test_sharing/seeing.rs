@@ -2,7 +2,7 @@
 //! What the tool shows of machines that run.
 
 use crate::machine::{Hierarchy, Machine, Software, TOOL};
-use crate::PATIENCE;
+use crate::patience;
 use rvisor_tests::ktap::Context;
 use rvisor_tests::terminal::{check_same, Terminal};
 use rvisor_tests::{check, check_eq, Device, Fail, Outcome};
@@ -106,7 +106,7 @@ pub(crate) fn metrics(device: &Device) -> Outcome {
     let mut machine = start(device, "metrics", &["--metrics", path])?;
     std::thread::sleep(Duration::from_millis(1700));
     machine.signal(libc::SIGTERM)?;
-    let (status, text) = machine.end(PATIENCE)?;
+    let (status, text) = machine.end(patience())?;
     check_eq!(status, Some(143), "the exit status: {text}");
     let text = std::fs::read_to_string(path).during(path)?;
     let lines: Vec<&str> = text.lines().collect();
@@ -127,7 +127,7 @@ pub(crate) fn metrics(device: &Device) -> Outcome {
         );
     }
     let mut refused = start(device, "metrics", &["--metrics", "/nowhere/file"])?;
-    let (status, text) = refused.end(PATIENCE)?;
+    let (status, text) = refused.end(patience())?;
     check_eq!(status, Some(2), "the exit status: {text}");
     check!(
         text.contains("--metrics /nowhere/file") && text.lines().count() == 1,
@@ -150,18 +150,18 @@ pub(crate) fn top(device: &Device) -> Outcome {
         Ok(top.stderr(side.try_clone()?).spawn()?)
     };
     let mut child = start()?;
-    terminal.await_text("topmost", PATIENCE)?;
-    terminal.await_text("128 MiB", PATIENCE)?;
+    terminal.await_text("topmost", patience())?;
+    terminal.await_text("128 MiB", patience())?;
     terminal.type_keys(b"q")?;
-    let screen = terminal.read_until_idle(&mut child, PATIENCE)?;
+    let screen = terminal.read_until_idle(&mut child, patience())?;
     check_eq!(child.wait()?.code(), Some(0), "the exit status: {screen}");
     check_same(&before, &terminal.mode()?)?;
     let mut child = start()?;
-    terminal.await_text("topmost", PATIENCE)?;
+    terminal.await_text("topmost", patience())?;
     let pid = libc::pid_t::try_from(child.id()).map_err(|_| Fail::new("its pid"))?;
     // SAFETY: Our own child, not reaped yet.
     unsafe { libc::kill(pid, libc::SIGTERM) };
-    let screen = terminal.read_until_idle(&mut child, PATIENCE)?;
+    let screen = terminal.read_until_idle(&mut child, patience())?;
     check_eq!(child.wait()?.code(), Some(143), "after SIGTERM: {screen}");
     check_same(&before, &terminal.mode()?)?;
     // Without a terminal it says what to do instead.
