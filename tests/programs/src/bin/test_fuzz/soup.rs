@@ -168,6 +168,8 @@ const PREFIXES: &[u8] = b"\x66\x26\x64\x65\x48\x41\x44\xf0";
 
 /// OUT to a port that nobody has: the instruction that goes to userspace.
 const LEAVE: &[u8] = b"\xe6\x80";
+/// What all memory has that nothing else is in: four of it.
+pub(crate) const FILLER: u64 = u64::from_le_bytes(*b"\xe6\x80\xe6\x80\xe6\x80\xe6\x80");
 const HLT: &[u8] = b"\xf4";
 const NOP: u8 = 0x90;
 
@@ -263,11 +265,6 @@ fn jump(from: u64, to: u64, mode: Mode) -> Vec<u8> {
     code.extend(distance.to_le_bytes());
     code.truncate(length as usize);
     code
-}
-
-/// What all memory has that nothing else is in.
-pub(crate) fn filler(length: usize) -> Vec<u8> {
-    LEAVE.repeat(length / LEAVE.len())
 }
 
 /// What an exception comes to, at [`Mode::handler`]: interrupts come on, and it goes on a step behind where it did the last
