@@ -208,8 +208,8 @@ fn restrict_files(folder: &File) -> Result<()> {
     restrict().map_err(failed("restricting files by Landlock"))
 }
 
-/// Answers every system call with EPERM but those of [`CALLS`], KVM's and the terminal's ioctls, and what makes and
-/// wakes this process's own threads.
+/// Answers every system call with EPERM but those of [`CALLS`], KVM's and the terminal's ioctls, mmap and mprotect of
+/// what can't be executed, and what makes and wakes this process's own threads.
 fn restrict_calls() -> Result<()> {
     let restrict = || -> std::result::Result<(), seccompiler::Error> {
         // Of two answers the stricter one counts. The second filter leaves no call by which to have another.
@@ -309,6 +309,10 @@ mod tests {
                 vm_memory::MmapRegion::<()>::build(None, 4096, protection, flags).is_ok()
             };
             assert_eq!([0, libc::PROT_EXEC].map(code), [true, false]);
+            #[allow(unsafe_code)]
+            // SAFETY: No page lies in a range without length.
+            let protect = |code| unsafe { libc::mprotect(std::ptr::null_mut(), 0, code) };
+            assert_eq!([0, libc::PROT_EXEC].map(protect), [0, -1]);
             // A process that is made says that there is no such program.
             assert!(forbidden(Command::new("").spawn().expect_err("a process")));
             let asleep = thread::spawn(thread::park);

@@ -123,6 +123,8 @@ fn place(
     mut header: [u8; HEADER],
     frame: &[u8],
 ) -> Result<Placed, Fault> {
+    // A driver may be able to offer fewer: its chains may have several descriptors each. A frame that is too long for
+    // all of those waits for ever, as do those behind it: that driver's own loss.
     let most = match mergeable {
         true => MOST_BUFFERS.min(rings.size(RECEIVE)),
         false => 1,
