@@ -166,6 +166,9 @@ pub enum Command {
     /// ended by SIGKILL.
     Kill(Named),
     /// Have a machine stand still; its memory stays as it is
+    ///
+    /// Its disks' files have by then what its guest was told is written. Where one can't take that, as on a full file
+    /// system, the machine is paused all the same, and the command says so and ends with 1.
     Pause(Named),
     /// Have a paused machine go on
     Resume(Named),

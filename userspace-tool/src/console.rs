@@ -19,7 +19,7 @@ use std::sync::{Arc, TryLockError};
 use std::time::Duration;
 
 use rustix::pipe::{pipe_with, PipeFlags};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXFSZ};
 
 use crate::arguments::{ConsoleKind, RunOptions};
 use crate::devices::virtio::{self, console::Keyboard};
@@ -65,6 +65,8 @@ impl Signals {
             let writer = writer.try_clone().map_err(failed(what))?;
             signal_hook::low_level::pipe::register(signal, writer).map_err(failed(what))?;
         }
+        // That a file is larger than it may be is what the write answers, and no end.
+        signal_hook::flag::register(SIGXFSZ, Arc::default()).map_err(failed(what))?;
         Ok(Self { last, pipe })
     }
 
@@ -184,4 +186,22 @@ fn hand_over(waiting: &mut VecDeque<u8>, ports: &Ports) -> Result<()> {
         waiting.drain(..taken);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+    use vmm_sys_util::signal::Killable;
+
+    /// Unless it is caught, it ends this process.
+    #[test]
+    fn a_file_that_is_too_large_ends_nothing() {
+        let signals = Signals::catch().expect("it can be caught");
+        let thread = thread::spawn(thread::park);
+        thread.kill(SIGXFSZ).expect("it runs");
+        thread.thread().unpark();
+        thread.join().expect("it ends well");
+        assert_eq!(signals.take(), None);
+    }
 }

@@ -62,7 +62,7 @@ pub enum Request {
     Stats {},
     /// Once the machine has ended and its name is free: [`Ended`].
     Wait {},
-    /// No CPU runs the guest any more when the answer comes.
+    /// No CPU runs the guest any more when the answer comes, nor where it is that something can't be written.
     Pause {},
     /// A paused guest goes on.
     Resume {},

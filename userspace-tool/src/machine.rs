@@ -117,7 +117,8 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// [`Error::Input`] where the guest ends meanwhile.
+    /// [`Error::Input`] where the guest ends meanwhile. [`Error::Call`] where a device can't write what the guest was told
+    /// is written; it is paused all the same.
     pub fn pause(&self, reason: &str) -> Result<()> {
         self.pause_with(&lock(&self.pausing), reason)
     }
@@ -135,8 +136,8 @@ impl Machine {
             }
             self.kick();
         }
-        self.bus.devices().for_each(|device| device.pause());
-        Ok(())
+        let paused = self.bus.devices().map(|device| device.pause());
+        paused.fold(Ok(()), Result::and)
     }
 
     /// Gets the threads out of the guest. A signal that comes between a thread's look at the control and its entry
@@ -177,7 +178,7 @@ impl Machine {
             "{reason}; the machine is paused, 'rvisor resume {}' has it try again",
             self.name
         ));
-        // Fails only where the guest ends.
+        // Fails where the guest ends, and where there is no room for what is still to be written.
         let _ = self.pause(reason);
     }
 
@@ -185,13 +186,14 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// [`Error::Input`] where the machine has ended, [`Error::Call`] where the hypervisor or `out` fails.
+    /// [`Error::Input`] where the machine has ended, [`Error::Call`] where the hypervisor, a disk or `out` fails.
     fn snapshot(&self, out: impl std::io::Write) -> Result<()> {
         // Nobody has it go on before all is written.
         let pausing = lock(&self.pausing);
         let was_paused = self.control.paused();
-        self.pause_with(&pausing, "for a snapshot")?;
-        let written = self.save().and_then(|state| {
+        // Without what a disk does not take, the file would miss what its guest takes for written.
+        let paused = self.pause_with(&pausing, "for a snapshot");
+        let written = paused.and_then(|()| self.save()).and_then(|state| {
             snapshot::write(out, &state, &self.memory).map_err(failed("writing a snapshot"))
         });
         if !was_paused {

@@ -267,11 +267,14 @@ impl Transport {
 
     /// Lets the device rest: when this returns, the worker does nothing and touches no memory of the guest
     /// until [`resume`](Self::resume), and the device's files have what the guest was told is written.
-    pub fn pause(&self) {
+    ///
+    /// # Errors
+    ///
+    /// What the host answers where the files do not have that. The device rests all the same, and it stays to be written.
+    pub fn pause(&self) -> Result<()> {
         let mut state = lock(&self.state);
         state.paused = true;
-        // What a full disk does not take stays to be written.
-        let _ = state.device.settle();
+        state.device.settle()
     }
 
     /// Lets the device go on with what has come meanwhile.
@@ -285,13 +288,15 @@ impl Transport {
     pub fn save(&self) -> Saved {
         let state = lock(&self.state);
         let queues = state.queues.iter().map(|queue| SavedQueue(queue.state()));
+        // Before the interrupts: whoever asks for memory takes no lock, and raises one behind that.
+        let device = state.device.save();
         Saved {
             status: self.status.load(Ordering::SeqCst),
             interrupts: self.interrupts.load(Ordering::SeqCst),
             generation: self.generation.load(Ordering::SeqCst),
             registers: state.registers.clone(),
             queues: queues.collect(),
-            device: state.device.save(),
+            device,
         }
     }
 

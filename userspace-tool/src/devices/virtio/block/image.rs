@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use imago::qcow2::Qcow2;
 use imago::{FormatAccess, Mapping};
-use rustix::fs::{fallocate, flock, FallocateFlags, FlockOperation};
+use rustix::fs::{fallocate, flock, seek, FallocateFlags, FlockOperation, SeekFrom};
 use rustix::io::Errno;
 
 use super::{halted, Halt, BUFFER, DISCARDS, SECTOR};
@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 /// With these bytes a qcow2 file begins.
 const QCOW2_MAGIC: &[u8; 4] = b"QFI\xfb";
 
-/// The largest sectors that a disk of the host's may have, which makes holes of whole ones alone.
+/// The largest sectors of a host's disk that are cared for; it makes holes of whole ones alone.
 const SECTOR_MOST: u64 = 4096;
 
 /// How a file holds a disk.
@@ -78,14 +78,10 @@ impl Image {
             Format::Qcow2 => open_qcow2(file, path, disk.readonly)?,
             Format::Raw => {
                 let size = raw_size(&file).map_err(broken)?;
+                check_size(path, size, "truncate -s 1G FILE")?;
                 (Access::Raw(file), size)
             }
         };
-        if size == 0 || size % SECTOR != 0 {
-            let what = format!("has {size} bytes, which are no disk of {SECTOR}-byte sectors");
-            let next = "give it a size, for example by 'truncate -s 1G FILE'";
-            return Err(refused(path, what, next));
-        }
         Ok(Self {
             path: path.clone(),
             guessed_raw: disk.format.is_none() && matches!(access, Access::Raw(_)),
@@ -230,6 +226,8 @@ impl Image {
     /// Writes what the library still holds. A raw file has nothing of that kind.
     pub(super) fn settle(&mut self) -> io::Result<()> {
         match &self.access {
+            #[cfg(test)]
+            Access::Qcow2(..) if FULL.get() => Err(Errno::NOSPC.into()),
             Access::Qcow2(image, _) if !self.readonly => guarded(|| image.flush()),
             _ => Ok(()),
         }
@@ -252,7 +250,7 @@ thread_local! {
 pub(super) fn is_full(error: &io::Error) -> bool {
     matches!(
         error.kind(),
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
     )
 }
 
@@ -330,6 +328,15 @@ fn guarded<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     })
 }
 
+fn check_size(path: &Path, size: u64, how: &str) -> Result<()> {
+    if size == 0 || !size.is_multiple_of(SECTOR) {
+        let what = format!("has {size} bytes, which are no disk of {SECTOR}-byte sectors");
+        let next = format!("give it a size, for example by '{how}'");
+        return Err(refused(path, what, &next));
+    }
+    Ok(())
+}
+
 fn open_qcow2(file: File, path: &Path, readonly: bool) -> Result<(Access, u64)> {
     let refuse = |what: &str, next| Err(refused(path, what, next));
     let damaged = |error: io::Error| {
@@ -346,8 +353,8 @@ fn open_qcow2(file: File, path: &Path, readonly: bool) -> Result<(Access, u64)> 
             "decrypt it by 'qemu-img convert', and have the guest encrypt what it holds",
         );
     }
-    match tables.features {
-        0 | EXTERNAL_DATA => {}
+    match tables.features & !EXTERNAL_DATA {
+        0 => {}
         DIRTY => return refuse(NOT_CLOSED, REPAIR),
         features if features & CORRUPT != 0 => return Err(damaged(invalid("it is marked so"))),
         features => {
@@ -357,9 +364,13 @@ fn open_qcow2(file: File, path: &Path, readonly: bool) -> Result<(Access, u64)> 
             )
         }
     }
-    let storage = file.try_clone().and_then(imago::file::File::try_from);
-    let storage = storage.map_err(damaged)?;
-    let image: Qcow2<_> = guarded(|| Qcow2::open_image(storage, !readonly)).map_err(damaged)?;
+    let open = |writable| -> Result<Qcow2<_>> {
+        let storage = file.try_clone().and_then(imago::file::File::try_from);
+        let storage = storage.map_err(damaged)?;
+        guarded(|| Qcow2::open_image(storage, writable)).map_err(damaged)
+    };
+    // One that is opened for writing is changed by that: first all is looked at for which it may be refused.
+    let mut image = open(false)?;
     let other = image.implicit_backing_file();
     let other = other.or(image.implicit_external_data_file());
     if other.is_some() || image.requires_external_data_file() {
@@ -369,11 +380,15 @@ fn open_qcow2(file: File, path: &Path, readonly: bool) -> Result<(Access, u64)> 
             "make one image of both by 'qemu-img convert -O qcow2'",
         );
     }
-    if !readonly && !tables.is_counted().map_err(damaged)? {
-        return refuse(NOT_CLOSED, REPAIR);
+    let size = tables.disk;
+    check_size(path, size, "qemu-img resize FILE 1G")?;
+    if !readonly {
+        if !tables.is_counted().map_err(damaged)? {
+            return refuse(NOT_CLOSED, REPAIR);
+        }
+        image = open(true)?;
     }
     let image = Box::new(FormatAccess::new(image));
-    let size = image.size();
     Ok((Access::Qcow2(image, file), size))
 }
 
@@ -384,19 +399,20 @@ struct Tables<'a> {
     encrypted: bool,
     /// The features without which nobody may open it.
     features: u64,
-    /// Size of a cluster and of the file, in bytes.
+    /// Size of a cluster, of the file and of the disk, in bytes.
     cluster: u64,
     size: u64,
+    disk: u64,
     /// Bits of a refcount.
     width: u64,
     l1: Vec<u64>,
     refcounts: Vec<u64>,
-    /// The refcount block that was read last, and where it lies.
-    block: (u64, Vec<u8>),
+    /// What was read last of a refcount block, and where it lies: little, as each entry of a table may ask for another.
+    window: (u64, [u8; SECTOR as usize]),
 }
 
-/// The most bytes of an L1 table or a refcount table: enough for disks of 256 TiB in clusters of 64 KiB.
-const TABLE: u64 = 4 << 20;
+/// The most bytes of an L1 table or a refcount table, as QEMU and the library have it.
+const TABLE: u64 = 32 << 20;
 /// Bits of a table's entry: where what it names lies, and that it is compressed.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const COMPRESSED: u64 = 1 << 62;
@@ -426,21 +442,25 @@ impl<'a> Tables<'a> {
             features,
             cluster: 1 << word(5),
             size: raw_size(file)?,
+            disk: long(6),
             width: 1 << order,
             l1: Vec::new(),
             refcounts: Vec::new(),
-            block: (0, Vec::new()),
+            window: (0, [0; SECTOR as usize]),
         };
-        tables.l1 = tables.entries(long(10), word(9) * 8)?;
+        // A disk of no size may have none.
+        if word(9) != 0 {
+            tables.l1 = tables.entries(long(10), word(9) * 8)?;
+        }
         tables.refcounts = tables.entries(long(12), word(14) * tables.cluster)?;
         for block in tables.refcounts.iter().filter(|block| **block != 0) {
             tables.inside(*block, tables.cluster)?;
         }
         // As QEMU does. One that grows would take as much memory as the header says.
-        if (tables.l1.len() as u64 * (tables.cluster / 8) * tables.cluster) < long(6) {
+        if (tables.l1.len() as u64 * (tables.cluster / 8) * tables.cluster) < tables.disk {
             return Err(invalid("its table is too small for the disk"));
         }
-        // All are looked through, which takes no longer than the file is large where no two lie in one place.
+        // All are looked through, which takes no longer than the file has room where no two lie in one place.
         let all = tables.l1.iter().chain(&tables.refcounts);
         let all = all.map(|entry| entry & OFFSET).filter(|at| *at != 0);
         let mut all: Vec<u64> = all.collect();
@@ -478,13 +498,20 @@ impl<'a> Tables<'a> {
                 return Ok(false);
             }
         }
-        for l1_entry in self.l1.clone() {
+        for l1_entry in std::mem::take(&mut self.l1) {
             let table = l1_entry & OFFSET;
             if table == 0 {
                 continue;
             }
             if !self.has_count(table)? {
                 return Ok(false);
+            }
+            self.inside(table, self.cluster)?;
+            // What lies in a hole of the file names nothing.
+            match seek(self.file, SeekFrom::Data(table)) {
+                Ok(data) if data >= table + self.cluster => continue,
+                Err(Errno::NXIO) => continue,
+                _ => {}
             }
             for entry in self.entries(table, self.cluster)? {
                 let cluster = entry & OFFSET;
@@ -500,19 +527,20 @@ impl<'a> Tables<'a> {
     fn has_count(&mut self, at: u64) -> io::Result<bool> {
         let (index, counts) = (at / self.cluster, self.cluster * 8 / self.width);
         let block = usize::try_from(index / counts).ok();
-        match block.and_then(|block| self.refcounts.get(block)) {
-            None | Some(0) => return Ok(false),
-            Some(block) if *block != self.block.0 => {
-                let mut bytes = vec![0; self.cluster as usize];
-                self.file.read_exact_at(&mut bytes, *block)?;
-                self.block = (*block, bytes);
-            }
-            Some(_) => {}
-        }
+        let block = block.and_then(|block| self.refcounts.get(block));
+        let Some(block) = block.filter(|block| **block != 0) else {
+            return Ok(false);
+        };
         let bit = index % counts * self.width;
+        let at = block + bit / 8 / SECTOR * SECTOR;
+        if at != self.window.0 {
+            self.file.read_exact_at(&mut self.window.1, at)?;
+            self.window.0 = at;
+        }
+        let bit = bit % (SECTOR * 8);
         let bytes = (bit / 8) as usize..(bit + self.width).div_ceil(8) as usize;
         let mask = (1_u64 << self.width.min(8)) - 1;
-        let count = self.block.1.get(bytes).unwrap_or_default();
+        let count = self.window.1.get(bytes).unwrap_or_default();
         Ok(count
             .iter()
             .any(|byte| u64::from(*byte) >> (bit % 8) & mask != 0))

@@ -233,7 +233,7 @@ fn the_worker_serves_kicks_rests_and_ends() {
         transport.kicks[0].write(1).unwrap();
         wait_for(&driver, used);
     }
-    transport.pause();
+    transport.pause().unwrap();
     driver.offer(0, 0);
     transport.kicks[0].write(1).unwrap();
     thread::sleep(Duration::from_millis(50));

@@ -177,11 +177,25 @@ fn a_machine_that_rests_has_all_in_its_file() {
     for original in [files.raw(), files.qcow2()] {
         let mut driver = start(&original);
         assert_eq!(tell(&mut driver, OUT, 9, &[7; 512]), OK);
-        driver.transport.pause();
+        driver.transport.pause().unwrap();
         fs::copy(&original.path, &copy).unwrap();
         let mut copied = start(&disk(&copy));
         assert_eq!(read(&mut copied, 9, 512).unwrap(), [7; 512]);
     }
+}
+
+/// Where the rest can't be written, whoever would copy the file or make a snapshot is told.
+#[test]
+fn a_machine_that_rests_on_a_full_disk_says_so() {
+    let files = Files::new();
+    let mut driver = start(&files.qcow2());
+    assert_eq!(tell(&mut driver, OUT, 9, &[7; 512]), OK);
+    FULL.set(true);
+    let error = driver.transport.pause().expect_err("there is no room");
+    FULL.set(false);
+    assert_eq!(error.status(), 1);
+    assert!(error.to_string().contains("writing the rest of disk"));
+    driver.transport.pause().unwrap();
 }
 
 #[test]
@@ -410,6 +424,15 @@ fn a_full_disk_holds_no_discard_up() {
     }
 }
 
+/// What a quota or a limit of the process's files does not let in is in the guest's memory still.
+#[test]
+fn limits_are_a_full_disk() {
+    for error in [Errno::NOSPC, Errno::DQUOT, Errno::FBIG] {
+        assert!(is_full(&error.into()), "{error}");
+    }
+    assert!(!is_full(&Errno::IO.into()));
+}
+
 /// A host that finds no room when it is to make writes durable has lost them: no flush says otherwise any more.
 #[test]
 fn a_failed_flush_is_told_and_stays_one() {
@@ -452,15 +475,16 @@ fn refused(image: &[u8]) -> String {
 /// What the features of an image ask of who opens it, and what the user can do about it.
 #[test]
 fn features_of_an_image_are_told_in_words() {
-    for (feature, words) in [
-        (0, "was not closed, as its writer was killed; repair"),
-        (1, "is damaged: "),
-        (3, "has features that are not known here (0x8); make one"),
-        (4, "has features that are not known here (0x10); make one"),
-        (40, "qemu-img convert -O qcow2"),
+    for (features, words) in [
+        (1_u64, "was not closed, as its writer was killed; repair"),
+        (5, "was not closed, as its writer was killed; repair"),
+        (2, "is damaged: "),
+        (8, "has features that are not known here (0x8); make one"),
+        (16, "has features that are not known here (0x10); make one"),
+        (1 << 40, "qemu-img convert -O qcow2"),
     ] {
         let mut image = empty_qcow2();
-        image[72..80].copy_from_slice(&(1_u64 << feature).to_be_bytes());
+        image[72..80].copy_from_slice(&features.to_be_bytes());
         // Features that who does not know them has to clear where it writes.
         image[88..96].copy_from_slice(&1_u64.to_be_bytes());
         let text = refused(&image);
@@ -532,23 +556,114 @@ fn all_kinds_of_qcow2_images_are_read_and_written() {
     }
 }
 
-/// An image whose data are elsewhere is one of two parts, whatever it counts.
-#[test]
+/// Has QEMU make images; says whether it is there.
 #[allow(clippy::print_stderr)]
-fn an_image_with_its_data_elsewhere_is_a_part() {
+fn qemu_img(commands: &[&[&str]]) -> bool {
+    for arguments in commands {
+        match Command::new("qemu-img").args(*arguments).output() {
+            Ok(output) => assert!(output.status.success(), "{output:?}"),
+            Err(error) => {
+                eprintln!("SKIP: qemu-img: {error}");
+                return false;
+            }
+        }
+    }
+    true
+}
+
+/// Tables of more than a few MiB, as QEMU makes them too.
+#[test]
+fn large_disks_are_opened() {
     let files = Files::new();
     let path = files.path();
-    let data = format!("data_file={}", path.with_extension("data").display());
-    let raw = files.raw();
-    fs::write(&raw.path, vec![7; SIZE as usize]).unwrap();
-    let mut convert = Command::new("qemu-img");
-    let convert = convert.args(["convert", "-f", "raw", "-O", "qcow2", "-o", &data]);
-    match convert.args([&raw.path, &path]).output() {
-        Err(error) => eprintln!("SKIP: qemu-img: {error}"),
-        Ok(output) => {
-            assert!(output.status.success(), "{output:?}");
-            let error = Block::open(&disk(&path)).err().unwrap().to_string();
-            assert!(error.contains("is only a part of a disk"), "{error}");
+    let name = path.to_str().unwrap();
+    for (options, size) in [
+        ("cluster_size=512", "32G"),
+        ("cluster_size=4k", "2T"),
+        ("cluster_size=64k", "300T"),
+    ] {
+        let create = ["create", "-q", "-f", "qcow2", "-o", options, name, size];
+        if qemu_img(&[&create]) {
+            let mut driver = start(&disk(&path));
+            assert_eq!(tell(&mut driver, OUT, 1 << 25, &[7; 512]), OK);
+            assert_eq!(tell(&mut driver, FLUSH, 0, &[]), OK);
+            drop(driver);
+            assert!(!qemu_check(&path), "{options}");
         }
+    }
+}
+
+/// A disk without sectors is none, and its image is not damaged.
+#[test]
+fn an_image_of_no_size_wants_one() {
+    let files = Files::new();
+    let path = files.path();
+    if qemu_img(&[&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "0"]]) {
+        let image = fs::read(path).unwrap();
+        drop(files);
+        let text = refused(&image);
+        assert!(text.contains("has 0 bytes"), "{text}");
+        assert!(text.contains("qemu-img resize"), "{text}");
+    }
+}
+
+/// What names its tables costs no more to look through than its file is large: whether the tables' clusters are counted
+/// in two places by turns, or most tables lie in holes.
+#[test]
+fn hostile_tables_take_no_time() {
+    const LARGE: u64 = 2 << 20;
+    let files = Files::new();
+    let begin = std::time::Instant::now();
+    for (tables, clusters) in [(1, 6), (8192, 8200)] {
+        // Header, refcount table, two refcount blocks, L1 table, and what it names.
+        let file = File::create(files.path()).unwrap();
+        file.set_len(clusters * LARGE).unwrap();
+        let mut header = empty_qcow2();
+        header[20..24].copy_from_slice(&21_u32.to_be_bytes());
+        header[36..40].copy_from_slice(&(tables as u32).to_be_bytes());
+        header[40..48].copy_from_slice(&(4 * LARGE).to_be_bytes());
+        header[48..56].copy_from_slice(&LARGE.to_be_bytes());
+        let write = |at: u64, entries: Vec<u64>| {
+            let bytes: Vec<u8> = entries.iter().flat_map(|it| it.to_be_bytes()).collect();
+            file.write_all_at(&bytes, at).unwrap();
+        };
+        file.write_all_at(&header[..104], 0).unwrap();
+        write(LARGE, vec![2 * LARGE, 3 * LARGE]);
+        file.write_all_at(&[1; 2 * 8200], 2 * LARGE).unwrap();
+        file.write_all_at(&[1; 16], 3 * LARGE).unwrap();
+        write(
+            4 * LARGE,
+            (0..tables).map(|table| (5 + table) * LARGE).collect(),
+        );
+        if tables == 1 {
+            // The second block counts from 2 TiB on.
+            let entries = (0..LARGE / 8).map(|entry| (entry % 2) << 41 | (4 * LARGE));
+            write(5 * LARGE, entries.collect());
+        }
+        drop(start(&disk(&files.path())));
+    }
+    assert!(begin.elapsed().as_secs() < 30, "{:?}", begin.elapsed());
+}
+
+/// An image whose data are elsewhere is one of two parts, whatever it counts. It is left as it was, with what whoever
+/// writes to it has to clear.
+#[test]
+fn a_part_of_a_disk_is_refused() {
+    let files = Files::new();
+    let (raw, path) = (files.raw().path, files.path());
+    fs::write(&raw, vec![7; SIZE as usize]).unwrap();
+    let [from, name] = [&raw, &path].map(|path| path.to_str().unwrap());
+    let data = format!("data_file={name}.data,data_file_raw=on");
+    let convert = ["convert", "-f", "raw", "-O", "qcow2", "-o"];
+    let overlay = ["create", "-f", "qcow2", "-F", "raw", "-b", from, name];
+    let images: [&[&[&str]]; 2] = [
+        &[&[&convert[..], &[&data, from, name]].concat()],
+        &[&overlay, &["bitmap", "--add", name, "changes"]],
+    ];
+    let made = images.map(|commands| qemu_img(commands).then(|| fs::read(&path).unwrap()));
+    drop(files);
+    for image in made.into_iter().flatten() {
+        let text = refused(&image);
+        assert!(text.contains("is only a part of a disk"), "{text}");
     }
 }
