@@ -29,12 +29,14 @@ seconds_text() {
 }
 
 # ticker PATIENCE TEXT: says TEXT once PATIENCE seconds are over; on a terminal, keeps the time beside it until it is
-# killed or the script has ended.
+# killed or the script has ended. Writes an empty line to its output when it can be killed.
 ticker() {
-	local since=$SECONDS
-	# What a sleep has of the script's output is not to be held open by it.
-	trap 'kill $! 2>/dev/null; exit' TERM
-	while sleep "$([ -t 2 ] && echo 1 || echo "$1")" & wait $! && kill -0 $$ 2>/dev/null; do
+	local since=$SECONDS never
+	# Nothing comes from there: to wait for that leaves no sleep behind, which would hold the script's output open.
+	exec {never}<> <(:)
+	echo
+	exec >/dev/null
+	while ! read -r -t "$([ -t 2 ] && echo 1 || echo "$1")" -u "$never" && kill -0 $$ 2>/dev/null; do
 		if [ ! -t 2 ]; then
 			printf '%s ...\n' "$2" >&2
 			return
@@ -45,13 +47,18 @@ ticker() {
 
 # start_progress TEXT PATIENCE: a line of progress once PATIENCE seconds are over. end_progress ends it.
 start_progress() {
+	local ready
 	progress_text=$1 progress_patience=$2 progress_since=$SECONDS progress=''
 	if [ "$2" -eq 0 ] && [ ! -t 2 ]; then
 		printf '%s ...\n' "$1" >&2
 		return
 	fi
-	ticker "$2" "$1" </dev/null >/dev/null &
+	# A new process has this shell's traps for a moment: killed then, it would run them, "rm -rf" of a half-made root
+	# among them. "trap -p" does not help here: in a subshell it shows the outer shell's.
+	exec {ready}< <(ticker "$2" "$1" </dev/null)
 	progress=$!
+	read -r -u "$ready" || true
+	exec {ready}<&-
 }
 
 # end_progress STATUS: says the time taken, where it went well and was worth a line.
@@ -68,7 +75,7 @@ end_progress() {
 
 # step LOG TEXT COMMAND...: runs COMMAND with its output in the file LOG. Says TEXT at the start and
 # the time taken at the end; on failure says why, with the end of LOG where the network is not the reason.
-# quiet_step: the same, but what is over within two seconds says nothing.
+# quiet_step: the same, but what is over within about two seconds says nothing.
 step() { run_step 0 "$@"; }
 quiet_step() { run_step 2 "$@"; }
 
