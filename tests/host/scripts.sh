@@ -204,7 +204,8 @@ test_package_keeps_a_tree() {
 	check "trees made: $(tr '\n' ' ' <"$work/made")" test "$(tr '\n' ' ' <"$work/made")" = 'wrong one two two ' || return
 	kept=$(cd "$work/trees" && echo *)
 	check "kept: $kept" test "$kept" = '7.3.2-there 7.3.4-test' || return
-	tree_or_source
+	tree_or_source || return
+	first_release
 }
 
 # A kernel without source is passed over, but for one whose tree is there.
@@ -222,6 +223,22 @@ tree_or_source() {
 	dkms_build --check 7.3.4-test
 	status=$?
 	check "with source it ended with $status: $(cat "$work/out")" test $status -eq 0
+}
+
+# The first of a series has two numbers in its name and in that of Debian's source, and three in that source itself.
+first_release() {
+	sed -i 's/7\.3\.4/7.3.0/' "$work/bin/make"
+	COMPILER=one SOURCE=7.3-1~exp1
+	for first in 7.3 7.3.0; do
+		for check in --check ''; do
+			# shellcheck disable=SC2086 # none is no argument
+			dkms_build $check "$first-test"
+			status=$?
+			check "$check $first-test ended with $status: $(cat "$work/out")" test $status -eq 0 || return
+		done
+	done
+	dkms_build 7.3.1-test
+	check "another's source is taken: $(cat "$work/out")" grep -q 'is Linux 7.3.0, not 7.3.1' "$work/out"
 }
 
 run_tests not_root unknown_host no_network too_little_disk no_place_for_the_cache interrupted progress progress_ends_alone \
