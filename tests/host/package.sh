@@ -60,14 +60,16 @@ test_dependencies() {
 	done <"$work/needed"
 }
 
-# A kernel that the package has no source for, and one whose build fails; both are older than Debian's.
-sourceless=7.3.2+deb13-sourceless failing=7.3.3+deb13-failing
+# A kernel that the package has no source for, one whose build fails, and one of which there are headers alone; all are
+# older than Debian's.
+sourceless=7.3.2+deb13-sourceless failing=7.3.3+deb13-failing gone=7.3.1+deb13-gone
 make_kernels() {
 	local kernel
-	for kernel in "$sourceless" "$failing"; do
+	for kernel in "$sourceless" "$failing" "$gone"; do
 		mkdir -p "$root/usr/lib/modules/$kernel/build"/{include,rust}
 		echo CONFIG_RUST=y >"$root/usr/lib/modules/$kernel/build/.config"
 	done
+	mkdir "$root/usr/lib/modules"/{"$sourceless","$failing"}/kernel
 	touch "$root/usr/lib/modules/$failing/build/rust/libkernel.rmeta"
 }
 
@@ -82,8 +84,9 @@ test_install() {
 	files >"$work/before"
 	# As an earlier installation may have left it.
 	gives groupadd --system rvisor-machine || return
-	# What an administrator may have set for other work does not reach the build.
-	gives env PATH=/wrong:/usr/sbin:/usr/bin:/sbin:/bin ARCH=arm64 apt-get install -y "$deb" || return
+	# What an administrator may have set for other work does not reach the build. apt has a path of its own for that, but
+	# not where it is told of none.
+	gives env PATH=/wrong:/usr/sbin:/usr/bin:/sbin:/bin ARCH=arm64 apt-get install -y -o DPkg::Path= "$deb" || return
 	cp "$work/out" "$work/install"
 	check "$(grep 'newly installed' "$work/out")" grep -q '0 upgraded, 1 newly installed, 0 to remove' "$work/out" || return
 	check_not "$(grep -A 5 'was not built' "$work/out" | tr '\n' ' ')" grep -q "was not built.*$release" "$work/out"
@@ -93,7 +96,8 @@ test_install() {
 test_other_kernels() {
 	check "it says: $(grep 'was not built' "$work/install")" grep -q "^rvisor: the module was not built for $failing; " "$work/install" || return
 	check "what has no source is told as a failure" test "$(grep -c 'was not built for' "$work/install")" -eq 1 || return
-	check "no reason is told" grep -q "^rvisor: no module for $sourceless: the package linux-source-7.3 is ${release%%+*}, not 7.3.2" "$work/install"
+	check "no reason is told" grep -q "^rvisor: no module for $sourceless: the package linux-source-7.3 is ${release%%+*}, not 7.3.2" "$work/install" || return
+	check_not "it tries one that is gone" grep -qF "$gone" "$work/install"
 }
 
 test_module_is_built() {

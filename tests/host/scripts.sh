@@ -169,6 +169,20 @@ test_package_is_for_kernels_with_source() {
 	check "DKMS takes $taken" test "$taken" = '7.3.4+deb13-cloud-amd64 7.3-amd64 '
 }
 
+# postinst has DKMS build for each kernel that is there with its headers; where none is the package's it says so.
+test_package_is_built_for_kernels() {
+	sed "s|/lib/modules|$work/kernels|g; s|/var/lib/dkms|$work/state|g; s|/etc/dkms|$work/etc|g" "$here/../../packaging/postinst" >"$work/postinst"
+	# shellcheck disable=SC2016 # for the stub
+	stub dkms '[ "$1" != install ] || echo "for $7"'
+	mkdir -p "$work/kernels/6.12.5-old/kernel" "$work/kernels/6.12.5-old/build/include" "$work/kernels/7.3.3-gone/build/include"
+	stubbed sh "$work/postinst" triggered >"$work/out" 2>&1
+	check "it says: $(cat "$work/out")" test "$(cut -d : -f 1 "$work/out" | tr '\n' ' ')" = 'for 6.12.5-old rvisor ' || return
+	check "it says: $(cat "$work/out")" grep -q 'when a 7.3 kernel and its linux-headers are installed' "$work/out" || return
+	mkdir "$work/kernels/7.3.3-gone/kernel"
+	stubbed sh "$work/postinst" triggered >"$work/out" 2>&1
+	check "it says: $(cat "$work/out")" test "$(tr '\n' ' ' <"$work/out")" = 'for 6.12.5-old for 7.3.3-gone '
+}
+
 # dkms_build [--check] RELEASE: packaging/dkms-build with folders and programs of this test's.
 dkms_build() {
 	(cd "$work/dkms" && RVISOR_ENVIRONMENT=test RVISOR_HEADERS=$work/linux/headers RVISOR_SOURCES=$work RVISOR_TREES=$work/trees \
@@ -244,4 +258,4 @@ first_release() {
 run_tests not_root unknown_host no_network too_little_disk no_place_for_the_cache interrupted progress progress_ends_alone \
 	module_without_a_tree module_for_a_kernel_without_rust module_for_a_realtime_kernel \
 	module_names_all_that_is_missing install_without_a_kernel install_where_nothing_can_be_written package_goes_though_dkms_fails \
-	package_is_for_kernels_with_source package_keeps_a_tree
+	package_is_for_kernels_with_source package_is_built_for_kernels package_keeps_a_tree
