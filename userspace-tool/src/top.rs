@@ -5,18 +5,22 @@
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
+use std::{process, thread};
 
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 use ratatui::layout::{Constraint, Layout};
 use ratatui::style::{Style, Stylize};
 use ratatui::widgets::{Paragraph, Row, Table, TableState};
 use ratatui::Frame;
+use signal_hook::consts::SIGHUP;
 
 use crate::console::Signals;
 use crate::control::{Client, Request};
 use crate::error::{failed, Error, Result};
 use crate::outcome::Outcome;
+use crate::ready::{self, PollFlags};
 use crate::registry::{self, Name};
 use crate::size;
 use crate::stat::counters::{largest, Counts};
@@ -219,37 +223,54 @@ pub fn run() -> Result<u8> {
         ));
     }
     let what = "using the terminal";
-    let signals = Signals::catch()?;
     let mut screen = Screen::default();
     screen.look()?;
+    let signals = Signals::catch()?;
     let mut terminal = ratatui::try_init().map_err(failed(what))?;
     let mut next = Instant::now() + PERIOD;
-    let result = (|| loop {
-        let drawn = terminal.draw(|frame| screen.draw(frame));
-        drawn.map_err(failed(what))?;
-        if let Some(signal) = signals.take() {
-            return Ok(Outcome::Signal(signal).status());
-        }
-        let left = next.saturating_duration_since(Instant::now());
-        if !event::poll(left).map_err(failed(what))? {
-            screen.look()?;
-            next = Instant::now() + PERIOD;
-            continue;
-        }
-        let Event::Key(key) = event::read().map_err(failed(what))? else {
-            continue;
-        };
-        match key.code {
-            _ if key.kind == KeyEventKind::Release => {}
-            KeyCode::Char('q') | KeyCode::Esc => return Ok(0),
-            KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return Ok(0),
-            KeyCode::Up => screen.selected.select_previous(),
-            KeyCode::Down => screen.selected.select_next(),
-            _ => {}
-        }
-    })();
-    ratatui::restore();
+    let watch = thread::Builder::new().spawn(move || end_by_signal(&signals));
+    let result = watch
+        .map_err(failed("starting a thread"))
+        .and_then(|_| loop {
+            let drawn = terminal.draw(|frame| screen.draw(frame));
+            drawn.map_err(failed(what))?;
+            let left = next.saturating_duration_since(Instant::now());
+            if !event::poll(left).map_err(failed(what))? {
+                screen.look()?;
+                next = Instant::now() + PERIOD;
+                continue;
+            }
+            let Event::Key(key) = event::read().map_err(failed(what))? else {
+                continue;
+            };
+            match key.code {
+                _ if key.kind == KeyEventKind::Release => {}
+                KeyCode::Char('q') | KeyCode::Esc => return Ok(0),
+                KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => {
+                    return Ok(0)
+                }
+                KeyCode::Up => screen.selected.select_previous(),
+                KeyCode::Down => screen.selected.select_next(),
+                _ => {}
+            }
+        });
+    // Where the terminal has gone, there is nothing to restore.
+    let _ = ratatui::try_restore();
     result
+}
+
+/// Ends this process by the first signal, or where the terminal goes away: `event::poll` never returns then.
+fn end_by_signal(signals: &Signals) {
+    let stdout = io::stdout();
+    // That a terminal has gone is told unasked.
+    let files: [(&dyn AsFd, _); 2] = [(signals, PollFlags::IN), (&stdout, PollFlags::empty())];
+    // Where it fails, nothing else would see the signals.
+    let _ = ready::wait(&files, None);
+    let signal = signals.take().unwrap_or(SIGHUP as u8);
+    // Nothing is drawn any more.
+    let _stdout = stdout.lock();
+    let _ = ratatui::try_restore();
+    process::exit(Outcome::Signal(signal).status().into());
 }
 
 #[cfg(test)]

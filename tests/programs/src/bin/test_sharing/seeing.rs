@@ -7,7 +7,7 @@ use rvisor_tests::ktap::Context;
 use rvisor_tests::terminal::{check_same, Terminal};
 use rvisor_tests::{check, check_eq, Device, Fail, Outcome};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Starts a machine that spins, and lets it come to that.
 fn start(device: &Device, name: &str, words: &[&str]) -> Result<Machine, Fail> {
@@ -136,7 +136,7 @@ pub(crate) fn metrics(device: &Device) -> Outcome {
     Ok(())
 }
 
-/// The screen shows the machine, takes keys, and leaves the terminal as it was.
+/// The screen shows the machine, takes keys, leaves the terminal as it was, and ends where that is gone.
 pub(crate) fn top(device: &Device) -> Outcome {
     let _machine = start(device, "topmost", &[])?;
     let mut terminal = Terminal::new()?;
@@ -164,6 +164,18 @@ pub(crate) fn top(device: &Device) -> Outcome {
     let screen = terminal.read_until_idle(&mut child, patience())?;
     check_eq!(child.wait()?.code(), Some(143), "after SIGTERM: {screen}");
     check_same(&before, &terminal.mode()?)?;
+    let mut child = start()?;
+    terminal.await_text("topmost", patience())?;
+    // It waits for a key then.
+    std::thread::sleep(Duration::from_millis(300));
+    drop(terminal);
+    let end = Instant::now() + patience();
+    while child.try_wait()?.is_none() && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let ended = child.try_wait()?.is_some();
+    let _ = child.kill();
+    check!(ended, "it runs on without its terminal");
     // Without a terminal it says what to do instead.
     let output = Command::new(TOOL).arg("top").output()?;
     let text = String::from_utf8_lossy(&output.stderr);
