@@ -50,10 +50,11 @@ pub fn share(options: &RunOptions) -> Result<Option<u8>> {
         return Ok(None);
     }
     let name = Name::of(options.name.as_ref(), std::process::id());
+    // From here on no signal ends this process with the group left behind.
+    let signals = Signals::catch()?;
     let group = Cgroup::new(&name, &settings)?;
     // The mode that the machine's process can't bring back where it is killed.
     let terminal = Raw::keep().map_err(failed("looking at the terminal"))?;
-    let signals = Signals::catch()?;
     let mut child = Command::new("/proc/self/exe")
         .arg0("rvisor")
         .args(env::args_os().skip(1))
