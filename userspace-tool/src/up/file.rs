@@ -51,11 +51,12 @@ pub(super) fn read(path: &Path) -> Result<Vec<Machine>> {
             "give a file that describes machines; 'rvisor up --help' shows one",
         )
     };
-    let mut text = String::new();
-    let read = File::open(path).and_then(|file| file.take(LARGEST).read_to_string(&mut text));
+    let mut text = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(LARGEST).read_to_end(&mut text));
     if read.map_err(|e| wrong(e.to_string()))? as u64 == LARGEST {
         return Err(wrong(format!("it has {LARGEST} bytes or more")));
     }
+    let text = String::from_utf8(text).map_err(|e| wrong(e.to_string()))?;
     parse(&text).map_err(|Mistake(byte, cause, next)| {
         let (line, column) = position(&text, byte);
         let file = path.display();
@@ -208,6 +209,7 @@ fn scalar(value: &DeValue<'_>) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn keys_are_the_options_of_run() {
@@ -291,6 +293,12 @@ mod tests {
     #[test]
     fn a_file_without_end_is_refused() {
         let said = read(Path::new("/dev/zero")).map_err(|error| error.to_string());
+        assert!(said.expect_err("it is too long").contains("bytes or more"));
+        // The last character does not end there.
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("long");
+        fs::write(&path, format!("x{}", "é".repeat(LARGEST as usize / 2))).expect("it fits");
+        let said = read(&path).map_err(|error| error.to_string());
         assert!(said.expect_err("it is too long").contains("bytes or more"));
     }
 
