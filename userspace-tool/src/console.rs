@@ -70,11 +70,16 @@ impl Signals {
         Ok(Self { last, pipe })
     }
 
+    /// Can be read no more until the next signal; the last one can be taken all the same.
+    pub fn await_next(&self) {
+        // The pipe says no more than that there is one: what is written later is about a later one.
+        let _ = rustix::io::read(&self.pipe, &mut [0_u8; 64]);
+    }
+
     /// The last signal that came since the last look.
     #[must_use]
     pub fn take(&self) -> Option<u8> {
-        // The pipe says no more than that there is one: what is written later is about a later one.
-        let _ = rustix::io::read(&self.pipe, &mut [0_u8; 64]);
+        self.await_next();
         u8::try_from(self.last.swap(0, Ordering::SeqCst))
             .ok()
             .filter(|signal| *signal != 0)

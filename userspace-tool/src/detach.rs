@@ -11,7 +11,8 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{kill_process, setsid, Pid, Signal};
@@ -26,11 +27,14 @@ use crate::registry::{Claim, Name};
 /// The option that `--detach` becomes for the machine's process.
 pub const DETACHED: &str = "--detached";
 
+/// How long a start may take to end by a signal.
+const OBEY: Duration = Duration::from_secs(5);
+
 const LETTING_GO: &str = "letting go of the terminal";
 
 /// Starts a machine with those words behind `rvisor`, in the folder `directory` where there is one. Returns when
-/// its guest runs, with its name and itself, or with the exit status after it said why there is none. One of `signals`
-/// ends it before.
+/// its guest runs, with its name and itself, or with the exit status after it said why there is none. One of `signals`,
+/// which can be taken afterwards, ends it before.
 ///
 /// # Errors
 ///
@@ -54,14 +58,11 @@ pub fn start(
     let mut child = command.spawn().map_err(failed(what))?;
     let id = Pid::from_child(&child);
     let mut said = String::new();
-    if let Some(pipe) = child.stdout.as_mut() {
-        // It is in another session than the terminal that the signal may be from.
-        if let Some(signals) = signals
-            && ready::wait(&[(pipe, PollFlags::IN), (signals, PollFlags::IN)], None)
-                .map_err(failed(what))?[1]
-        {
-            let _ = kill_process(id, Signal::TERM);
-        }
+    if let Some(pipe) = child.stdout.as_mut()
+        && signals
+            .map_or(Ok(true), |signals| says(pipe, signals, id))
+            .map_err(failed(what))?
+    {
         // One line: processes that the machine started may have the pipe for longer.
         BufReader::new(pipe)
             .read_line(&mut said)
@@ -82,6 +83,22 @@ pub fn start(
         }
         None => Err(Error::call(what, status.to_string())),
     }
+}
+
+/// Waits for what the machine's process `id` says on its pipe, or its end. The first of the signals ends that process,
+/// and the second one kills it, or that it does not obey; `false` then.
+fn says(pipe: &ChildStdout, signals: &Signals, id: Pid) -> io::Result<bool> {
+    let mut timeout = None;
+    for signal in [Signal::TERM, Signal::KILL] {
+        if ready::wait(&[(pipe, PollFlags::IN), (signals, PollFlags::IN)], timeout)?[0] {
+            return Ok(true);
+        }
+        signals.await_next();
+        // It is in another session than the terminal that the signal may be from.
+        let _ = kill_process(id, signal);
+        timeout = Some(OBEY);
+    }
+    Ok(false)
 }
 
 /// Makes this process nobody's but its own, in the beginning.

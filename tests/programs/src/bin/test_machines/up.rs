@@ -121,6 +121,13 @@ pub(super) fn mistakes(device: &Device) -> Outcome {
 
 /// SIGTERM ends a start that lasts, here because passt does; none is left of what was started.
 pub(super) fn interrupted(device: &Device) -> Outcome {
+    interrupt(device, "")?;
+    // One that does not obey: it is stopped.
+    interrupt(device, "kill -STOP $PPID")
+}
+
+/// The same with what passt does first.
+fn interrupt(device: &Device, first_of_all: &str) -> Outcome {
     let machines = Machines::new(device)?;
     file(&machines, &[("one", "wait"), ("two", "wait")])?;
     let path = machines.folder.join("machines.toml");
@@ -128,7 +135,11 @@ pub(super) fn interrupted(device: &Device) -> Outcome {
     let (first, second) = text.split_at(text.rfind("[machine").unwrap_or_default());
     fs::write(&path, format!("{first}{second}net = ['user']\n"))?;
     let silent = machines.folder.join("passt");
-    fs::write(&silent, "#!/bin/sh\nexec /bin/sleep 15\n")?;
+    // Longer than anybody waits here.
+    fs::write(
+        &silent,
+        format!("#!/bin/sh\n{first_of_all}\nexec /bin/sleep 60\n"),
+    )?;
     fs::set_permissions(&silent, PermissionsExt::from_mode(0o755))?;
     let mut command = machines.tool(&["up"]);
     command.env("PATH", &machines.folder).stdout(Stdio::null());
