@@ -141,7 +141,7 @@ test_module_names_all_that_is_missing() {
 
 # At once: nothing is built before.
 test_install_without_a_kernel() {
-	refuses "say for which kernel" env -u KDIR RVISOR_CACHE=/proc/rvisor make -C "$scripts/.." install
+	refuses "say for which kernel" env -u KDIR -u RVISOR_HOST -u MAKEFLAGS RVISOR_CACHE=/proc/rvisor make -C "$scripts/.." install
 }
 
 test_install_where_nothing_can_be_written() {
